@@ -1,0 +1,30 @@
+"""The errors a user can meet, and the sentences they are made of.
+
+A wrong value is ``ValueError``, a wrong type ``TypeError``, a missing file ``FileNotFoundError``, a missing optional
+package ``ImportError``. Every message holds the value given, what is allowed, and what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UnsupportedError(ValueError):
+    """A combination that is valid by itself but that Luthier does not support."""
+
+
+def unknown(kind: str, value: object, allowed: Iterable[str], remedy: str = "") -> ValueError:
+    """The error for a name that is not one of ``allowed``, with the nearest name suggested.
+
+    Example: ``raise unknown("chat template", "lama-3", CHAT_TEMPLATES)``.
+    """
+    names = sorted(map(str, allowed))
+    near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.6)
+    suggestion = f" Did you mean {near[0]!r}?" if near else ""
+    return ValueError(f"Unknown {kind} {value!r}.{suggestion} Allowed: {', '.join(names)}.{' ' + remedy if remedy else ''}")
+
+
+def missing_extra(package: str, extra: str, purpose: str) -> ImportError:
+    """The error for an optional package that is not installed."""
+    return ImportError(f'{purpose} needs the package {package!r}, which is not installed: pip install "luthier[{extra}]"')
