@@ -1,0 +1,301 @@
+"""Recipes: one frozen dataclass per workflow. A recipe checks itself; the docstring under a field is its ``--help``.
+
+The keys of a YAML recipe are the field names; the flags of the command line are the same names with dashes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
+
+import pydantic
+import yaml
+
+from luthier.errors import UnsupportedError, unknown
+
+SaveMethod = Literal["lora", "merged_16bit", "merged_4bit"]
+Recipe = TypeVar("Recipe", bound="ModelRecipe")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRecipe:
+    """What every workflow needs to know about the model."""
+
+    __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    model: str = ""
+    """Hub id or local directory of the model; an adapter directory continues that adapter."""
+    max_seq_length: int = 2048
+    """Longest row in tokens. Beyond the model's native length RoPE scaling is applied, with a warning."""
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    """Compute dtype. Default: bfloat16 where the device has it, else float16; float32 on a CPU."""
+    load_in_4bit: bool | None = None
+    """NF4 with double quantisation. The default unless another precision is asked for."""
+    load_in_8bit: bool = False
+    """LLM.int8 base weights."""
+    load_in_16bit: bool = False
+    """16-bit base weights with LoRA."""
+    full_finetuning: bool = False
+    """Train every weight in 16 bits; no adapter."""
+    attn_implementation: str | None = None
+    """Attention of transformers to use instead of ours: sdpa, eager, flex_attention, flash_attention_2."""
+    use_gradient_checkpointing: Literal["auto", "offload", "true", "false"] = "auto"
+    """Recompute activations: as the memory needs (auto), every layer (true), none (false), inputs to host memory (offload)."""
+    memory_budget: float | None = None
+    """GiB of device memory the whole run may take. Default: what is free less a reserve."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    trust_remote_code: bool = False
+    """Run code that comes with the checkpoint. Never needed for the families Luthier knows."""
+    seed: int = 3407
+    """Seed of the adapter's initial weights, the order of the rows, and sampling."""
+
+    def __post_init__(self) -> None:
+        precisions = [name for name in ("load_in_4bit", "load_in_8bit", "load_in_16bit", "full_finetuning") if getattr(self, name)]
+        if len(precisions) > 1:
+            raise ValueError(f"{' and '.join(precisions)} are both set: choose one precision")
+        self.at_least("max_seq_length", 1)
+        if self.memory_budget is not None and self.memory_budget <= 0:
+            raise ValueError(f"memory_budget is {self.memory_budget}: give a number of GiB above 0, or leave it out")
+
+    def at_least(self, name: str, minimum: float) -> None:
+        """Raise ``ValueError`` if the field is set and below ``minimum``."""
+        value = getattr(self, name)
+        if value is not None and value < minimum:
+            raise ValueError(f"{name} is {value}: it must be at least {minimum}")
+
+    def require(self, *names: str) -> None:
+        """Raise ``ValueError`` for the fields that a run cannot do without."""
+        missing = [name for name in names if not getattr(self, name)]
+        if missing:
+            flags = ", ".join("--" + name.replace("_", "-") for name in missing)
+            raise ValueError(f"The recipe does not say: {', '.join(missing)}. Add the key to the YAML file or give {flags}.")
+
+    def checkpointing(self) -> bool | str:
+        """``use_gradient_checkpointing`` in the form that the model API takes."""
+        return {"true": True, "false": False}.get(self.use_gradient_checkpointing, self.use_gradient_checkpointing)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRecipe(ModelRecipe):
+    """What the three training workflows share: data, adapter, run, and what is saved at the end."""
+
+    data: str = ""
+    """Training rows: a .json, .jsonl, .csv or .parquet file, a directory of them, or a hub dataset."""
+    split: str = "train"
+    """Split of a hub dataset."""
+    eval_data: str | None = None
+    """Rows for evaluation during training, in the same format."""
+    output: str = "outputs"
+    """Directory for checkpoints, the adapter, and what is exported."""
+
+    r: int = 16
+    """Rank of the adapter."""
+    lora_alpha: float = 16
+    """The adapter's output is scaled by lora_alpha / r (by lora_alpha / sqrt(r) with use_rslora)."""
+    lora_dropout: float = 0.0
+    """Dropout in front of the adapter. Above 0 a slower path is taken."""
+    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    """Names of the linear layers that get an adapter."""
+    modules_to_save: list[str] | None = None
+    """Modules trained whole beside the adapter, such as embed_tokens and lm_head."""
+    use_rslora: bool = False
+    """Rank-stabilised LoRA."""
+    use_dora: bool = False
+    """Weight-decomposed LoRA. A slower path is taken."""
+
+    learning_rate: float = 2e-4
+    """Peak learning rate of the adapter (of the model with full_finetuning: try 1e-5)."""
+    embedding_learning_rate: float | None = None
+    """Learning rate of embeddings and head, where they train. Default: learning_rate."""
+    per_device_train_batch_size: int = 2
+    """Rows per device and micro-batch."""
+    gradient_accumulation_steps: int = 4
+    """Micro-batches per optimizer step. The loss equals that of one big batch."""
+    num_train_epochs: float = 1.0
+    """Passes over the rows, unless max_steps is set."""
+    max_steps: int = -1
+    """Optimizer steps; -1 means num_train_epochs."""
+    warmup_ratio: float = 0.05
+    """Share of the steps over which the learning rate rises."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    """How the learning rate falls."""
+    optim: str = "adamw_torch"
+    """Optimizer, by its name in transformers: adamw_torch, adamw_8bit, paged_adamw_8bit, ..."""
+    weight_decay: float = 0.001
+    """Weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradient norm above which gradients are scaled down."""
+    logging_steps: int = 1
+    """Optimizer steps between two logged losses."""
+    eval_steps: int | None = None
+    """Optimizer steps between two evaluations. Default: at the end of each epoch, where eval_data is given."""
+    save_steps: int | None = None
+    """Optimizer steps between two checkpoints. Default: none but the final adapter."""
+    early_stopping_patience: int | None = None
+    """Stop after so many evaluations without a better loss, and keep the best checkpoint. Needs eval_data."""
+    report_to: list[str] | Literal["none"] = "none"
+    """Where to log beside the terminal: tensorboard, wandb, trackio."""
+    resume: str | None = None
+    """Checkpoint directory to resume from, or "latest" for the newest in output."""
+
+    save_method: SaveMethod | None = None
+    """What to save beside the adapter: merged_16bit or merged_4bit."""
+    base: Literal["16bit", "nf4"] = "16bit"
+    """Weights to merge onto: the original checkpoint's, or the 4-bit ones that were trained against."""
+    gguf: list[str] = field(default_factory=list)
+    """GGUF types to export, such as q8_0 or q4_k_m."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("r", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "eval_steps", "save_steps"):
+            self.at_least(name, 1)
+        self.at_least("early_stopping_patience", 1)
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout is {self.lora_dropout}: it must be at least 0 and below 1")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise ValueError(f"warmup_ratio is {self.warmup_ratio}: it is a share between 0 and 1")
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise ValueError(f"max_steps is {self.max_steps}: give a number of steps above 0, or -1 for num_train_epochs")
+        if self.max_steps == -1 and self.num_train_epochs <= 0:
+            raise ValueError(f"num_train_epochs is {self.num_train_epochs}: it must be above 0 unless max_steps is set")
+        for name in ("learning_rate", "embedding_learning_rate"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} is {value}: it must be above 0")
+        if self.early_stopping_patience is not None and self.eval_data is None:
+            raise ValueError("early_stopping_patience needs eval_data: without evaluations nothing can stop early")
+        if self.full_finetuning and self.use_dora:
+            raise UnsupportedError("use_dora has no meaning with full_finetuning, which trains no adapter")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTRecipe(TrainRecipe):
+    """QLoRA fine-tuning on chat rows."""
+
+    chat_template: str | None = None
+    """Chat template by name (see docs/chat-templates.md) or .jinja file. Default: the tokenizer's own."""
+    system_message: str | None = None
+    """System message to use instead of the template's default."""
+    train_on: Literal["responses", "all"] = "responses"
+    """Which tokens train: the assistant's answers, or everything."""
+    too_long: Literal["drop", "truncate", "raise"] = "drop"
+    """What happens to a row longer than max_seq_length. Dropped rows are counted and shown."""
+    packing: bool = False
+    """Fill each row of a batch with several examples. None attends to another."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPORecipe(TrainRecipe):
+    """GRPO reinforcement learning with reward functions."""
+
+    rewards: list[str] = field(default_factory=list)
+    """Reward functions, as file.py:function or package.module:function."""
+    reward_weights: list[float] | None = None
+    """Weight of each reward. Default: 1 each."""
+    reward_timeout: float | None = None
+    """Seconds that one call of a reward may take."""
+    num_generations: int = 8
+    """Completions per prompt; the advantage compares them with each other."""
+    max_prompt_length: int | None = None
+    """Longest prompt in tokens. Default: max_seq_length - max_completion_length. Longer prompts are dropped and counted."""
+    max_completion_length: int = 512
+    """Longest completion in tokens."""
+    temperature: float = 1.0
+    """Sampling temperature of the rollouts."""
+    top_p: float = 1.0
+    """Nucleus of the rollouts."""
+    top_k: int = 0
+    """Number of tokens kept in the rollouts; 0 keeps all."""
+    beta: float = 0.0
+    """Weight of the KL term against the model without its adapter."""
+    loss_type: Literal["grpo", "dr_grpo", "dapo", "bnpo", "gspo", "cispo", "sapo"] = "dapo"
+    """The loss."""
+    epsilon: float = 0.2
+    """Lower clip of the probability ratio."""
+    epsilon_high: float | None = None
+    """Upper clip of the probability ratio. Default: epsilon."""
+    mask_truncated_completions: bool = False
+    """Leave completions that hit max_completion_length out of the loss."""
+    rollout: Literal["transformers", "vllm"] = "transformers"
+    """Engine that samples the completions."""
+    chat_template: str | None = None
+    """Chat template by name or .jinja file. Default: the tokenizer's own."""
+    learning_rate: float = 5e-6
+    """Peak learning rate of the adapter."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.at_least("num_generations", 2)
+        self.at_least("max_completion_length", 1)
+        self.at_least("max_prompt_length", 1)
+        if self.reward_weights is not None and len(self.reward_weights) != len(self.rewards):
+            raise ValueError(f"reward_weights has {len(self.reward_weights)} entries for {len(self.rewards)} rewards: give one each")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature is {self.temperature}: rollouts need one above 0, or every completion of a group is the same")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionRecipe(TrainRecipe):
+    """Fine-tuning of a vision-language model on rows with images."""
+
+    finetune_vision_layers: bool = True
+    """Put adapters into the vision tower."""
+    finetune_language_layers: bool = True
+    """Put adapters into the language model."""
+    finetune_attention_modules: bool = True
+    """Put adapters into attention projections."""
+    finetune_mlp_modules: bool = True
+    """Put adapters into MLPs."""
+    resize: Literal["min", "max"] | int | None = "min"
+    """Resize images to the model's smallest or largest size, or to so many pixels on the longer side."""
+    too_long: Literal["drop", "raise"] = "drop"
+    """What happens to a row longer than max_seq_length. An image is never cut."""
+    train_on: Literal["responses", "all"] = "responses"
+    """Which tokens train: the assistant's answers, or everything but padding and images."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.finetune_vision_layers or self.finetune_language_layers):
+            raise ValueError("finetune_vision_layers and finetune_language_layers are both false: nothing would train")
+        if not (self.finetune_attention_modules or self.finetune_mlp_modules):
+            raise ValueError("finetune_attention_modules and finetune_mlp_modules are both false: nothing would train")
+
+
+def load_recipe(path: str | Path, kind: type[Recipe]) -> Recipe:
+    """Read and check a YAML recipe.
+
+    Raises ``FileNotFoundError`` for a missing file and ``ValueError`` for anything wrong in it, naming the key.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no recipe {str(path)!r}: give the path of a YAML file, or only flags (see --help)")
+    try:
+        keys = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(keys, dict):
+        raise ValueError(f"{path} must hold keys and values such as 'model: NAME', but holds {type(keys).__name__}")
+    return make_recipe(keys, kind, where=str(path))
+
+
+def make_recipe(keys: dict[str, Any], kind: type[Recipe], where: str = "recipe") -> Recipe:
+    """Build a recipe from plain values; types are checked and converted, unknown keys refused with the nearest name."""
+    allowed = [entry.name for entry in dataclasses.fields(kind)]
+    for key in keys:
+        if key not in allowed:
+            raise unknown(f"key in {where}:", key, allowed)
+    keys = {key: str(value).lower() if key == "use_gradient_checkpointing" else value for key, value in keys.items()}
+    try:
+        return pydantic.TypeAdapter(kind).validate_python(keys)
+    except pydantic.ValidationError as error:
+        lines = [f"  {'.'.join(map(str, e['loc'][:1])) or 'recipe'} = {e['input']!r}: {e['msg']}" for e in error.errors()]
+        raise ValueError(f"{where} has values that cannot be used:\n" + "\n".join(dict.fromkeys(lines))) from error
+
+
+def schema(kind: type[ModelRecipe]) -> str:
+    """JSON schema of a recipe, for editors that complete and check YAML."""
+    return json.dumps(pydantic.TypeAdapter(kind).json_schema(), indent=1) + "\n"
