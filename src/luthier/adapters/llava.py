@@ -1,0 +1,10 @@
+"""LLaVA 1.5 (CLIP tower) and Pixtral 12B (Pixtral tower)."""
+
+from luthier.adapters.spec import Vision
+
+VISION = Vision(
+    vision_prefix="model.vision_tower",
+    projector_prefixes=("model.multi_modal_projector",),
+    attention_targets=("q_proj", "k_proj", "v_proj", "out_proj", "o_proj"),
+    mlp_targets=("fc1", "fc2", "gate_proj", "up_proj", "down_proj"),
+)

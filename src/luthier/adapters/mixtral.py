@@ -1,0 +1,10 @@
+"""Mixtral 8x7B and 8x22B."""
+
+from luthier.adapters.spec import Spec
+
+SPEC = Spec(
+    prefix="Mixtral",
+    mlp="experts",
+    mlp_targets=(),
+    expert_parameters=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
+)

@@ -1,0 +1,96 @@
+"""Making one model fast, and undoing it: instances change, never modules or classes of other packages.
+
+A module of a model gets the class ``our mixin + its own class`` under the same name. Parameters, names, state_dict,
+hooks, quantised children and ``save_pretrained`` stay what they were, and another model in the process is untouched.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from types import MethodType
+
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from luthier import adapters
+from luthier.adapters.spec import Spec
+from luthier.model.head import training_forward
+from luthier.terminal import notice_once
+
+
+def accelerate(model: nn.Module) -> nn.Module:
+    """Put Luthier's forward passes into this model, plain or PeftModel, and give it back. A second call changes nothing.
+
+    An architecture without a file in ``adapters`` stays stock and says so once; one that has a file but none of whose
+    layers was found is an error.
+    """
+    base = base_model(model)
+    spec = adapters.find(base.config)
+    if spec is None:
+        notice_once(base, "architecture", _unknown_architecture(base))
+        return model
+    layers = [module for module in base.modules() if _stock_class(module).__name__ in spec.layer_classes]
+    if not layers:
+        raise ValueError(
+            f"{type(base).__name__} says it is {base.config.model_type!r}, but holds none of the layers of that architecture: "
+            f"{', '.join(sorted(spec.layer_classes))}. Load it with transformers' own class, or train it without accelerate()."
+        )
+    if base.get_output_embeddings() is not None and "logits_to_keep" in inspect.signature(type(base).forward).parameters:
+        _swap(base, _head_class(_stock_class(base), spec))
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo ``accelerate``: every module of the model has its stock class again. Gives the model back."""
+    for module in base_model(model).modules():
+        if _stock_class(module) is not type(module):
+            _swap(module, _stock_class(module))
+    return model
+
+
+def is_accelerated(model: nn.Module) -> bool:
+    base = base_model(model)
+    return _stock_class(base) is not type(base)
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a PeftModel, or the model itself."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(base, PreTrainedModel):
+        raise TypeError(f"Expected a transformers model or a PeftModel around one, got {type(model).__name__}.")
+    return base
+
+
+def _swap(module: nn.Module, new_class: type) -> None:
+    module.__class__ = new_class
+    if "_old_forward" in module.__dict__:  # accelerate's device hooks call the forward that they found on the instance
+        module._old_forward = MethodType(new_class.forward, module)
+
+
+def _stock_class(module: nn.Module) -> type:
+    return getattr(type(module), "_luthier_stock", type(module))
+
+
+def subclass(stock: type, **members: object) -> type:
+    """A class that is ``stock`` with some members replaced, under the same name: configs and reports show that name."""
+    names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__}
+    return type(stock.__name__, (stock,), {**names, "_luthier_stock": stock, **members})
+
+
+@functools.cache
+def _head_class(stock: type[PreTrainedModel], spec: Spec) -> type[PreTrainedModel]:
+    @functools.wraps(stock.forward)  # trainers and generate read its signature
+    def forward(self, *args, **kwargs):
+        return training_forward(self, stock, spec.head, args, kwargs)
+
+    return subclass(stock, forward=forward)
+
+
+def _unknown_architecture(base: PreTrainedModel) -> str:
+    return (
+        f"Luthier has no description of the architecture {base.config.model_type!r}: the model trains through the stock "
+        f"code, correctly but without Luthier's speed. Described: {', '.join(adapters.model_types())}. "
+        "To add one, see docs/architectures.md."
+    )

@@ -1,0 +1,195 @@
+"""The language-model head that does not materialise logits.
+
+In training mode ``model(input_ids, labels=...)`` gives the loss through ops.linear_cross_entropy; its output's
+``logits`` are computed when somebody reads them. Without labels, or in eval mode, the stock forward runs.
+
+The stock forward does everything else: it is called for the logits of no position at all, and what its backbone gave is
+caught on the way. So whatever a family's forward does (images, router losses, extra outputs) stays as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+
+import torch
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.utils import ModelOutput
+
+from luthier.adapters.spec import Head
+from luthier.ops.linear_cross_entropy import CHUNK_BYTES, linear_cross_entropy, shape_logits
+
+
+class LazyLogits:
+    """Stands for logits inside an output until they are read. It is no tensor: what maps over tensors passes it by."""
+
+    def __init__(self, compute: Callable[[], Tensor]) -> None:
+        self.compute = compute
+
+
+class LazyOutput:
+    """Mixed into a stock ModelOutput class: ``output.logits``, ``output["logits"]``, ``output[1]`` and ``to_tuple()``
+    compute the logits; ``items()`` and tree-maps see the placeholder, so that a wrapper does not compute them by accident.
+    """
+
+    @property
+    def logits(self) -> Tensor | None:
+        value = self.__dict__.get("logits")
+        if isinstance(value, LazyLogits):
+            value = self.logits = value.compute()
+        return value
+
+    @logits.setter
+    def logits(self, value: Tensor | LazyLogits | None) -> None:
+        self.__dict__["logits"] = value
+
+    def __getitem__(self, key):
+        if isinstance(key, slice):
+            return tuple(self[name] for name in list(self.keys())[key])
+        name = list(self.keys())[key] if isinstance(key, int) else key
+        return self.logits if name == "logits" else super().__getitem__(name)
+
+    def __reduce__(self):  # what is pickled or copied is the stock output, with its logits
+        return _rebuild, (type(self).__mro__[2], {name: self[name] for name in self.keys()})
+
+
+def _rebuild(stock: type[ModelOutput], fields: dict) -> ModelOutput:
+    return stock(**fields)
+
+
+@functools.cache
+def lazy_output_class(stock: type[ModelOutput]) -> type[ModelOutput]:
+    """A subclass of a stock output class whose logits may be a placeholder."""
+    return type(stock.__name__, (LazyOutput, stock), {"__module__": stock.__module__, "__qualname__": stock.__qualname__})
+
+
+def training_forward(model: PreTrainedModel, stock: type[PreTrainedModel], head: Head, args: tuple, kwargs: dict):
+    """``stock.forward(model, *args, **kwargs)``, with the loss computed chunk by chunk where there is one to compute."""
+    call = _by_name(stock, model, args, kwargs)
+    labels = call.get("labels")
+    usual_loss = model.loss_function is ForCausalLMLoss and isinstance(call.get("logits_to_keep", 0), int)
+    if not model.training or labels is None or call.get("logits_to_keep") or not usual_loss:
+        return stock.forward(model, *args, **kwargs)
+
+    loss_arguments = {key: call.pop(key, None) for key in ("labels", "shift_labels", "num_items_in_batch", "ignore_index")}
+    return_dict = call.pop("return_dict", None)
+    call.setdefault("use_cache", False)  # a cache would keep every key and value alive, and turn packed rows into one
+    call["logits_to_keep"] = torch.empty(0, dtype=torch.long, device=labels.device)
+    with _caught_output(model.base_model) as caught:
+        output = stock.forward(model, **call, return_dict=True)
+    backbone = caught.pop()
+    hidden = backbone["last_hidden_state"] if isinstance(backbone, ModelOutput) else backbone[0]
+
+    shaping = head_values(model.config.get_text_config(), head)
+    lm_head = model.get_output_embeddings()
+    loss = causal_loss(hidden, lm_head, shaping, **loss_arguments)
+    if output.get("aux_loss") is not None:
+        loss = loss + model.router_aux_loss_coef * output["aux_loss"].to(loss.device)
+    logits = LazyLogits(lambda: shape_logits(lm_head(hidden), **shaping))
+    output = lazy_output_class(type(output))(**{**dict(output.items()), "loss": loss, "logits": logits})
+    wants_tuple = return_dict is False or (return_dict is None and not model.config.return_dict)
+    return output.to_tuple() if wants_tuple else output
+
+
+def causal_loss(
+    hidden: Tensor,
+    lm_head: nn.Module,
+    shaping: dict,
+    labels: Tensor,
+    shift_labels: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int | None = None,
+) -> Tensor:
+    """transformers' ForCausalLMLoss of ``lm_head(hidden)``: fp32 scalar, hidden (B, T, D), labels (B, T).
+
+    The mean over valid labels, or their sum over ``num_items_in_batch``; a differentiable zero where none is valid.
+    """
+    ignore_index = -100 if ignore_index is None else ignore_index
+    targets = shift_labels
+    if targets is None:
+        targets = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    device = next(lm_head.parameters()).device
+    hidden, targets = hidden.to(device), targets.to(device)
+    linear = plain_linear(lm_head)
+    if linear is None:
+        total = _loss_through_module(hidden, lm_head, targets, shaping, ignore_index)
+    else:
+        total = linear_cross_entropy(
+            hidden, _whole(linear.weight), targets, _whole(linear.bias), **shaping, ignore_index=ignore_index
+        )
+    if num_items_in_batch is None:
+        num_items_in_batch = (targets != ignore_index).sum().clamp(min=1)
+    elif isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(device)
+    return total / num_items_in_batch
+
+
+def head_values(config, head: Head) -> dict:
+    """The numbers that shape this model's logits, by the names of ops.linear_cross_entropy."""
+    softcap = getattr(config, head.softcap) if head.softcap else None
+    scale = getattr(config, head.scale) if head.scale else 1.0
+    return {"softcap": softcap, "scale": scale / getattr(config, head.divisor) if head.divisor else scale}
+
+
+def plain_linear(lm_head: nn.Module) -> nn.Linear | None:
+    """The linear layer that a head is, also one trained through modules_to_save; None if its call does more than that."""
+    if isinstance(lm_head, ModulesToSaveWrapper):
+        active = [] if lm_head.disable_adapters else lm_head.active_adapters
+        lm_head = lm_head.modules_to_save[active[0]] if active else lm_head.original_module
+    hooked = lm_head._forward_hooks or lm_head._forward_pre_hooks or "forward" in lm_head.__dict__
+    return lm_head if type(lm_head) is nn.Linear and not hooked else None
+
+
+def _loss_through_module(hidden: Tensor, lm_head: nn.Module, targets: Tensor, shaping: dict, ignore_index: int) -> Tensor:
+    """The same sum for any head (LoRA, quantised, hooked): its chunks are computed again in the backward."""
+
+    def chunk_loss(chunk: Tensor, target: Tensor) -> Tensor:
+        logits = shape_logits(lm_head(chunk).float(), **shaping)
+        return nn.functional.cross_entropy(logits, target, ignore_index=ignore_index, reduction="sum")
+
+    index = (targets.reshape(-1) != ignore_index).nonzero().squeeze(1)
+    rows = max(1, CHUNK_BYTES // (4 * lm_head.out_features))
+    flat, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    total = hidden.sum().float() * 0.0  # keeps the graph where no target is valid
+    for part in index.split(rows):
+        total = total + checkpoint(chunk_loss, flat[part], targets[part], use_reentrant=False)
+    return total
+
+
+@contextlib.contextmanager
+def _caught_output(backbone: nn.Module) -> Iterator[list]:
+    """What ``backbone`` returns while the context is open, in a list."""
+    caught: list = []
+    handle = backbone.register_forward_hook(lambda module, args, output: caught.append(output))
+    try:
+        yield caught
+    finally:
+        handle.remove()
+
+
+def _by_name(stock: type, model: nn.Module, args: tuple, kwargs: dict) -> dict:
+    """All arguments of a call of ``stock.forward`` by their names."""
+    signature = _signature(stock)
+    arguments = dict(signature.bind(model, *args, **kwargs).arguments)
+    arguments.pop("self")
+    for parameter in signature.parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            arguments.update(arguments.pop(parameter.name, {}))
+    return arguments
+
+
+@functools.cache
+def _signature(stock: type) -> inspect.Signature:
+    return inspect.signature(stock.forward)
+
+
+def _whole(parameter: Tensor | None) -> Tensor | None:
+    """A parameter that FSDP2 has sharded, gathered; any other as it is."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter

@@ -1,0 +1,344 @@
+"""One model made fast: same loss, same gradients, same logits as stock, on this instance only, and undone by one call."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny import FAMILIES, VOCAB, tiny_model
+from torch.utils import _pytree as pytree
+from transformers import BitsAndBytesConfig
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from luthier.model.accelerate import accelerate, is_accelerated, restore
+from luthier.model.checkpointing import set_checkpointing
+from luthier.model.head import LazyLogits
+
+TARGETS = r".*layers\.\d+\.(self_attn|mlp)\.\w+_proj"
+
+
+def batch(rows: int = 2, length: int = 24, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Right-padded rows with masked labels: the prompt, the padding, and every fifth token do not train."""
+    ids = torch.randint(5, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+    mask = torch.ones_like(ids)
+    mask[1, length - 5 :] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :3] = -100
+    labels[:, ::5] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def with_lora(model: torch.nn.Module, **settings) -> PeftModel:
+    """A LoRA adapter on every projection, with B away from zero so that A has a gradient."""
+    config = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": TARGETS, **settings})
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(1)
+        model = get_peft_model(model, config)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    return model
+
+
+def loss_and_gradients(model: torch.nn.Module, **inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.train().zero_grad()
+    loss = model(**inputs).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def difference(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
+    """The relative error of all gradients together."""
+    assert left.keys() == right.keys()
+    squares = [(left[name].double() - right[name].double()).square().sum() for name in right]
+    return float((sum(squares) / sum(right[name].double().square().sum() for name in right)).sqrt())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_trains_as_stock_does_and_comes_back(family):
+    inputs = batch()
+    model = tiny_model(family)
+    other = tiny_model(family, seed=1)
+    keys, logits = list(model.state_dict()), model(input_ids=inputs["input_ids"]).logits
+    loss, gradients = loss_and_gradients(model, **inputs)
+    other_loss = other(**inputs).loss
+
+    assert accelerate(model) is model and is_accelerated(model)
+    fast_loss, fast_gradients = loss_and_gradients(model, **inputs)
+    torch.testing.assert_close(fast_loss, loss, rtol=1e-5, atol=0)
+    assert difference(fast_gradients, gradients) < 1e-5
+    assert list(model.state_dict()) == keys
+    assert type(model).__name__ == type(other).__name__ and isinstance(model, type(other))
+    model.eval()
+    assert torch.equal(model(input_ids=inputs["input_ids"]).logits, logits)
+    assert torch.equal(other(**inputs).loss, other_loss), "another model of the process was touched"
+
+    restore(model)
+    assert type(model) is type(other)
+    again, again_gradients = loss_and_gradients(model, **inputs)
+    assert torch.equal(again, loss)
+    assert all(torch.equal(again_gradients[name], gradients[name]) for name in gradients)
+
+
+@pytest.mark.parametrize("family", ["llama3", "gemma2", "cohere2", "granite", "qwen3_moe"])
+def test_bf16_gradients_are_as_good_as_stock_ones(family):
+    inputs = batch()
+    exact = tiny_model(family, dtype=torch.bfloat16).float()
+    _, truth = loss_and_gradients(exact, **inputs)
+    model = tiny_model(family, dtype=torch.bfloat16)
+    stock_loss, stock = loss_and_gradients(model, **inputs)
+    loss, fast = loss_and_gradients(accelerate(model), **inputs)
+    assert loss.dtype == torch.float32
+    assert difference(fast, truth) <= 2 * difference(stock, truth)
+
+
+@pytest.mark.parametrize("family", ["llama3", "gemma3", "phi3", "gpt_oss"])
+@pytest.mark.parametrize("first", ["adapter", "accelerate"])
+def test_an_adapter_may_come_before_or_after(family, first):
+    inputs = batch()
+    stock_loss, stock = loss_and_gradients(with_lora(tiny_model(family)), **inputs)
+    model = tiny_model(family)
+    model = accelerate(with_lora(model)) if first == "adapter" else accelerate(with_lora(accelerate(model)))
+    loss, gradients = loss_and_gradients(model, **inputs)
+    torch.testing.assert_close(loss, stock_loss, rtol=1e-5, atol=0)
+    assert difference(gradients, stock) < 1e-5
+    restore(model)
+    again, again_gradients = loss_and_gradients(model, **inputs)
+    assert torch.equal(again, stock_loss) and all(torch.equal(again_gradients[name], stock[name]) for name in stock)
+
+
+@pytest.mark.parametrize("mode", [True, "offload", "unsloth", "auto"])
+def test_checkpointing_changes_neither_loss_nor_gradients(mode):
+    inputs = batch()
+    loss, gradients = loss_and_gradients(with_lora(tiny_model("qwen3")), **inputs)
+    model = set_checkpointing(accelerate(with_lora(tiny_model("qwen3"))), mode)
+    model.gradient_checkpointing_enable({"use_reentrant": False})  # what a trainer's own flag does
+    fast_loss, fast = loss_and_gradients(model, **inputs)
+    torch.testing.assert_close(fast_loss, loss, rtol=1e-5, atol=0)
+    assert difference(fast, gradients) < 1e-5
+    set_checkpointing(model, False)
+    assert not model.get_base_model().is_gradient_checkpointing
+
+
+def test_an_unknown_checkpointing_mode_is_an_error():
+    with pytest.raises(ValueError, match="offlod.*offload"):
+        set_checkpointing(tiny_model("llama3"), "offlod")
+
+
+@pytest.mark.parametrize("family", ["llama3", "gemma3", "gpt_oss"])
+def test_generate_is_untouched(family):
+    ids = batch()["input_ids"][:, :7]
+    model = tiny_model(family)
+    expected = model.generate(ids, max_new_tokens=8, do_sample=False)
+    accelerate(model)
+    assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), expected)
+    assert torch.equal(model.train().generate(ids, max_new_tokens=8, do_sample=False), expected)
+
+
+def nf4_model(tmp_path, family: str = "llama3"):
+    from tiny import save_tiny
+    from transformers import AutoModelForCausalLM
+
+    quantisation = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
+    )
+    directory = save_tiny(family, tmp_path / family)
+    model = AutoModelForCausalLM.from_pretrained(directory, quantization_config=quantisation, dtype=torch.float32)
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def test_a_4_bit_model_trains_as_stock_does(tmp_path):
+    inputs = batch()
+    model = with_lora(nf4_model(tmp_path))
+    loss, gradients = loss_and_gradients(model, **inputs)
+    fast_loss, fast = loss_and_gradients(accelerate(model), **inputs)
+    torch.testing.assert_close(fast_loss, loss, rtol=1e-5, atol=0)
+    assert difference(fast, gradients) < 1e-4
+
+
+def test_accelerate_is_idempotent():
+    model = accelerate(tiny_model("llama3"))
+    classes = [type(module) for module in model.modules()]
+    accelerate(model)
+    assert [type(module) for module in model.modules()] == classes
+    restore(restore(model))
+    assert not is_accelerated(model)
+
+
+def test_an_unknown_architecture_stays_stock_and_says_so_once():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=32))
+    with pytest.warns(UserWarning, match="gpt2.*Described:.*llama"):
+        accelerate(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        accelerate(model)
+    assert not is_accelerated(model)
+
+
+def test_a_known_family_without_its_layers_is_an_error():
+    model = tiny_model("llama3")
+    model.model.layers = torch.nn.ModuleList()
+    with pytest.raises(ValueError, match="LlamaDecoderLayer"):
+        accelerate(model)
+
+
+def test_something_else_than_a_model_is_an_error():
+    with pytest.raises(TypeError, match="Linear"):
+        accelerate(torch.nn.Linear(2, 2))
+
+
+def test_save_pretrained_names_the_stock_class(tmp_path):
+    model = accelerate(tiny_model("llama3"))
+    model.save_pretrained(tmp_path)
+    assert '"LlamaForCausalLM"' in (tmp_path / "config.json").read_text()
+
+
+class TestOutput:
+    """What a model gives back in training mode."""
+
+    @pytest.fixture()
+    def pair(self):
+        """The outputs of a stock and of an accelerated model for the same batch."""
+        stock = tiny_model("gemma2").train()(**batch(), output_hidden_states=True)
+        model = accelerate(tiny_model("gemma2")).train()
+        return stock, model(**batch(), output_hidden_states=True), model
+
+    def test_logits_are_computed_when_read(self, pair):
+        stock, output, _ = pair
+        assert isinstance(dict.__getitem__(output, "logits"), LazyLogits)
+        assert torch.equal(output.logits, stock.logits)
+        assert isinstance(output, type(stock)) and output.logits.requires_grad
+
+    @pytest.mark.parametrize("read", [lambda o: o["logits"], lambda o: o[1], lambda o: o.to_tuple()[1], lambda o: o[:2][1]])
+    def test_every_way_of_reading_them_works(self, pair, read):
+        stock, output, _ = pair
+        assert torch.equal(read(output), stock.logits)
+        assert torch.equal(output[0], output.loss)
+
+    def test_mapping_over_tensors_does_not_compute_them(self, pair):
+        from accelerate.utils.operations import convert_to_fp32
+
+        _, output, _ = pair
+        leaves, structure = pytree.tree_flatten(output)
+        assert any(isinstance(leaf, LazyLogits) for leaf in leaves)
+        for mapped in (convert_to_fp32(output), pytree.tree_unflatten(leaves, structure)):
+            assert isinstance(dict.__getitem__(mapped, "logits"), LazyLogits)
+            assert mapped.loss is output.loss or torch.equal(mapped.loss, output.loss)
+
+    def test_hidden_states_are_those_of_stock(self, pair):
+        stock, output, _ = pair
+        assert all(torch.equal(a, b) for a, b in zip(output.hidden_states, stock.hidden_states, strict=True))
+
+    def test_a_copy_is_a_stock_output(self, pair):
+        stock, output, _ = pair
+        output.loss = output.loss.detach()
+        output.hidden_states = None
+        del_graph = {name: output[name].detach() for name in ("loss", "logits")}
+        assert type(copy.copy(CausalLMOutputWithPast(**del_graph))) is CausalLMOutputWithPast
+        assert type(copy.copy(output)) is type(stock)
+
+    def test_return_dict_false_gives_a_tuple(self, pair):
+        stock, _, model = pair
+        loss, logits = model(**batch(), return_dict=False)[:2]
+        assert torch.equal(logits, stock.logits)
+        torch.testing.assert_close(loss, stock.loss)
+
+    def test_positional_arguments(self, pair):
+        stock, _, model = pair
+        inputs = batch()
+        output = model(inputs["input_ids"], inputs["attention_mask"], None, None, None, inputs["labels"])
+        torch.testing.assert_close(output.loss, stock.loss)
+
+    def test_eval_mode_and_no_labels_give_real_logits(self, pair):
+        _, _, model = pair
+        without = model(input_ids=batch()["input_ids"])
+        assert isinstance(dict.__getitem__(without, "logits"), torch.Tensor) and without.loss is None
+        assert isinstance(dict.__getitem__(model.eval()(**batch()), "logits"), torch.Tensor)
+
+
+class TestLoss:
+    """The arguments of transformers' loss, on the accelerated head."""
+
+    def both(self, family="llama3", **extra):
+        inputs = {**batch(), **extra}
+        return loss_and_gradients(tiny_model(family), **inputs), loss_and_gradients(accelerate(tiny_model(family)), **inputs)
+
+    @pytest.mark.parametrize(
+        "extra",
+        [
+            {"num_items_in_batch": torch.tensor(77)},
+            {"num_items_in_batch": 77},
+            {"ignore_index": 7},
+            {"shift_labels": batch(seed=3)["labels"]},
+        ],
+        ids=lambda extra: next(iter(extra)),
+    )
+    def test_loss_arguments(self, extra):
+        if "ignore_index" in extra:
+            extra = {**extra, "labels": batch()["labels"].masked_fill(batch()["labels"] == -100, 7)}
+        (loss, gradients), (fast_loss, fast) = self.both(**extra)
+        torch.testing.assert_close(fast_loss, loss, rtol=1e-5, atol=0)
+        assert difference(fast, gradients) < 1e-5
+
+    def test_no_valid_label_is_a_differentiable_zero(self):
+        model = accelerate(with_lora(tiny_model("llama3"))).train()
+        loss = model(**{**batch(), "labels": torch.full_like(batch()["labels"], -100)}).loss
+        loss.backward()
+        assert loss == 0 and all(p.grad is not None and not p.grad.any() for p in model.parameters() if p.requires_grad)
+
+    def test_router_loss_is_included(self):
+        (loss, gradients), (fast_loss, fast) = self.both("qwen3_moe", output_router_logits=True)
+        plain = loss_and_gradients(tiny_model("qwen3_moe"), **batch())[0]
+        assert loss != plain
+        torch.testing.assert_close(fast_loss, loss, rtol=1e-5, atol=0)
+        assert difference(fast, gradients) < 1e-5
+
+    @pytest.mark.parametrize("head", [{"modules_to_save": ["lm_head"]}, {"target_modules": ["q_proj", "lm_head"]}])
+    def test_a_trained_head(self, head):
+        loss, gradients = loss_and_gradients(with_lora(tiny_model("llama3"), **head), **batch())
+        fast_loss, fast = loss_and_gradients(accelerate(with_lora(tiny_model("llama3"), **head)), **batch())
+        assert any("lm_head" in name for name in fast)
+        torch.testing.assert_close(fast_loss, loss, rtol=1e-5, atol=0)
+        assert difference(fast, gradients) < 1e-5
+
+    def test_a_loss_function_of_the_user_is_honoured(self):
+        model = accelerate(tiny_model("llama3")).train()
+        model.loss_function = lambda logits, labels, vocab_size, **kwargs: logits.float().mean()
+        output = model(**batch())
+        assert torch.equal(output.loss, output.logits.mean())
+
+    def test_autocast(self):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            (loss, gradients), (fast_loss, fast) = self.both()
+        torch.testing.assert_close(fast_loss, loss, rtol=1e-2, atol=0)
+        assert fast.keys() == gradients.keys()
+
+    def test_packed_rows_do_not_see_each_other(self):
+        """position_ids that start again mark a new sequence; stock training with its default cache ignores them."""
+        ids = batch()["input_ids"]
+        model = accelerate(tiny_model("llama3")).train()
+        apart = [model(input_ids=row[None], labels=row[None], num_items_in_batch=46).loss for row in ids]
+        labels = ids.clone()
+        labels[:, 0] = -100
+        positions = torch.arange(24).repeat(2)[None]
+        packed = model(input_ids=ids.view(1, -1), position_ids=positions, labels=labels.view(1, -1), num_items_in_batch=46).loss
+        torch.testing.assert_close(packed, sum(apart))
+
+
+def test_trl_fused_head_still_works():
+    from trl.trainer.utils import add_fused_lm_head
+
+    stock, model = tiny_model("gemma2").train(), accelerate(tiny_model("gemma2")).train()
+    for each in (stock, model):
+        add_fused_lm_head(each, outputs=("log_probs", "entropy", "is_top1"))
+    expected, output = stock(**batch(), fused_lm_head=True), model(**batch(), fused_lm_head=True)
+    assert torch.equal(output.loss, expected.loss) and torch.equal(output.log_probs, expected.log_probs)
+    torch.testing.assert_close(model(**batch()).loss, expected.loss)
