@@ -90,11 +90,10 @@ def _coverage(text: str, style: Style, rng: np.random.Generator, height: int, wi
     for size in range(int(rng.integers(style.font_sizes[0], style.font_sizes[1] + 1)), 7, -1):
         left, top, right, bottom = _font(size).getbbox(text)
         room_x = width - MARGIN - (right - left)
-        room_y = height - MARGIN - (bottom - top) - (right - left) * tilt
+        room_y = height - MARGIN - (bottom - top) - width * tilt
         if min(room_x, room_y) >= 0:
             break
     picture = Image.new("L", (width, height), 0)
-    # A turn is about the middle of the picture, so a tilted text stays near it and a straight one may stand anywhere.
     shift_x = rng.uniform(-room_x, room_x) / 2
     shift_y = rng.uniform(-room_y, room_y) / 2
     corner = ((width - right - left) / 2 + shift_x, (height - bottom - top) / 2 + shift_y)

@@ -1,0 +1,115 @@
+"""Images of a training row: from whatever a data set holds to RGB pictures of the size that is wanted."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+from urllib.parse import unquote_to_bytes, urlparse
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+Resize = Literal["min", "max"] | int | tuple[int, int] | None
+"""``"min"``: shrunk to fit the model's default picture, where it has one; ``"max"`` or None: as they are; ``int``: shrunk
+to so many pixels on the longer side; ``(w, h)``: exactly so. The model's processor still has the last word: it rounds to
+whole patches and has limits of its own."""
+
+
+def load_image(source: object) -> Image.Image:
+    """An RGB picture from a PIL image, a path, bytes, a base64 string or data URI, an array (H, W[, C]), or the
+    ``{"bytes": ..., "path": ...}`` of a data set.
+
+    Raises ``FileNotFoundError`` for a missing file, ``ValueError`` for something that is no picture and for an http
+    address (nothing is downloaded during training), ``TypeError`` for another kind of value.
+    """
+    if isinstance(source, Image.Image):
+        return _rgb(source)
+    if isinstance(source, bytes | bytearray):
+        return _decode(bytes(source), "the image's bytes")
+    if isinstance(source, np.ndarray):
+        return _rgb(Image.fromarray(source))
+    if isinstance(source, Path):
+        return _open(source)
+    if isinstance(source, str):
+        return _from_text(source)
+    if isinstance(source, Mapping) and (source.get("bytes") or source.get("path")):
+        return load_image(source.get("bytes") or source.get("path"))
+    raise TypeError(
+        f"An image is {type(source).__name__} {str(source)[:80]!r}: give a PIL image, a path, bytes, base64 or an array"
+    )
+
+
+def resize_image(image: Image.Image, resize: Resize, default_side: int | None) -> Image.Image:
+    """``image`` at the size that ``resize`` asks for; only ``(w, h)`` enlarges or changes the aspect ratio.
+
+    ``default_side``: pixels along the model's default picture, None for a model that takes any size.
+    """
+    side = default_side if resize == "min" else resize if isinstance(resize, int) else None
+    if isinstance(resize, tuple):
+        size = resize
+    elif side is not None and side < max(image.size):
+        size = tuple(max(1, round(length * side / max(image.size))) for length in image.size)
+    else:
+        size = image.size
+    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+
+
+def check_resize(resize: object) -> None:
+    """Raise if ``resize`` is none of the forms of ``Resize``."""
+    if resize is None or resize in ("min", "max"):
+        return
+    numbers = resize if isinstance(resize, tuple) else (resize,)
+    if not all(isinstance(number, int) and not isinstance(number, bool) for number in numbers):
+        raise TypeError(f"resize is {resize!r}: give 'min', 'max', pixels on the longer side, (width, height), or None")
+    if len(numbers) not in (1, 2) or min(numbers) < 1:
+        raise ValueError(f"resize is {resize!r}: sizes are pixels above 0, as a number or as (width, height)")
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """RGB, upright; what is transparent becomes white, as on a page."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _decode(data: bytes, name: str) -> Image.Image:
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return _rgb(image)
+    except (UnidentifiedImageError, OSError) as error:  # OSError: a truncated file
+        raise ValueError(f"{name} ({len(data)} bytes) is not a picture that Pillow can read: {error}") from error
+
+
+def _open(path: Path) -> Image.Image:
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no image {str(path)!r}: paths in a data set are relative to the working directory")
+    return _decode(path.read_bytes(), f"The image {str(path)!r}")
+
+
+def _from_text(text: str) -> Image.Image:
+    scheme = urlparse(text[:200]).scheme
+    if scheme in ("http", "https"):
+        raise ValueError(
+            f"The image {text[:120]!r} is on the web, and nothing is downloaded while training: save it first and give its path"
+        )
+    if scheme == "data":
+        header, _, payload = text.partition(",")
+        return _decode(_base64(payload) if header.endswith(";base64") else unquote_to_bytes(payload), "A data URI")
+    if scheme == "file":
+        return _open(Path(text.removeprefix("file://")))
+    if len(text) > 512 and not Path(text[:255]).exists():  # longer than a path, as base64 of a picture always is
+        return _decode(_base64(text), "A base64 string")
+    return _open(Path(text))
+
+
+def _base64(text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"An image given as base64 ({text[:40]!r}...) cannot be decoded: {error}") from error
