@@ -342,3 +342,76 @@ def test_trl_fused_head_still_works():
     expected, output = stock(**batch(), fused_lm_head=True), model(**batch(), fused_lm_head=True)
     assert torch.equal(output.loss, expected.loss) and torch.equal(output.log_probs, expected.log_probs)
     torch.testing.assert_close(model(**batch()).loss, expected.loss)
+
+
+def tiny_vlm(model_type: str) -> torch.nn.Module:
+    """A random vision-language model, to be trained on text rows."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    text = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCAB}
+    text |= {"num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    text |= {"final_logit_softcapping": 3.0} if model_type == "gemma3" else {}
+    text |= {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}} if model_type.startswith("qwen") else {}
+    text |= {"cross_attention_layers": [1]} if model_type == "mllama" else {}
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
+    vision |= {"depth": 1, "embed_dim": 32, "num_heads": 2, "out_hidden_size": 64} if model_type.startswith("qwen") else {}
+    default = AutoConfig.for_model(model_type)
+    text["model_type"], vision["model_type"] = default.get_text_config().model_type, default.vision_config.model_type
+    config = AutoConfig.for_model(model_type, text_config=text, vision_config=vision, image_token_id=3, image_token_index=3)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoModelForImageTextToText.from_config(config)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "mllama", "mistral3", "llava", "gemma3"])
+def test_vision_language_models_train_as_stock_does(model_type):
+    extra = {"token_type_ids": torch.zeros_like(batch()["input_ids"])} if model_type == "gemma3" else {}
+    loss, gradients = loss_and_gradients(tiny_vlm(model_type), **batch(), **extra)
+    model = accelerate(tiny_vlm(model_type))
+    assert is_accelerated(model)
+    fast_loss, fast = loss_and_gradients(model, **batch(), **extra)
+    torch.testing.assert_close(fast_loss, loss, rtol=1e-5, atol=0)
+    assert difference(fast, gradients) < 1e-5
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_trl_trains_it_as_it_trains_stock(tmp_path, packing):
+    """The unchanged SFTTrainer on both models, packed rows included: the same losses step by step."""
+    from datasets import Dataset
+    from tiny import tiny_tokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    rows = Dataset.from_list([{"input_ids": (ids := list(range(5 + n, 40 + 2 * n))), "labels": ids} for n in range(8)])
+    arguments = SFTConfig(
+        output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2, report_to="none",
+        logging_steps=1, save_strategy="no", bf16=False, use_cpu=True, max_length=64, packing=packing, disable_tqdm=True,
+    )  # fmt: skip
+    losses = []
+    for model in (with_lora(tiny_model("llama3")), accelerate(with_lora(tiny_model("llama3")))):
+        trainer = SFTTrainer(model, args=arguments, train_dataset=rows, processing_class=tiny_tokenizer())
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert len(losses[0]) == 3 and losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_trl_grpo_runs_on_it(tmp_path):
+    from datasets import Dataset
+    from tiny import tiny_tokenizer
+    from trl import GRPOConfig, GRPOTrainer
+
+    arguments = GRPOConfig(
+        output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=2, num_generations=2, max_completion_length=6,
+        report_to="none", save_strategy="no", bf16=False, use_cpu=True, disable_tqdm=True, logging_steps=1,
+    )  # fmt: skip
+    model = accelerate(with_lora(tiny_model("qwen3")))
+    trainer = GRPOTrainer(
+        model,
+        reward_funcs=lambda completions, **columns: [float(len(set(completion))) for completion in completions],
+        args=arguments,
+        train_dataset=Dataset.from_list([{"prompt": "How much is 2 plus 2?"}] * 2),
+        processing_class=tiny_tokenizer(),
+    )
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    trainer.train()
+    assert is_accelerated(model)
+    assert any(not torch.equal(p, before[name]) for name, p in model.named_parameters() if p.requires_grad)
