@@ -1,0 +1,245 @@
+"""Checkpoints that appear whole or not at all, and a resume that refuses what it cannot continue from.
+
+A checkpoint is TRL's: adapter or model as safetensors, optimizer, scheduler and random state as tensors (read with
+``weights_only``), the trainer's state as JSON. It is written to a hidden sibling and renamed, so a directory with a
+checkpoint's name is complete wherever the run was killed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate.utils import broadcast_object_list
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_callback import ExportableState, TrainerControl
+from transformers.trainer_utils import rotate_checkpoints
+
+from luthier.files import atomic_directory, require_space
+from luthier.terminal import say
+
+NAME = re.compile(r"checkpoint-(\d+)")
+ADAPTER, MODEL, MODEL_INDEX = "adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json"
+PICKLES = ("adapter_model.bin", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def list_checkpoints(directory: str | Path) -> list[Path]:
+    """The complete checkpoints in ``directory``, the earliest first."""
+    directory = Path(directory)
+    named = [path for path in directory.glob("checkpoint-*") if NAME.fullmatch(path.name)] if directory.is_dir() else []
+    return [path for path in sorted(named, key=step_of) if not faults(path)]
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step in a checkpoint's name."""
+    return int(NAME.fullmatch(checkpoint.name)[1])
+
+
+def faults(checkpoint: Path) -> list[str]:
+    """Why ``checkpoint`` cannot be resumed from; empty if it can."""
+    if not checkpoint.is_dir():
+        return ["it is not a directory"]
+    found = []
+    state = checkpoint / TRAINER_STATE_NAME
+    try:
+        json.loads(state.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        found.append(f"it has no {TRAINER_STATE_NAME}")
+    except ValueError:  # not JSON, or not text at all
+        found.append(f"its {TRAINER_STATE_NAME} is damaged")
+    weights = [file for file in checkpoint.rglob("*.safetensors") if file.is_file()]
+    if not weights:
+        pickled = any((checkpoint / name).exists() for name in PICKLES)
+        found.append("its weights are pickled, which is never read" if pickled else "it has no weights (*.safetensors)")
+    for file in weights:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            found.append(f"{file.name} is damaged ({error})")
+    return found
+
+
+def find_checkpoint(resume: str | Path | bool, output_dir: str | Path) -> Path:
+    """The checkpoint that ``resume`` means: a path, or True for the latest complete one in ``output_dir``.
+
+    Raises ``FileNotFoundError`` for a path that does not exist, ``ValueError`` for one that is not a complete checkpoint;
+    both list the checkpoints there are.
+    """
+    if resume is True:
+        complete = list_checkpoints(output_dir)
+        if not complete:
+            raise ValueError(f"resume_from_checkpoint=True, but {output_dir} holds no complete checkpoint")
+        return complete[-1]
+    if not isinstance(resume, str | Path):
+        raise TypeError(f"resume_from_checkpoint must be a path, True or False, not {resume!r} of type {type(resume).__name__}")
+    path = Path(resume)
+    if not path.exists():
+        raise FileNotFoundError(f"The checkpoint {path} does not exist. {_there_are(output_dir, path)}")
+    reasons = faults(path)
+    if reasons:
+        raise ValueError(f"{path} is not a checkpoint to resume from: {', '.join(reasons)}. {_there_are(output_dir, path)}")
+    return path
+
+
+def _there_are(*places: str | Path) -> str:
+    directories = dict.fromkeys(directory for place in map(Path, places) for directory in (place, place.parent))
+    found = [str(checkpoint) for directory in directories for checkpoint in list_checkpoints(directory)]
+    if found:
+        return f"Checkpoints there are: {', '.join(dict.fromkeys(found))}"
+    return f"There is none in {places[0]} either; start without resume_from_checkpoint."
+
+
+def require_fit(checkpoint: Path, model: PreTrainedModel) -> None:
+    """Raise ``ValueError`` if ``checkpoint`` holds other weights than ``model`` trains: names and shapes are compared."""
+    if not isinstance(model, PeftModel):
+        if not (checkpoint / MODEL).exists() and not (checkpoint / MODEL_INDEX).exists():
+            raise ValueError(f"{checkpoint} holds an adapter, but the model has none: call get_peft_model before training")
+        return
+    if not (checkpoint / ADAPTER).exists():
+        if list(checkpoint.glob(f"*/{ADAPTER}")):
+            return  # several adapters, each in its own directory: peft loads them by name
+        raise ValueError(f"{checkpoint} holds a whole model, but this run trains an adapter")
+    expected = {name: list(tensor.shape) for name, tensor in get_peft_model_state_dict(model).items()}
+    with safe_open(checkpoint / ADAPTER, framework="pt") as file:
+        saved = {name: file.get_slice(name).get_shape() for name in file.keys()}
+    different = sorted(name for name in expected.keys() | saved.keys() if expected.get(name) != saved.get(name))
+    if different:
+        name = different[0]
+        raise ValueError(
+            f"The adapter in {checkpoint} is not the one this run trains: {len(different)} tensors differ, such as {name} "
+            f"(checkpoint {saved.get(name, 'has none')}, model {expected.get(name, 'has none')}). Use the r, target_modules "
+            "and modules_to_save of the run that wrote it."
+        )
+
+
+class CheckpointMixin:
+    """Overrides of transformers' ``Trainer``: atomic checkpoints, checked resume. Put it before a trainer class."""
+
+    _staging: Path | None = None  # while a checkpoint is being written: where
+
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, **kwargs):
+        """As transformers'; ``resume_from_checkpoint`` is a directory, or True for the latest checkpoint in output_dir."""
+        if self.args.should_save:
+            for leftover in Path(self.args.output_dir).glob(".checkpoint-*.tmp"):  # of a run killed while it saved
+                shutil.rmtree(leftover)
+        if resume_from_checkpoint:
+            checkpoint = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
+            require_fit(checkpoint, self.accelerator.unwrap_model(self.model))
+            say(f"Resuming from {checkpoint}")
+            resume_from_checkpoint = str(checkpoint)
+        elif found := list_checkpoints(self.args.output_dir):
+            warnings.warn(
+                f"{self.args.output_dir} already holds {', '.join(path.name for path in found)} of another run: a later resume "
+                "could take one of them. Choose another output_dir, delete them, or give resume_from_checkpoint=True.",
+                UserWarning,
+                stacklevel=2,
+            )
+        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
+    def _save_checkpoint(self, model: PreTrainedModel, trial: object) -> None:
+        final = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        if self.state.best_global_step:
+            best = final.with_name(f"checkpoint-{self.state.best_global_step}")
+            self.state.best_model_checkpoint = str(best) if best == final or best.is_dir() else None
+        best_checkpoint = self.state.best_model_checkpoint
+        with self._staged(final) as staging:
+            super()._save_checkpoint(model, trial)  # into staging/checkpoint-N, as _get_output_dir says
+            self.accelerator.wait_for_everyone()
+            self.state.best_model_checkpoint = best_checkpoint  # TRL recorded where it is being written
+            if self.args.should_save:
+                for file in (staging / final.name).iterdir():
+                    file.rename(staging / file.name)
+                (staging / final.name).rmdir()
+                self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+        if self.args.should_save:
+            rotate_checkpoints(str(final.parent), self.args.save_total_limit, best_checkpoint, use_mtime=True)
+
+    @contextmanager
+    def _staged(self, final: Path) -> Iterator[Path]:
+        """The hidden directory that all processes write to and that becomes ``final``."""
+        if not self.args.should_save:
+            self._staging = Path(broadcast_object_list([None])[0])
+            yield self._staging
+            self._staging = None
+            return
+        require_space(final.parent, checkpoint_bytes(self.accelerator.unwrap_model(self.model), self.optimizer))
+        try:
+            with atomic_directory(final) as staging:
+                self._staging = Path(broadcast_object_list([str(staging)])[0])
+                yield staging
+        finally:
+            self._staging = None
+
+    def _get_output_dir(self, trial: object) -> str:
+        return str(self._staging) if self._staging else super()._get_output_dir(trial)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._staging:  # what is still being written is pushed once it has its name
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """As transformers', with the arguments as JSON: no pickle is written beside the weights."""
+        super()._save(output_dir, state_dict)
+        directory = Path(output_dir or self.args.output_dir)
+        (directory / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        (directory / "training_args.json").write_text(self.args.to_json_string() + "\n", encoding="utf-8")
+
+    def _init_training_state(self, max_steps: int, *args, **kwargs) -> tuple[int, int]:
+        """As transformers', but the intervals of this run stand over those in the checkpoint."""
+        progress = super()._init_training_state(max_steps, *args, **kwargs)
+        self.state.compute_steps(self.args, max_steps)
+        return progress
+
+    def _load_callback_state(self) -> None:
+        """Give callbacks back what they had counted (early stopping), not their settings: those are this run's."""
+        for callback in self.callback_handler.callbacks:
+            saved = self.state.stateful_callbacks.get(type(callback).__name__)
+            if isinstance(callback, ExportableState) and not isinstance(callback, TrainerControl) and isinstance(saved, dict):
+                for name, value in saved.get("attributes", {}).items():
+                    setattr(callback, name, value)
+
+    def _load_best_model(self) -> None:
+        """As transformers', which leaves an adapter frozen: what trained stays trainable."""
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        super()._load_best_model()
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+    def _issue_warnings_after_load(self, load_result: object) -> None:
+        """A checkpoint that does not fill the whole model is an error, not a log line."""
+        tied = {name for name, _ in _tied_parameters(self.model)}
+        missing = [name for name in load_result.missing_keys if name not in tied]
+        if missing or load_result.unexpected_keys:
+            raise ValueError(
+                f"The checkpoint does not fit the model: {len(missing)} tensors are missing ({', '.join(missing[:3])}), "
+                f"{len(load_result.unexpected_keys)} are unexpected ({', '.join(load_result.unexpected_keys[:3])})"
+            )
+
+
+def checkpoint_bytes(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> int:
+    """About how many bytes a checkpoint takes: the weights that are saved and the optimizer's state."""
+    weights = model.parameters() if not isinstance(model, PeftModel) else get_peft_model_state_dict(model).values()
+    state = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, torch.Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in [*weights, *state])
+
+
+def _tied_parameters(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """The names under which a parameter appears again (a tied head)."""
+    seen: set[int] = set()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in seen:
+            yield name, parameter
+        seen.add(id(parameter))
