@@ -28,7 +28,7 @@ CHATML = (
 BASE = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
-    "intermediate_size": 96,
+    "intermediate_size": 128,  # a multiple of 64: bitsandbytes on a CPU misreads others (see model/cpu_4bit.py)
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -57,7 +57,7 @@ YARN_ROPE = {
     "original_max_position_embeddings": 128,
 }
 GPT_OSS = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16, "intermediate_size": 64}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 
 # family -> (model_type, what it changes in BASE); None drops a key that the family does not have
 FAMILIES: dict[str, tuple[str, dict]] = {
