@@ -74,9 +74,8 @@ def _read_directory(path: Path, split: str) -> Dataset:
     if any(named.values()):
         files = named[split]
     if not files:
-        raise FileNotFoundError(
-            f"The directory {path} has no file for the split {split!r}, only for: {', '.join(k for k, v in named.items() if v)}."
-        )
+        others = ", ".join(name for name, its_files in named.items() if its_files)
+        raise FileNotFoundError(f"The directory {path} has no file for the split {split!r}, only for: {others}.")
     parts = [_read_file(file, split) for file in files]
     for file, part in zip(files, parts, strict=True):
         if part.features != parts[0].features:
@@ -202,7 +201,7 @@ def _kind(value: object) -> str:
             return EMPTY_LIST
         return LIST_OF + inner if inner in ARROW_TYPES else "a list"
     if isinstance(value, int) and abs(value) >= 2**63:
-        return "a whole number beyond 64 bits"
+        raise ValueError(f"The whole number {value} has more than 64 bits, which a table cannot hold: write it as text.")
     return SCALARS[type(value)]
 
 
