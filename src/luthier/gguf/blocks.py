@@ -1,0 +1,99 @@
+"""The plain 32-weight block formats in torch: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, bit for bit what llama.cpp writes.
+
+A quantiser takes float32 ``[G, n]``: G blocks of n weights, and gives uint8 ``[G, bytes of a block]``.
+
+Equal bits need equal roundings. llama.cpp loops over a block in float32 without fused multiply-add, so sums here run over
+the weights in order (`ordered_sum`), never through a reduction whose order torch chooses; the layout inside is
+``[n, G]``, weights first, so that each step of such a sum is one contiguous addition. Constants that divide or are
+divided are tensors: with Python numbers, CUDA multiplies by the reciprocal.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def ordered_sum(terms: torch.Tensor) -> torch.Tensor:
+    """Sum ``[n, G]`` over n, first to last, rounding after each addition."""
+    total = terms[0].clone()
+    for term in terms[1:]:
+        total += term
+    return total
+
+
+def largest(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of ``[n, G]``: the largest magnitude and, with its sign, the first weight that has it, each ``[G]``."""
+    magnitude, value = torch.zeros_like(x[0]), torch.zeros_like(x[0])
+    for row in x:
+        larger = row.abs() > magnitude
+        magnitude = torch.where(larger, row.abs(), magnitude)
+        value = torch.where(larger, row, value)
+    return magnitude, value
+
+
+def ratio(numerator: float, denominator: torch.Tensor) -> torch.Tensor:
+    """``numerator / denominator`` in float32, 0 where the denominator is 0."""
+    zero = denominator == 0
+    quotient = torch.full_like(denominator, numerator) / torch.where(zero, torch.ones_like(denominator), denominator)
+    return torch.where(zero, torch.zeros_like(denominator), quotient)
+
+
+def half_bytes(*values: torch.Tensor) -> torch.Tensor:
+    """float32 ``[G]`` each, as little-endian float16: uint8 ``[G, 2 * len(values)]``."""
+    return torch.stack([value.half() for value in values], 1).view(torch.uint8)
+
+
+def nibbles(codes: torch.Tensor) -> torch.Tensor:
+    """The low 4 bits of uint8 ``[G, 32]``, code i with code i + 16 in one byte: uint8 ``[G, 16]``."""
+    low = codes & 15
+    return low[:, :16] | (low[:, 16:] << 4)
+
+
+def fifth_bits(codes: torch.Tensor) -> torch.Tensor:
+    """Bit 4 of uint8 ``[G, 32]`` codes, 8 to a byte: uint8 ``[G, 4]``."""
+    bits = (codes >> 4).view(-1, 4, 8) << torch.arange(8, dtype=torch.uint8, device=codes.device)
+    return bits.sum(2, dtype=torch.uint8)
+
+
+def quantize_q8_0(x: torch.Tensor) -> torch.Tensor:
+    scale = x.abs().amax(1) / torch.full_like(x[:, 0], 127.0)
+    scaled = x * ratio(1.0, scale)[:, None]
+    # the nearest, halves away from zero: the fraction is exact in float32, where adding 0.5 would not be
+    codes = scaled.trunc() + (scaled.frac().abs() >= 0.5) * scaled.sign()
+    return torch.cat([half_bytes(scale), codes.to(torch.int8).view(torch.uint8)], 1)
+
+
+def _symmetric(x: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale ``[G]`` and codes uint8 ``[G, 32]``: the weight of largest magnitude gets code 0."""
+    _, value = largest(x.t().contiguous())
+    scale = value / torch.full_like(value, -levels / 2)
+    codes = (x * ratio(1.0, scale)[:, None] + (levels / 2 + 0.5)).to(torch.int32).clamp_max_(levels - 1)
+    return scale, codes.to(torch.uint8)
+
+
+def _with_offset(x: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scale and smallest weight ``[G]``, codes uint8 ``[G, 32]``: from the smallest weight to the largest."""
+    low = x.amin(1)
+    scale = (x.amax(1) - low) / torch.full_like(low, levels - 1)
+    codes = ((x - low[:, None]) * ratio(1.0, scale)[:, None] + 0.5).to(torch.int32).clamp_max_(levels - 1)
+    return scale, low, codes.to(torch.uint8)
+
+
+def quantize_q4_0(x: torch.Tensor) -> torch.Tensor:
+    scale, codes = _symmetric(x, 16)
+    return torch.cat([half_bytes(scale), nibbles(codes)], 1)
+
+
+def quantize_q5_0(x: torch.Tensor) -> torch.Tensor:
+    scale, codes = _symmetric(x, 32)
+    return torch.cat([half_bytes(scale), fifth_bits(codes), nibbles(codes)], 1)
+
+
+def quantize_q4_1(x: torch.Tensor) -> torch.Tensor:
+    scale, low, codes = _with_offset(x, 16)
+    return torch.cat([half_bytes(scale, low), nibbles(codes)], 1)
+
+
+def quantize_q5_1(x: torch.Tensor) -> torch.Tensor:
+    scale, low, codes = _with_offset(x, 32)
+    return torch.cat([half_bytes(scale, low), fifth_bits(codes), nibbles(codes)], 1)

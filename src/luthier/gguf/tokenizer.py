@@ -1,0 +1,246 @@
+"""A tokenizer as GGUF metadata, from ``tokenizer.json`` alone.
+
+Two kinds exist in llama.cpp: "gpt2", a byte-level BPE whose text is cut by a regex that llama.cpp knows by name, and
+"llama", SentencePiece's BPE, which merges the pair with the best score. Both are read from the merges of
+tokenizer.json; ``tokenizer.model`` is not needed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from luthier.data.chat import strip_generation_marks
+from luthier.errors import UnsupportedError
+from luthier.gguf.writer import Value
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+SPACE = "▁"  # how SentencePiece writes a space
+SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+
+GPT2 = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_GPT4O_WORDS = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+{0}|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*{0}|"
+)
+_GPT4O_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+# how the text is cut before BPE -> llama.cpp's name of it
+PRE_TOKENIZERS = {
+    (GPT2,): "gpt-2",
+    (r"\p{N}", GPT2): "smollm",
+    (_CONTRACTIONS + r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _REST,): "llama-bpe",
+    (_CONTRACTIONS + r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _REST,): "qwen2",
+    (_GPT4O_WORDS.replace("{0}", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?") + r"\p{N}{1,3}" + _GPT4O_REST,): "gpt-4o",
+    (_GPT4O_WORDS.replace("{0}", "") + r"\p{N}" + _GPT4O_REST,): "tekken",
+}
+
+
+@dataclass
+class Vocabulary:
+    """What ``tokenizer.json`` and its neighbours say, before it is written down for GGUF."""
+
+    tokens: dict[int, str]
+    added: dict[int, dict]
+    merges: list[tuple[str, str]]
+    metadata: dict[str, Value] = field(default_factory=dict)
+
+
+def tokenizer_metadata(directory: str | Path, vocab_size: int) -> dict[str, Value]:
+    """The ``tokenizer.*`` entries for the tokenizer in ``directory`` and a model with ``vocab_size`` embeddings.
+
+    Raises ``FileNotFoundError`` without a tokenizer.json, ``UnsupportedError`` for a kind that is not covered,
+    ``ValueError`` where the tokenizer has more tokens than the model.
+    """
+    directory = Path(directory)
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist. Save the fast tokenizer there: AutoTokenizer.from_pretrained(...).save_pretrained(...)."
+        )
+    state = json.loads(path.read_text("utf8"))
+    kind = state["model"].get("type", "BPE")
+    if kind != "BPE":
+        raise UnsupportedError(f"GGUF export does not cover tokenizers of the kind {kind}, only BPE: {path}.")
+    vocabulary = _read_vocabulary(state)
+    top = max(vocabulary.tokens)
+    if top >= vocab_size:
+        raise ValueError(
+            f"The tokenizer has a token {vocabulary.tokens[top]!r} with the id {top}, but the model has {vocab_size} embeddings."
+            " Resize the model (resize_model_vocab) or save the tokenizer that belongs to it."
+        )
+    write = _byte_level if _is_byte_level(state) else _sentencepiece
+    return write(state, vocabulary, vocab_size) | _special_tokens(directory, path, vocabulary)
+
+
+def _read_vocabulary(state: dict) -> Vocabulary:
+    added = {token["id"]: token for token in state.get("added_tokens") or []}
+    tokens = {i: token for token, i in state["model"]["vocab"].items()} | {i: token["content"] for i, token in added.items()}
+    merges = [tuple(pair.split(" ", 1)) if isinstance(pair, str) else tuple(pair) for pair in state["model"]["merges"]]
+    return Vocabulary(tokens, added, merges)
+
+
+def _parts(component: dict | None) -> Iterator[dict]:
+    """The steps of a normalizer, pre-tokenizer or decoder, sequences unrolled."""
+    if component is None:
+        return
+    if component["type"] != "Sequence":
+        yield component
+        return
+    for key in ("pretokenizers", "normalizers", "decoders", "processors"):
+        for part in component.get(key) or []:
+            yield from _parts(part)
+
+
+def _is_byte_level(state: dict) -> bool:
+    return any(part["type"] == "ByteLevel" for part in _parts(state.get("pre_tokenizer")))
+
+
+def _token_type(i: int, vocabulary: Vocabulary) -> int:
+    if i not in vocabulary.tokens:
+        return UNUSED
+    if i in vocabulary.added:
+        return CONTROL if vocabulary.added[i]["special"] else USER_DEFINED
+    return NORMAL
+
+
+def _byte_level(state: dict, vocabulary: Vocabulary, vocab_size: int) -> dict[str, Value]:
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": _pre_tokenizer(state),
+        "tokenizer.ggml.tokens": [vocabulary.tokens.get(i, f"[PAD{i}]") for i in range(vocab_size)],
+        "tokenizer.ggml.token_type": np.array([_token_type(i, vocabulary) for i in range(vocab_size)], np.int32),
+        # in a merge the space stands between the two halves, so a space in a half is written as byte-level BPE does
+        "tokenizer.ggml.merges": [" ".join(half.replace(" ", "Ġ") for half in pair) for pair in vocabulary.merges],
+    }
+
+
+def _pre_tokenizer(state: dict) -> str:
+    """llama.cpp's name for the way a byte-level tokenizer cuts its text."""
+    if any(part["type"] not in ("NFC",) for part in _parts(state.get("normalizer"))):
+        raise UnsupportedError(f"GGUF export does not cover the normalizer of this tokenizer: {state['normalizer']}.")
+    cuts = []
+    for part in _parts(state["pre_tokenizer"]):
+        if part["type"] == "Split" and "Regex" in part["pattern"] and not part.get("invert"):
+            cuts.append(part["pattern"]["Regex"])
+        elif part["type"] == "Digits" and part["individual_digits"]:
+            cuts.append(r"\p{N}")
+        elif part["type"] == "ByteLevel" and not part["add_prefix_space"]:
+            cuts += [GPT2] if part.get("use_regex", True) else []
+        else:
+            raise UnsupportedError(f"GGUF export does not cover this step of the tokenizer: {part}.")
+    name = PRE_TOKENIZERS.get(tuple(cuts))
+    if name is None:
+        raise UnsupportedError(f"llama.cpp has no name for the way this tokenizer cuts its text: {cuts}.")
+    return _whole_words(name, bool(state["model"].get("ignore_merges")))
+
+
+def _whole_words(name: str, ignore_merges: bool) -> str:
+    """Of two pre-tokenizers with one regex, the one that takes a word in the vocabulary whole, or the one that merges."""
+    return {("llama-bpe", False): "dbrx"}.get((name, ignore_merges), name)
+
+
+def _sentencepiece(state: dict, vocabulary: Vocabulary, vocab_size: int) -> dict[str, Value]:
+    if not state["model"].get("byte_fallback"):
+        raise UnsupportedError("GGUF export does not cover SentencePiece-style tokenizers without byte_fallback.")
+    rank: dict[str, int] = {}
+    for i, (left, right) in enumerate(vocabulary.merges):
+        rank.setdefault(left + right, i)
+    tokens, types, scores = [], [], []
+    for i in range(vocab_size):
+        token, kind, score = vocabulary.tokens.get(i, f"[PAD{i}]"), _token_type(i, vocabulary), 0.0
+        if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+            kind = BYTE
+        elif token == state["model"].get("unk_token"):
+            kind = UNKNOWN
+        elif kind == USER_DEFINED:  # looked for in the text as it is, before spaces are replaced
+            token, score = token.replace(SPACE, " "), -1000.0
+        elif kind == NORMAL:  # the earlier a merge, the better its score; what no merge makes is never preferred
+            score = -float(rank.get(token, len(rank) + i))
+        tokens.append(token)
+        types.append(kind)
+        scores.append(score)
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": np.array(scores, np.float32),
+        "tokenizer.ggml.token_type": np.array(types, np.int32),
+        "tokenizer.ggml.add_space_prefix": _adds_space(state),
+    }
+
+
+def _adds_space(state: dict) -> bool:
+    """Whether a text begins with a space that nobody typed."""
+    steps = [*_parts(state.get("normalizer")), *_parts(state.get("pre_tokenizer"))]
+    for step in steps:
+        if step["type"] not in ("Prepend", "Replace", "Metaspace", "Split"):
+            raise UnsupportedError(f"GGUF export does not cover this step of the tokenizer: {step}.")
+    return any(step["type"] == "Prepend" or step.get("prepend_scheme") in ("first", "always") for step in steps)
+
+
+def _special_tokens(directory: Path, path: Path, vocabulary: Vocabulary) -> dict[str, Value]:
+    """Ids of the special tokens, and whether BOS and EOS are added: asked of the tokenizer itself."""
+    ids = {token: i for i, token in vocabulary.tokens.items()}
+    result: dict[str, Value] = {}
+    named = special_tokens(directory)
+    for key, name in SPECIAL_TOKENS.items():
+        if named.get(key) in ids:
+            result[f"tokenizer.ggml.{name}_token_id"] = ids[named[key]]
+    tokenizer = Tokenizer.from_file(str(path))
+    encoded = tokenizer.encode("a").ids
+    result["tokenizer.ggml.add_bos_token"] = encoded[:1] == [ids.get(named.get("bos_token"))]
+    result["tokenizer.ggml.add_eos_token"] = encoded[-1:] == [ids.get(named.get("eos_token"))]
+    return result
+
+
+def special_tokens(directory: str | Path) -> dict[str, str]:
+    """The named special tokens (``bos_token``, ``eos_token``...) of the tokenizer in ``directory``."""
+    named: dict[str, str] = {}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        path = Path(directory) / file
+        if path.is_file():
+            for key, token in json.loads(path.read_text("utf8")).items():
+                content = token.get("content") if isinstance(token, dict) else token
+                if key.endswith("_token") and isinstance(content, str):
+                    named[key] = content
+    return named
+
+
+def chat_templates(directory: str | Path) -> dict[str, str]:
+    """The Jinja chat templates in ``directory`` by name, ``"default"`` first; empty without one."""
+    directory = Path(directory)
+    templates: dict[str, str] = {}
+    config = directory / "tokenizer_config.json"
+    if config.is_file():
+        stored = json.loads(config.read_text("utf8")).get("chat_template")
+        if isinstance(stored, str):
+            templates["default"] = stored
+        elif isinstance(stored, list):
+            templates |= {entry["name"]: entry["template"] for entry in stored}
+    if (directory / "chat_template.jinja").is_file():
+        templates["default"] = (directory / "chat_template.jinja").read_text("utf8")
+    for file in sorted((directory / "additional_chat_templates").glob("*.jinja")):
+        templates[file.stem] = file.read_text("utf8")
+    return templates
+
+
+def chat_metadata(directory: str | Path) -> dict[str, Value]:
+    """The chat templates as they render, without the marks that only training needs."""
+    result: dict[str, Value] = {}
+    templates = chat_templates(directory)
+    for name, jinja in templates.items():
+        key = "tokenizer.chat_template" + ("" if name == "default" else f".{name}")
+        result[key] = strip_generation_marks(jinja)
+    others = [name for name in templates if name != "default"]
+    if others:
+        result["tokenizer.chat_templates"] = others
+    return result

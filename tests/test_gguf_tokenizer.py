@@ -1,0 +1,158 @@
+"""Exported tokenizers against the originals, with llama.cpp doing the tokenising."""
+
+import json
+
+import pytest
+import tiny
+from gguf_tokenizers import byte_level, difficult_lines, sentencepiece
+from llama_oracle import Llama
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from luthier.errors import UnsupportedError
+from luthier.gguf import GGUFFile, convert_to_gguf
+from luthier.gguf.tokenizer import tokenizer_metadata
+
+VOCAB = 1024
+TEMPLATE = "{%- for m in messages -%}\n  {{- m.role }}: {%- if m.role == 'assistant' -%}{%- generation -%}{{- m.content }}é{%- endgeneration -%}{%- endif -%}\n{%- endfor -%}\n"  # noqa: E501
+
+
+def save_tokenizer(tokenizer, directory, **options):
+    bos = "<|bos|>" if tokenizer.token_to_id("<|bos|>") is not None else "<s>"
+    options = {"bos_token": bos, "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", **options}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)
+    fast.save_pretrained(directory)
+    return fast
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory):
+    """A function: a tokenizer with a small model around it -> its GGUF file."""
+    model_dir = tmp_path_factory.mktemp("model")
+    config = tiny.tiny_config("qwen3")
+    config.vocab_size = VOCAB
+    AutoModelForCausalLM.from_config(config).save_pretrained(model_dir)
+
+    def convert(tokenizer, chat_template=None, **options):
+        directory = tmp_path_factory.mktemp("tokenizer")
+        for file in ("config.json", "model.safetensors"):
+            (directory / file).symlink_to(model_dir / file)
+        save_tokenizer(tokenizer, directory, chat_template=chat_template, **options)
+        return convert_to_gguf(directory, directory / "x.gguf", "q8_0")[0]
+
+    return convert
+
+
+def differences(tokenizer, file, lines):
+    with Llama(file) as llama:
+        found = {line: llama.tokenize(line) for line in lines}
+    return [(line, tokenizer.encode(line).ids, found[line]) for line in lines if found[line] != tokenizer.encode(line).ids]
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2", "gpt-4o", "tekken"])
+def test_byte_level_tokens_are_equal(pre, export):
+    tokenizer = byte_level(pre)
+    assert differences(tokenizer, export(tokenizer), difficult_lines()) == []
+
+
+def test_whole_words_and_bos(export):
+    """Llama 3: words that are in the vocabulary are taken whole, and every text begins with BOS."""
+    tokenizer = byte_level("llama-bpe", ignore_merges=True, bos=True)
+    file = export(tokenizer)
+    assert GGUFFile(file).metadata["tokenizer.ggml.pre"] == "llama-bpe"
+    assert differences(tokenizer, file, difficult_lines()) == []
+
+
+@pytest.mark.parametrize("style", ["llama", "gemma"])
+def test_sentencepiece_tokens_are_equal(style, export):
+    tokenizer = sentencepiece(style)
+    assert differences(tokenizer, export(tokenizer), difficult_lines()) == []
+
+
+def test_sentencepiece_with_metaspace(export):
+    """llama.cpp puts a space before any text that does not begin with a special token; this one not before a space."""
+    tokenizer = sentencepiece("mistral")
+    lines = [line for line in difficult_lines() if not line.startswith(" ") and "<" not in line]
+    assert len(lines) > 150
+    assert differences(tokenizer, export(tokenizer), lines) == []
+
+
+def test_special_tokens(export):
+    tokenizer = byte_level(bos=True)
+    file = export(tokenizer, chat_template=TEMPLATE)
+    with Llama(file) as llama:
+        assert [llama.special(name) for name in ("bos", "eos", "pad")] == [1, 2, 2]
+        assert llama.adds_bos() and llama.ends_generation(2) and not llama.ends_generation(1)
+        assert llama.vocab_size == VOCAB
+        assert llama.tokenize("<|bos|>", special=False) == [1] and llama.tokenize("<tool>", special=False) == [800]
+    metadata = GGUFFile(file).metadata
+    assert metadata["tokenizer.ggml.tokens"][-1] == f"[PAD{VOCAB - 1}]"
+    assert metadata["tokenizer.ggml.token_type"][[0, 5, 800, VOCAB - 1]].tolist() == [3, 1, 4, 5]
+    assert not metadata["tokenizer.ggml.add_eos_token"]
+
+
+def test_no_bos_is_added_where_the_tokenizer_adds_none(export):
+    with Llama(export(byte_level())) as llama:
+        assert not llama.adds_bos()
+
+
+def test_the_chat_template_is_embedded_as_it_renders(export):
+    file = export(byte_level(), chat_template=TEMPLATE)
+    with Llama(file) as llama:
+        embedded = llama.chat_template()
+    assert "generation" not in embedded
+    fast = PreTrainedTokenizerFast(tokenizer_object=byte_level())
+    messages = [{"role": "user", "content": " hi \n"}, {"role": "assistant", "content": "ho"}]
+    render = [fast.apply_chat_template(messages, chat_template=text, tokenize=False) for text in (TEMPLATE, embedded)]
+    assert render[0] == render[1]
+
+
+def test_named_templates_are_embedded_too(export):
+    file = export(byte_level(), chat_template={"default": "{{ messages }}", "tool_use": "{{ tools }}"})
+    metadata = GGUFFile(file).metadata
+    assert metadata["tokenizer.chat_template"] == "{{ messages }}"
+    assert metadata["tokenizer.chat_template.tool_use"] == "{{ tools }}"
+    assert metadata["tokenizer.chat_templates"] == ["tool_use"]
+
+
+def test_special_tokens_of_older_files(tmp_path):
+    """bos_token as a dictionary, and the special tokens in a file of their own."""
+    save_tokenizer(byte_level(), tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<|im_end|>"}}))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<|bos|>", "eos_token": "<|endoftext|>"}))
+    metadata = tokenizer_metadata(tmp_path, VOCAB)
+    assert metadata["tokenizer.ggml.eos_token_id"] == 4 and metadata["tokenizer.ggml.bos_token_id"] == 1
+
+
+def test_more_tokens_than_embeddings_are_refused(tmp_path):
+    save_tokenizer(byte_level(), tmp_path)
+    with pytest.raises(ValueError, match="'</tool>' with the id 801, but the model has 700 embeddings"):
+        tokenizer_metadata(tmp_path, 700)
+
+
+def broken(change):
+    state = json.loads(byte_level().to_str())
+    change(state)
+    return state
+
+
+@pytest.mark.parametrize(
+    "state, message",
+    [
+        (json.loads(Tokenizer(models.Unigram([("a", 0.0)], 0, False)).to_str()), "kind Unigram"),
+        (json.loads(Tokenizer(models.WordPiece({"a": 0})).to_str()), "kind WordPiece"),
+        (broken(lambda s: s["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex=r"\w+")), "no name for the way.*w"),
+        (broken(lambda s: s["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True)), "add_prefix_space"),
+        (broken(lambda s: s.update(normalizer={"type": "Lowercase"})), "normalizer.*Lowercase"),
+        (broken(lambda s: s.update(pre_tokenizer={"type": "Whitespace"})), "without byte_fallback"),
+    ],
+)
+def test_other_tokenizers_are_refused_by_name(state, message, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    with pytest.raises(UnsupportedError, match=message):
+        tokenizer_metadata(tmp_path, VOCAB)
+
+
+def test_a_directory_without_tokenizer_json(tmp_path):
+    with pytest.raises(FileNotFoundError, match="tokenizer.json does not exist"):
+        tokenizer_metadata(tmp_path, VOCAB)
