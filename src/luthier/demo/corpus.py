@@ -7,6 +7,8 @@ which arguments must a caller give, and which may be left out?
 from __future__ import annotations
 
 import ast
+import builtins
+import keyword
 import random
 import re
 import sysconfig
@@ -16,6 +18,8 @@ from pathlib import Path
 
 import pydoc_data.topics
 
+IDENTIFIER = re.compile(r"\b[A-Za-z_][A-Za-z_0-9]{2,}\b")
+KEPT_WORDS = {*keyword.kwlist, *dir(builtins), "self", "cls"}
 QUESTION = "Which arguments does this function take?\n\n{code}"
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "pydoc_data", "encodings", "lib2to3", "__phello__"}
 
@@ -37,6 +41,26 @@ def modules() -> Iterator[tuple[str, str]]:
 def documents() -> list[str]:
     """Pretraining documents: modules that are not held out, and the topics of the language reference."""
     return [text for name, text in modules() if not held_out(name)] + list(pydoc_data.topics.topics.values())
+
+
+def renamed(text: str, names: list[str], generator: random.Random) -> str:
+    """``text`` with each of its identifiers replaced, everywhere alike, by a random one of ``names``.
+
+    A small model that reads the same text many times learns it by heart; one that finds other names in it each time
+    has to learn to look them up where they were introduced.
+    """
+    chosen: dict[str, str] = {}
+
+    def other(match: re.Match) -> str:
+        word = match.group()
+        return word if word in KEPT_WORDS else chosen.setdefault(word, generator.choice(names))
+
+    return IDENTIFIER.sub(other, text)
+
+
+def identifiers(texts: list[str]) -> list[str]:
+    """The distinct identifiers of ``texts``, sorted."""
+    return sorted({word for text in texts for word in IDENTIFIER.findall(text)} - KEPT_WORDS)
 
 
 def chat_rows(held: bool, limit: int, seed: int = 0) -> list[dict]:

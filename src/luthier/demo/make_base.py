@@ -9,21 +9,32 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import random
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from luthier.demo.corpus import documents
+from luthier.demo.corpus import documents, identifiers, renamed
 
 PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 VOCABULARY = 4096
-RECIPE = {"steps": 3000, "batch": 64, "length": 512, "learning_rate": 2e-3, "warmup": 100, "weight_decay": 0.1, "seed": 3407}
+RECIPE = {
+    "steps": 1500,
+    "batch": 64,
+    "length": 512,
+    "learning_rate": 2e-3,
+    "warmup": 100,
+    "weight_decay": 0.1,
+    "renamed_share": 0.75,  # of the documents in each pass, see corpus.renamed
+    "seed": 3407,
+}
 
 
 def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -68,10 +79,23 @@ def token_stream(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.
     return torch.tensor([token for row in encoded for token in row], dtype=torch.int32)
 
 
-def pretrain(model: LlamaForCausalLM, stream: torch.Tensor, steps: int, device: str) -> list[tuple[int, float]]:
-    """Train in place on random windows of ``stream``; returns (step, mean loss since the last entry)."""
-    recipe = RECIPE | {"steps": steps}
-    generator = torch.Generator().manual_seed(recipe["seed"])
+def batches(tokenizer: PreTrainedTokenizerFast, texts: list[str], steps: int) -> Iterator[torch.Tensor]:
+    """``steps`` batches int64[batch, length]; each pass over the documents renames a share of them anew."""
+    generator, names = random.Random(RECIPE["seed"]), identifiers(texts)
+    size, left = RECIPE["batch"] * RECIPE["length"], steps
+    while left:
+        order = generator.sample(texts, len(texts))
+        changed = [renamed(text, names, generator) if generator.random() < RECIPE["renamed_share"] else text for text in order]
+        stream = token_stream(tokenizer, changed)
+        rows = stream[: len(stream) // size * size].view(-1, RECIPE["length"])
+        for batch in rows[torch.randperm(len(rows))].split(RECIPE["batch"])[:left]:
+            yield batch.long()
+            left -= 1
+
+
+def pretrain(model: LlamaForCausalLM, data: Iterator[torch.Tensor], steps: int, device: str) -> list[tuple[int, float]]:
+    """Train in place on ``data``; returns (step, mean loss since the last entry)."""
+    recipe = RECIPE
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() == 1]
     optimizer = torch.optim.AdamW(
@@ -83,10 +107,8 @@ def pretrain(model: LlamaForCausalLM, stream: torch.Tensor, steps: int, device: 
         optimizer, recipe["learning_rate"], total_steps=steps, pct_start=recipe["warmup"] / max(steps, 200), final_div_factor=1000
     )
     history, losses = [], []
-    window = torch.arange(recipe["length"])
-    for step in range(1, steps + 1):
-        starts = torch.randint(len(stream) - recipe["length"], (recipe["batch"], 1), generator=generator)
-        ids = stream[starts + window].long().to(device)
+    for step, ids in enumerate(data, start=1):
+        ids = ids.to(device)
         with torch.autocast(device, dtype=torch.bfloat16, enabled=device != "cpu"):
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
@@ -111,15 +133,14 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     texts = documents()
     tokenizer = make_tokenizer(texts)
-    stream = token_stream(tokenizer, texts)
     model = make_model().to(device)
     started = time.monotonic()
-    history = pretrain(model, stream, arguments.steps, device)
+    history = pretrain(model, batches(tokenizer, texts, arguments.steps), arguments.steps, device)
     model.to(torch.bfloat16).save_pretrained(arguments.output)
     tokenizer.save_pretrained(arguments.output)
     record = {
         "recipe": RECIPE | {"steps": arguments.steps},
-        "corpus": {"python": platform.python_version(), "documents": len(texts), "tokens": len(stream)},
+        "corpus": {"python": platform.python_version(), "documents": len(texts), "tokens": len(token_stream(tokenizer, texts))},
         "parameters": model.num_parameters(),
         "seconds": round(time.monotonic() - started, 1),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
