@@ -1,0 +1,9 @@
+# Thin names for run.py. PYTHON=python3 SETUP=0 uses that interpreter and installs nothing.
+PYTHON ?= python3
+SETUP ?= 1
+export SETUP
+
+demo test test-newest lint bench docs:
+	$(PYTHON) run.py $@ $(ARGS)
+
+.PHONY: demo test test-newest lint bench docs
