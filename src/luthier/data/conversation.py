@@ -122,11 +122,8 @@ def _message(message: object, number: int, exact: bool) -> Message:
         return {"role": role, "content": "", "tool_calls": [_function_call(content, number)]}
     if "tool_calls" in message and not exact:
         message["tool_calls"] = _without_none(message["tool_calls"])
-    return {
-        "role": role,
-        "content": _content(content, f"message {number} ({role})", bool(message.get("tool_calls"))),
-        **message,
-    }
+    content = _content(content, f"message {number} ({role})", has_calls=bool(message.get("tool_calls")))
+    return {"role": role, "content": content, **message}
 
 
 def _content(content: object, place: str, has_calls: bool) -> str | list[Any]:

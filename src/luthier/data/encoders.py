@@ -5,6 +5,7 @@ They return None for a row whose answers are all empty: trained on, it would tea
 
 from __future__ import annotations
 
+import os.path
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -68,9 +69,7 @@ def _encode_completion(row: Row, tokenizer: Any, everything: bool) -> Encoded | 
     """``prompt`` and ``completion`` as one text; a token with a character of the completion trains."""
     for name in ("prompt", "completion"):
         if not isinstance(row[name], str):
-            raise ValueError(
-                f"it has no answer: {name!r} is missing" if row[name] is None else f"{name!r} is {shown(row[name])}"
-            )
+            raise ValueError(f"{name!r} must be text in every row, as in the first, but is {shown(row[name])}")
     if not row["completion"].strip():
         return None
     ids, ends = _tokens(row["prompt"] + row["completion"], "prompt", tokenizer)
@@ -87,9 +86,7 @@ def _encode_conversation(row: Row, tokenizer: Any, source: tuple[str, ...], exac
     ids, trained = encode(tokenizer, messages, **options)
     if len(source) == 2 and isinstance(row[source[0]], list):  # answers in the prompt are a part of the question
         question, _ = encode(tokenizer, messages[: len(messages) - len(row[source[1]])], **options)
-        same = next(
-            (place for place, (one, other) in enumerate(zip(question, ids, strict=False)) if one != other), len(question)
-        )
+        same = len(os.path.commonprefix([question, ids]))
         trained = [False] * same + trained[same:]
     return ids, ids if everything else [token if train else IGNORED for token, train in zip(ids, trained, strict=True)]
 

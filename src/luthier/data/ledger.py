@@ -34,9 +34,8 @@ class Ledger:
     def __post_init__(self) -> None:
         assert self.rows_in == self.trained + self.dropped.total(), f"rows are unaccounted for: {self}"
         assert self.trained <= self.trained_tokens <= self.tokens, f"a row trains without a token: {self}"
-        assert self.longest <= min(self.tokens, self.longest_in) and self.truncated <= self.trained, (
-            f"impossible counts: {self}"
-        )
+        assert self.longest <= min(self.tokens, self.longest_in), f"impossible lengths: {self}"
+        assert self.truncated <= self.trained, f"more rows truncated than there are: {self}"
 
     @classmethod
     def count(
@@ -44,9 +43,15 @@ class Ledger:
     ) -> Ledger:
         """The ledger of the rows that were kept (their ``lengths`` and ``trained`` tokens) and those that were dropped."""
         dropped = Counter({reason: rows for reason, rows in dropped.items() if rows})
-        rows = len(lengths)
         return cls(
-            rows + dropped.total(), rows, dropped, sum(lengths), sum(trained), max(lengths, default=0), longest_in, truncated
+            rows_in=len(lengths) + dropped.total(),
+            trained=len(lengths),
+            dropped=dropped,
+            tokens=sum(lengths),
+            trained_tokens=sum(trained),
+            longest=max(lengths, default=0),
+            longest_in=longest_in,
+            truncated=truncated,
         )
 
     @property
@@ -93,12 +98,6 @@ class Ledger:
         rows = [("rows in", f"{self.rows_in:,}"), ("rows that train", f"{self.trained:,}")]
         rows += [(f"dropped: {reason}", f"{count:,}") for reason, count in self.dropped.most_common()]
         rows += [("truncated", f"{self.truncated:,}")] if self.truncated else []
-        rows += [
-            ("tokens", f"{self.tokens:,}"),
-            ("tokens that train", f"{self.trained_tokens:,} ({self.trained_share:.1%})"),
-            (
-                "longest row",
-                f"{self.longest:,} tokens" + (f" (as it came: {self.longest_in:,})" if self.longest != self.longest_in else ""),
-            ),
-        ]
+        rows += [("tokens", f"{self.tokens:,}"), ("tokens that train", f"{self.trained_tokens:,} ({self.trained_share:.1%})")]
+        rows += [("longest row that trains", f"{self.longest:,} tokens"), ("longest row in", f"{self.longest_in:,} tokens")]
         terminal.table(title, ("", "count"), rows)

@@ -13,6 +13,7 @@ from itertools import accumulate
 from typing import Any
 
 from luthier.data.chat import template_parts
+from luthier.data.pieces import Pieces
 
 IGNORED = -100
 SHOWN_CHARACTERS = 600
@@ -98,8 +99,7 @@ class ResponseMask:
             )
         self.instruction_part, self.response_part = instruction_part, response_part
         self.stop_tokens = tuple(dict.fromkeys(filter(None, stops)))
-        self._pieces: dict[int, str] = {}
-        self._anchor = self.tokenizer.encode("a", add_special_tokens=False)[-1:]
+        self.pieces = Pieces(self.tokenizer)
         pad = [re.escape(self.tokenizer.pad_token)] if self.tokenizer.pad_token else []
         self.markers = Markers(
             response=re.compile(f"(?:{self._marker(response_part)}){EMPTY_THOUGHT}"),
@@ -113,21 +113,6 @@ class ResponseMask:
 
     def __call__(self, input_ids: Sequence[int]) -> list[int]:
         return mask_non_responses(input_ids, self.pieces(input_ids), self.markers, self.last_response_only)
-
-    def pieces(self, input_ids: Sequence[int]) -> list[str]:
-        """The text of each token, special ones included."""
-        known = self._pieces
-        for token in set(input_ids) - known.keys():
-            known[token] = self._piece(token)
-        return [known[token] for token in input_ids]
-
-    def _piece(self, token: int) -> str:
-        # behind another token, since a sentencepiece decoder drops the space before the first word
-        alone, behind = self._decode(self._anchor), self._decode([*self._anchor, token])
-        return behind[len(alone) :] if behind.startswith(alone) else self._decode([token])
-
-    def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def _marker(self, part: str) -> str:
         """The pattern of a marker: as written; as the tokenizer spells it; with more or less space between its words.
