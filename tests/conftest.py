@@ -1,5 +1,3 @@
-"""What every test needs before it imports transformers."""
+"""What every test needs before it imports transformers: see luthier/model/torchvision_repair.py."""
 
-from luthier.model.torchvision_repair import repair_torchvision
-
-repair_torchvision()
+import luthier.model  # noqa: F401

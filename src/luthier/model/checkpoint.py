@@ -198,11 +198,8 @@ def check_adapter(directory: Path) -> None:
     """Check that an adapter directory has its weights, whole, and no competing full model."""
     weights = directory / ADAPTER_WEIGHTS
     if not weights.exists():
-        raise FileNotFoundError(
-            _no_weights(directory)
-            if list(directory.glob("adapter_model.*"))
-            else f"{directory} has no {ADAPTER_WEIGHTS}. Save the adapter again."
-        )
+        pickled = any(directory.glob("adapter_model.bin"))
+        raise FileNotFoundError(_no_weights(directory) if pickled else f"{directory} has no {ADAPTER_WEIGHTS}: save it again.")
     read_header(weights)
     if (directory / "config.json").exists() and ((directory / SINGLE).exists() or (directory / INDEX).exists()):
         base = base_of_adapter(directory)

@@ -210,9 +210,7 @@ class ExpertsLora(ParamWrapper):
             experts.lora_factors.pop(self.parameter_name, None)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise UnsupportedError(
-            "An adapter cannot be merged into 4-bit experts in place: use model.save_pretrained_merged(...)."
-        )
+        raise UnsupportedError("4-bit experts cannot take an adapter in place: use model.save_pretrained_merged(...).")
 
 
 ExpertsLora.__name__ = "ParamWrapper"  # peft recognises its own wrapper, when it adds an adapter, by this name

@@ -38,7 +38,7 @@ def choose_precision(
     """The one precision asked for; NF4 if none was. Two of them are a ``ValueError``."""
     if load_in_fp8:
         raise UnsupportedError(
-            "load_in_fp8=True is not in this version. Use load_in_4bit=True (smallest), load_in_8bit=True or load_in_16bit=True."
+            "load_in_fp8=True is not in this version. Allowed: load_in_4bit (the smallest), load_in_8bit or load_in_16bit."
         )
     if full_finetuning and (load_in_4bit or load_in_8bit):
         quantised = "load_in_4bit" if load_in_4bit else "load_in_8bit"

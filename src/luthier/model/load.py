@@ -1,0 +1,384 @@
+"""Loading: a name or directory becomes a model that is ready to train, and its tokenizer."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+from luthier.errors import UnsupportedError, unknown
+from luthier.model import checkpoint
+from luthier.model.checkpointing import checkpointing_mode
+from luthier.model.cpu_4bit import repair_cpu_4bit
+from luthier.model.experts import expert_stacks
+from luthier.model.lora import attach_adapter
+from luthier.model.precision import Precision, choose_dtype, choose_precision, quantisation
+from luthier.model.rope import scale_positions
+from luthier.model.tokenizer import load_tokenizer, repair_tokenizer
+from luthier.model.vocab import resize_embeddings
+
+COMPUTE = ("bf16", "fp8-backward", "fp8")
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only")
+MODEL_OPTIONS = (
+    "experts_implementation",
+    "ignore_mismatched_sizes",
+    "key_mapping",
+    "low_cpu_mem_usage",
+    "max_memory",
+    "offload_buffers",
+    "offload_folder",
+    "quantization_config",
+    "subfolder",
+    "torch_dtype",
+    "use_safetensors",
+)
+TEXT_PREFIXES = ("model.language_model.", "language_model.model.", "language_model.")
+
+
+@dataclass
+class LoadInfo:
+    """How a model was loaded: its attribute ``luthier``, which a PeftModel around it shows too."""
+
+    model_name: str  # as given
+    base_name: str  # Hub name, or absolute path, of the base model
+    base_path: Path  # the directory that its weights were read from
+    max_seq_length: int
+    precision: Precision | str  # nf4, int8, 16bit, full, or how the checkpoint itself is quantised: "bitsandbytes", "gptq" ...
+    dtype: torch.dtype
+    dtype_given: bool = False
+    revision: str | None = None
+    trust_remote_code: bool = False
+    text_only: bool = False
+    use_gradient_checkpointing: bool | str = "auto"
+    memory_budget: float | None = None
+    compute: str = "bf16"
+    fast_inference: bool = False
+    gpu_memory_utilization: float = 0.5
+    float8_kv_cache: bool = False
+    max_lora_rank: int = 64
+    random_state: int = 3407
+    key_mapping: dict[str, str] = field(default_factory=dict)  # checkpoint prefix -> model prefix, of a text-only load
+
+
+def load_model(
+    model_name: str | Path,
+    max_seq_length: int = 2048,
+    dtype: torch.dtype | str | None = None,
+    load_in_4bit: bool | None = None,
+    load_in_8bit: bool = False,
+    load_in_16bit: bool = False,
+    load_in_fp8: bool = False,
+    full_finetuning: bool = False,
+    device_map: str | dict | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    rope_scaling: dict | None = None,
+    fix_tokenizer: bool = True,
+    resize_model_vocab: int | None = None,
+    use_gradient_checkpointing: bool | str = "auto",
+    memory_budget: float | None = None,
+    compute: str = "bf16",
+    attn_implementation: str | None = None,
+    fast_inference: bool = False,
+    gpu_memory_utilization: float = 0.5,
+    float8_kv_cache: bool = False,
+    max_lora_rank: int = 64,
+    random_state: int = 3407,
+    text_only: bool = False,
+    **hf_kwargs: object,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a text model and its tokenizer; an adapter directory gives its base with the adapter attached, trainable.
+
+    The arguments are those of ``FastLanguageModel.from_pretrained``. Everything that can be wrong with them or with the
+    files is an error before a weight is read.
+    """
+    # 1. The arguments
+    precision = choose_precision(load_in_4bit, load_in_8bit, load_in_16bit, load_in_fp8, full_finetuning)
+    precision_given = load_in_4bit is not None or precision != "nf4"
+    check_options(hf_kwargs, max_seq_length, memory_budget, compute, gpu_memory_utilization, max_lora_rank, resize_model_vocab)
+    if "torch_dtype" in hf_kwargs:
+        if dtype is not None:
+            raise ValueError(f"dtype={dtype} and torch_dtype={hf_kwargs['torch_dtype']} were given: leave torch_dtype out.")
+        dtype = hf_kwargs.pop("torch_dtype")
+    compute_dtype = choose_dtype(dtype)
+
+    # 2. The files
+    hub = {name: hf_kwargs.pop(name) for name in HUB_OPTIONS if name in hf_kwargs}
+    source = find_files(model_name, hf_kwargs.pop("subfolder", None), revision=revision, token=token, **hub)
+
+    # 3. The config
+    config = read_config(source.base, trust_remote_code)
+    config, key_mapping = text_config(config, source.checkpoint, model_name, text_only)
+    require_causal_lm(config, source.base)
+    scale_positions(config, max_seq_length, rope_scaling)
+    hf_kwargs |= {"key_mapping": key_mapping} if key_mapping else {}
+
+    info = LoadInfo(
+        model_name=str(model_name),
+        base_name=source.base_name,
+        base_path=source.base,
+        max_seq_length=max_seq_length,
+        precision=precision,
+        dtype=compute_dtype,
+        dtype_given=dtype not in (None, "auto"),
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        text_only=text_only,
+        use_gradient_checkpointing=checkpointing_mode(use_gradient_checkpointing),
+        memory_budget=memory_budget,
+        compute=compute,
+        fast_inference=fast_inference,
+        gpu_memory_utilization=gpu_memory_utilization,
+        float8_kv_cache=float8_kv_cache,
+        max_lora_rank=max_lora_rank,
+        random_state=random_state,
+        key_mapping=key_mapping,
+    )
+
+    # 4. Tokenizer, weights, adapter
+    tokenizer = load_tokenizer(source.tokenizer, trust_remote_code)
+    options = {"device_map": device_map, "attn_implementation": attn_implementation, **hf_kwargs}
+    model = load_weights(AutoModelForCausalLM, config, info, precision_given, options)
+    with torch.random.fork_rng():
+        torch.manual_seed(random_state)
+        if resize_model_vocab is not None:
+            resize_embeddings(model, resize_model_vocab)
+        if fix_tokenizer:
+            tokenizer = announce_repairs(*repair_tokenizer(tokenizer, model))
+        if source.adapter is not None:
+            model = attach_adapter(model, source.adapter)
+    return model, tokenizer
+
+
+def check_options(
+    hf_kwargs: dict,
+    max_seq_length: int,
+    memory_budget: float | None,
+    compute: str,
+    gpu_memory_utilization: float,
+    max_lora_rank: int,
+    resize_model_vocab: int | None,
+) -> None:
+    """The arguments whose value alone says that they are wrong."""
+    allowed = {*HUB_OPTIONS, *MODEL_OPTIONS, *inspect.signature(load_model).parameters} - {"hf_kwargs"}
+    for name in hf_kwargs:
+        if name not in allowed:
+            raise unknown("argument", name, allowed)
+    if hf_kwargs.get("use_safetensors") is False:
+        raise ValueError("use_safetensors=False would read pickle, and that can run code. Leave it out.")
+    counts = {"max_seq_length": max_seq_length, "max_lora_rank": max_lora_rank, "resize_model_vocab": resize_model_vocab}
+    for name, value in counts.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise TypeError(f"{name} must be a whole number, not {value!r}.")
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}: it must be at least 1.")
+    if memory_budget is not None and memory_budget <= 0:
+        raise ValueError(f"memory_budget is {memory_budget}: give a number of GiB above 0, or leave it out.")
+    if not 0 < gpu_memory_utilization <= 1:
+        raise ValueError(f"gpu_memory_utilization is {gpu_memory_utilization}: it must be above 0 and at most 1.")
+    if compute not in COMPUTE:
+        raise unknown("compute", compute, COMPUTE)
+    if compute != "bf16":
+        raise UnsupportedError(f"compute={compute!r} is not in this version. Use compute='bf16', which is exact.")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The directories that a model comes from, checked."""
+
+    base: Path
+    base_name: str
+    checkpoint: checkpoint.Checkpoint
+    adapter: Path | None
+    tokenizer: Path
+
+
+def find_files(name: str | Path, subfolder: str | None = None, **hub: object) -> Source:
+    """Find the base model, adapter and tokenizer that ``name`` stands for, and check their weight files."""
+    directory = checkpoint.locate(name, **hub)
+    if subfolder is not None:
+        directory = directory / subfolder
+        if not directory.is_dir():
+            raise FileNotFoundError(f"{name} has no folder {subfolder!r}. Leave subfolder out, or name one that it has.")
+    is_hub = not Path(name).expanduser().exists()
+    if not checkpoint.is_adapter(directory):
+        base_name = str(name) if is_hub else str(directory)
+        if not (directory / "config.json").exists():
+            raise FileNotFoundError(
+                f"{name} has neither config.json nor {checkpoint.ADAPTER_CONFIG}: it is no model and no adapter. "
+                "Give the directory that save_pretrained wrote."
+            )
+        return Source(directory, base_name, checkpoint.open_checkpoint(directory), None, directory)
+    checkpoint.check_adapter(directory)
+    base_name = checkpoint.base_of_adapter(directory)
+    local = Path(base_name).expanduser()
+    if local.is_absolute() and not local.exists():
+        raise FileNotFoundError(
+            f"The adapter {directory} belongs to the base model {base_name}, which no longer exists. Put it back, or write its "
+            f"new place into 'base_model_name_or_path' of {directory / checkpoint.ADAPTER_CONFIG}."
+        )
+    hub["revision"] = checkpoint.read_json(directory / checkpoint.ADAPTER_CONFIG).get("revision")
+    base = checkpoint.locate(base_name, **hub)
+    base_name = str(base) if local.exists() else base_name
+    tokenizer = directory if (directory / "tokenizer_config.json").exists() else base
+    return Source(base, base_name, checkpoint.open_checkpoint(base), directory, tokenizer)
+
+
+def read_config(directory: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The config of a checkpoint directory; broken JSON and an unknown architecture are ``ValueError``."""
+    raw = checkpoint.read_json(directory / "config.json")
+    model_type = raw.get("model_type")
+    if model_type not in CONFIG_MAPPING_NAMES and not (trust_remote_code and "auto_map" in raw):
+        own_code = "auto_map" in raw
+        remedy = (
+            "It brings its own code: read it, and if you trust it pass trust_remote_code=True."
+            if own_code
+            else "A newer transformers may know it: pip install -U transformers."
+        )
+        raise ValueError(
+            f"{directory / 'config.json'} describes an unknown architecture, model_type {model_type!r}. {remedy} "
+            "docs/architectures.md lists the families that are tested."
+        )
+    return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+
+
+def is_vision(config: PreTrainedConfig) -> bool:
+    return getattr(config, "vision_config", None) is not None
+
+
+def text_config(
+    config: PreTrainedConfig, files: checkpoint.Checkpoint, name: str | Path, text_only: bool
+) -> tuple[PreTrainedConfig, dict[str, str]]:
+    """What of a config a language model is made from -> (config, prefixes of the checkpoint that become ``model.``)."""
+    if not is_vision(config):
+        return config, {}
+    if not text_only:
+        raise ValueError(
+            f"{name} is a vision model ({config.model_type}): load it with FastVisionModel, or its language part alone with "
+            "text_only=True."
+        )
+    text = config.get_text_config()
+    if type(text) not in AutoModelForCausalLM._model_mapping:
+        raise UnsupportedError(
+            f"transformers has no text-only class for {config.model_type}: use FastVisionModel, which trains on text too."
+        )
+    text = type(text).from_dict(text.to_dict())
+    text.tie_word_embeddings = getattr(config, "tie_word_embeddings", text.tie_word_embeddings)
+    prefix = next((prefix for prefix in TEXT_PREFIXES if any(name.startswith(prefix) for name in files.files)), "")
+    mapping = {f"^{prefix}".replace(".", r"\."): "model."} if prefix else {}
+    if any(name.startswith("language_model.lm_head.") for name in files.files):
+        mapping = {r"^language_model\.lm_head\.": "lm_head.", **mapping}
+    return text, mapping
+
+
+def require_causal_lm(config: PreTrainedConfig, directory: Path) -> None:
+    custom = getattr(config, "auto_map", None) or {}
+    if type(config) not in AutoModelForCausalLM._model_mapping and "AutoModelForCausalLM" not in custom:
+        raise ValueError(
+            f"{directory} is a {config.model_type!r} model, which is not a language model that generates text. "
+            "Give a causal language model."
+        )
+
+
+def load_weights(
+    auto_class: type, config: PreTrainedConfig, info: LoadInfo, precision_given: bool, options: dict
+) -> PreTrainedModel:
+    """Read the weights of ``info.base_path`` in ``info.precision``; sets ``info.precision`` of a quantised checkpoint."""
+    settings = {name: value for name, value in options.items() if value is not None}
+    settings["device_map"] = settings.get("device_map", default_device_map())
+    settings["quantization_config"] = _quantisation_of(config, info, precision_given, settings.pop("quantization_config", None))
+    if settings["quantization_config"] is None:
+        del settings["quantization_config"]
+    model = auto_class.from_pretrained(
+        info.base_path,
+        config=config,
+        dtype=info.dtype,
+        use_safetensors=True,
+        trust_remote_code=info.trust_remote_code,
+        **{name: value for name, value in settings.items() if name != "use_safetensors"},
+    )
+    model.config._name_or_path = model.name_or_path = info.base_name
+    model.luthier = info
+    repair_cpu_4bit(model)
+    _warn_about_large_experts(model, info)
+    if info.precision == "full":
+        model.requires_grad_(True).train()
+    return model
+
+
+def default_device_map() -> dict[str, str | int]:
+    """The whole model on this process's GPU, or on the CPU."""
+    if not torch.cuda.is_available():
+        return {"": "cpu"}
+    return {"": int(os.environ.get("LOCAL_RANK", torch.cuda.current_device()))}  # set by torchrun and accelerate launch
+
+
+def _quantisation_of(config: PreTrainedConfig, info: LoadInfo, precision_given: bool, given: object) -> object | None:
+    """What to pass as ``quantization_config``; a checkpoint that is already quantised is taken as it is."""
+    own = getattr(config, "quantization_config", None)
+    if own is None:
+        if given is not None:
+            if precision_given:
+                raise ValueError("quantization_config and a load_in_... argument were both given: choose one.")
+            info.precision = "nf4" if getattr(given, "load_in_4bit", False) else str(given.quant_method)
+            return given
+        return quantisation(info.precision, info.dtype, config)
+    own = own if isinstance(own, dict) else own.to_dict()
+    method = str(own.get("quant_method", "bitsandbytes"))
+    if method == "mxfp4":
+        from transformers import Mxfp4Config
+
+        wanted = info.precision
+        info.precision = "full" if wanted == "full" else "16bit"
+        warnings.warn(
+            f"{info.model_name} is stored in MXFP4, which cannot be trained: its experts are dequantised to 16 bits"
+            + (f", although {wanted} was asked for." if precision_given and wanted not in ("16bit", "full") else "."),
+            UserWarning,
+            stacklevel=4,
+        )
+        return Mxfp4Config(dequantize=True)
+    if info.precision == "full":
+        raise ValueError(
+            f"{info.model_name} is stored quantised ({method}), and full_finetuning=True trains 16-bit weights. "
+            "Give the 16-bit checkpoint, or leave full_finetuning out and train an adapter."
+        )
+    stored = "nf4" if own.get("load_in_4bit") else "int8" if own.get("load_in_8bit") else method
+    if precision_given and stored != info.precision:
+        warnings.warn(
+            f"{info.model_name} is stored quantised ({stored}) and loaded as it is, although {info.precision} was asked for.",
+            UserWarning,
+            stacklevel=4,
+        )
+    info.precision = stored
+    return None
+
+
+def _warn_about_large_experts(model: PreTrainedModel, info: LoadInfo) -> None:
+    if info.precision not in ("nf4", "int8"):
+        return
+    stacks = [stack for stack in expert_stacks(model).values() if stack.dtype.is_floating_point]
+    if stacks:
+        size = sum(stack.numel() * stack.element_size() for stack in stacks)
+        warnings.warn(
+            f"The experts of this model are not quantised: they take {size / 2**30:.2f} GiB in {stacks[0].dtype}.",
+            UserWarning,
+            stacklevel=5,
+        )
+
+
+def announce_repairs(tokenizer: PreTrainedTokenizerBase, changes: list[str]) -> PreTrainedTokenizerBase:
+    """Say everything that was repaired, in one warning."""
+    if changes:
+        warnings.warn(
+            f"The tokenizer was repaired (fix_tokenizer=False leaves it alone): {'; '.join(changes)}.",
+            UserWarning,
+            stacklevel=3,
+        )
+    return tokenizer
