@@ -19,10 +19,11 @@ from luthier.model.cpu_4bit import repair_cpu_4bit
 from luthier.model.experts import expert_stacks
 from luthier.model.lora import attach_adapter
 from luthier.model.precision import Precision, choose_dtype, choose_precision, quantisation
-from luthier.model.rope import scale_positions
+from luthier.model.rope import native_length, scale_positions
 from luthier.model.tokenizer import load_tokenizer, repair_tokenizer
 from luthier.model.vocab import resize_embeddings
 
+DEFAULT_LENGTH = 2048  # tokens
 COMPUTE = ("bf16", "fp8-backward", "fp8")
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only")
 MODEL_OPTIONS = (
@@ -48,7 +49,7 @@ class LoadInfo:
     model_name: str  # as given
     base_name: str  # Hub name, or absolute path, of the base model
     base_path: Path  # the directory that its weights were read from
-    max_seq_length: int
+    max_seq_length: int | None  # None: filled in by load_weights
     precision: Precision | str  # nf4, int8, 16bit, full, or how the checkpoint itself is quantised: "bitsandbytes", "gptq" ...
     dtype: torch.dtype
     dtype_given: bool = False
@@ -68,7 +69,7 @@ class LoadInfo:
 
 def load_model(
     model_name: str | Path,
-    max_seq_length: int = 2048,
+    max_seq_length: int | None = None,
     dtype: torch.dtype | str | None = None,
     load_in_4bit: bool | None = None,
     load_in_8bit: bool = False,
@@ -96,7 +97,8 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a text model and its tokenizer; an adapter directory gives its base with the adapter attached, trainable.
 
-    The arguments are those of ``FastLanguageModel.from_pretrained``. Everything that can be wrong with them or with the
+    The arguments are those of ``FastLanguageModel.from_pretrained``. ``max_seq_length=None`` is 2048, or the model's native
+    length where that is less: only a length that was asked for scales positions. Everything that can be wrong with them or with the
     files is an error before a weight is read.
     """
     # 1. The arguments
@@ -159,7 +161,7 @@ def load_model(
 
 def check_options(
     hf_kwargs: dict,
-    max_seq_length: int,
+    max_seq_length: int | None,
     memory_budget: float | None,
     compute: str,
     gpu_memory_utilization: float,
@@ -291,6 +293,8 @@ def load_weights(
     auto_class: type, config: PreTrainedConfig, info: LoadInfo, precision_given: bool, options: dict
 ) -> PreTrainedModel:
     """Read the weights of ``info.base_path`` in ``info.precision``; sets ``info.precision`` of a quantised checkpoint."""
+    if info.max_seq_length is None:
+        info.max_seq_length = min(DEFAULT_LENGTH, native_length(config) or DEFAULT_LENGTH)
     settings = {name: value for name, value in options.items() if value is not None}
     settings["device_map"] = settings.get("device_map", default_device_map())
     settings["quantization_config"] = _quantisation_of(config, info, precision_given, settings.pop("quantization_config", None))

@@ -25,14 +25,8 @@ from luthier.model.experts import ExpertsLora, Nf4Experts, expert_stacks
 from luthier.model.vocab import resize_embeddings
 
 BIASES = ("none", "all", "lora_only")
-# Names of the usual dense MLP, for the stack of expert weights that holds them
-STACK_OF = {
-    "gate_proj": "gate_up_proj",
-    "up_proj": "gate_up_proj",
-    "w1": "gate_up_proj",
-    "w3": "gate_up_proj",
-    "w2": "down_proj",
-}
+# Names that a dense MLP has, or had in a checkpoint, for what a stack of expert weights holds
+STACK_OF = dict.fromkeys(("gate_proj", "up_proj", "w1", "w3"), "gate_up_proj") | {"w2": "down_proj"}
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 ROUTERS = ("gate", "router", "shared_expert_gate")
 LAYER_INDEX = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
@@ -89,8 +83,8 @@ def get_peft_model(
         stacks = []
     if use_dora and any(is_misread(module) for _, module in _linear_layers(base)):
         raise UnsupportedError(
-            "use_dora=True on a 4-bit model on the CPU needs layer widths that are multiples of 64: bitsandbytes expands others "
-            "wrongly there. Use load_in_16bit=True, or use_dora=False."
+            "use_dora=True on a 4-bit model on the CPU needs layer widths that are multiples of 64: bitsandbytes expands "
+            "others wrongly there. Use load_in_16bit=True, or use_dora=False."
         )
     saved = _modules_to_save(base, modules_to_save)
     narrow = layers is not None and not groups.has_vision(base)
@@ -192,13 +186,13 @@ def _check_initialisation(model: PreTrainedModel, init: bool | str, loftq_config
     quantised = any(isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt) for module in model.modules())
     if quantised and (loftq_config or init == "loftq"):
         raise UnsupportedError(
-            "LoftQ quantises a 16-bit model itself, and this one is quantised already. Load it with load_in_16bit=True, or leave "
-            "loftq_config out."
+            "LoftQ quantises a 16-bit model itself, and this one is quantised already. Load it with load_in_16bit=True, or "
+            "leave loftq_config out."
         )
     if quantised and isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
         raise UnsupportedError(
-            f"init_lora_weights={init!r} changes the base weights, which are quantised. Load the model with load_in_16bit=True, "
-            "or use init_lora_weights=True."
+            f"init_lora_weights={init!r} changes the base weights, which are quantised. Load the model with "
+            "load_in_16bit=True, or use init_lora_weights=True."
         )
 
 
@@ -247,8 +241,8 @@ class _Groups:
         spec = adapters.find(model.config)
         if spec is None:
             raise UnsupportedError(
-                f"{model.config.model_type} has no file in luthier/adapters, so its parts cannot be told apart: name the modules "
-                "in target_modules, and leave the finetune_... arguments out."
+                f"{model.config.model_type} has no file in luthier/adapters, so its parts cannot be told apart: name the "
+                "modules in target_modules, and leave the finetune_... arguments out."
             )
         vision = spec.vision
         visual = (vision.vision_prefix, *vision.projector_prefixes) if vision is not None else ()
@@ -294,7 +288,7 @@ def _chosen_targets(
         chosen_stacks = []
         if not chosen:
             raise ValueError(
-                f"target_modules={targets!r} is taken as a regular expression and matches no module. The model's linear layers: "
+                f"target_modules={targets!r} is taken as a regular expression and matches no module. The linear layers: "
                 f"{', '.join(_last_parts(linears))}."
             )
     else:
@@ -356,12 +350,10 @@ def _modules_to_save(model: PreTrainedModel, names: Sequence[str] | None) -> lis
     if isinstance(names, str):
         raise TypeError(f"modules_to_save must be a list of module names, not the string {names!r}.")
     names = list(names or [])
-    known = {
-        _plain(name).rpartition(".")[2] for name, module in model.named_modules() if list(module.parameters(recurse=False))
-    }
+    paths = [_plain(path) for path, _ in model.named_modules()]
     for name in names:
-        if not any(_plain(path) == name or _plain(path).endswith("." + name) for path, _ in model.named_modules()):
-            raise unknown("module to save", name, known)
+        if not any(path == name or path.endswith("." + name) for path in paths):
+            raise unknown("module to save", name, {part for part in _last_parts(paths) if not part.isdigit()})
     if getattr(model, "luthier_new_tokens", None):
         tables = (model.get_input_embeddings(), model.get_output_embeddings())
         names += [path.rpartition(".")[2] for path, module in model.named_modules() if any(module is table for table in tables)]

@@ -18,7 +18,7 @@ def native_length(config: PreTrainedConfig) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def scale_positions(config: PreTrainedConfig, max_seq_length: int, rope_scaling: dict | None = None) -> None:
+def scale_positions(config: PreTrainedConfig, max_seq_length: int | None, rope_scaling: dict | None = None) -> None:
     """Change ``config`` so that positions up to ``max_seq_length`` are within reach; ``rope_scaling`` overrides the scheme.
 
     Beyond the native length the checkpoint's own scheme is stretched, or a linear one applied, with a warning.
@@ -32,9 +32,9 @@ def scale_positions(config: PreTrainedConfig, max_seq_length: int, rope_scaling:
         for parameters in _full_attention(text):
             parameters.update({("rope_type" if key == "type" else key): value for key, value in rope_scaling.items()})
         if native is not None:
-            text.max_position_embeddings = max(native, max_seq_length)
+            text.max_position_embeddings = max(native, max_seq_length or 0)
         return
-    if native is None or max_seq_length <= native:
+    if native is None or max_seq_length is None or max_seq_length <= native:
         return
     _require_rope(text)
     ratio = max_seq_length / native
