@@ -19,9 +19,9 @@ to so many pixels on the longer side; ``(w, h)``: exactly so. The model's proces
 whole patches and has limits of its own."""
 
 
-def load_image(source: object) -> Image.Image:
+def load_image(source: object, root: Path | None = None) -> Image.Image:
     """An RGB picture from a PIL image, a path, bytes, a base64 string or data URI, an array (H, W[, C]), or the
-    ``{"bytes": ..., "path": ...}`` of a data set.
+    ``{"bytes": ..., "path": ...}`` of a data set. Relative paths start from ``root``, or the working directory.
 
     Raises ``FileNotFoundError`` for a missing file, ``ValueError`` for something that is no picture and for an http
     address (nothing is downloaded during training), ``TypeError`` for another kind of value.
@@ -33,11 +33,11 @@ def load_image(source: object) -> Image.Image:
     if isinstance(source, np.ndarray):
         return _rgb(Image.fromarray(source))
     if isinstance(source, Path):
-        return _open(source)
+        return _open(source, root)
     if isinstance(source, str):
-        return _from_text(source)
+        return _from_text(source, root)
     if isinstance(source, Mapping) and (source.get("bytes") or source.get("path")):
-        return load_image(source.get("bytes") or source.get("path"))
+        return load_image(source.get("bytes") or source.get("path"), root)
     raise TypeError(
         f"An image is {type(source).__name__} {str(source)[:80]!r}: give a PIL image, a path, bytes, base64 or an array"
     )
@@ -86,13 +86,14 @@ def _decode(data: bytes, name: str) -> Image.Image:
         raise ValueError(f"{name} ({len(data)} bytes) is not a picture that Pillow can read: {error}") from error
 
 
-def _open(path: Path) -> Image.Image:
+def _open(path: Path, root: Path | None) -> Image.Image:
+    path = (root or Path()) / path
     if not path.is_file():
-        raise FileNotFoundError(f"There is no image {str(path)!r}: paths in a data set are relative to the working directory")
+        raise FileNotFoundError(f"There is no image {str(path)!r}: relative paths start from {(root or Path()).resolve()}")
     return _decode(path.read_bytes(), f"The image {str(path)!r}")
 
 
-def _from_text(text: str) -> Image.Image:
+def _from_text(text: str, root: Path | None) -> Image.Image:
     scheme = urlparse(text[:200]).scheme
     if scheme in ("http", "https"):
         raise ValueError(
@@ -102,10 +103,10 @@ def _from_text(text: str) -> Image.Image:
         header, _, payload = text.partition(",")
         return _decode(_base64(payload) if header.endswith(";base64") else unquote_to_bytes(payload), "A data URI")
     if scheme == "file":
-        return _open(Path(text.removeprefix("file://")))
+        return _open(Path(text.removeprefix("file://")), root)
     if len(text) > 512 and not Path(text[:255]).exists():  # longer than a path, as base64 of a picture always is
         return _decode(_base64(text), "A base64 string")
-    return _open(Path(text))
+    return _open(Path(text), root)
 
 
 def _base64(text: str) -> bytes:

@@ -1,0 +1,145 @@
+"""Loading a vision-language model and its processor. What is not about pictures is load.py's."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers import ProcessorMixin
+
+from luthier import adapters
+from luthier.errors import UnsupportedError, missing_extra
+from luthier.model.checkpointing import checkpointing_mode
+from luthier.model.load import (
+    HUB_OPTIONS,
+    LoadInfo,
+    announce_repairs,
+    check_options,
+    find_files,
+    is_vision,
+    load_model,
+    load_weights,
+    read_config,
+)
+from luthier.model.lora import attach_adapter
+from luthier.model.precision import choose_dtype, choose_precision, quantisation
+from luthier.model.rope import scale_positions
+from luthier.model.tokenizer import repair_tokenizer
+from luthier.model.torchvision_repair import repair_torchvision
+from luthier.model.vocab import resize_embeddings
+
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+
+
+def load_vision_model(model_name: str | Path, *args: object, **kwargs: object) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Load a vision-language model and its processor; the arguments are those of ``load_model``.
+
+    In 4 and 8 bits the vision tower and its projector stay in 16: they are a small share of the weights, and what NF4
+    costs them no adapter of the language model gets back. Everything that can be wrong with the arguments or the files is
+    an error before a weight is read; a model without a vision part is one that says which class to use.
+    """
+    bound = inspect.signature(load_model).bind(model_name, *args, **kwargs)
+    bound.apply_defaults()
+    given = SimpleNamespace(**bound.arguments)
+    options = dict(given.hf_kwargs)
+
+    # 1. The arguments
+    precision = choose_precision(
+        given.load_in_4bit, given.load_in_8bit, given.load_in_16bit, given.load_in_fp8, given.full_finetuning
+    )
+    precision_given = given.load_in_4bit is not None or precision != "nf4"
+    values = {name: getattr(given, name) for name in inspect.signature(check_options).parameters if name != "hf_kwargs"}
+    check_options(options, **values)
+    if given.text_only:
+        raise ValueError("text_only=True loads the language part alone: use FastLanguageModel.from_pretrained for that.")
+    if "torch_dtype" in options and given.dtype is not None:
+        raise ValueError(
+            f"dtype={given.dtype} and torch_dtype={options['torch_dtype']} were both given: leave torch_dtype out."
+        )
+    dtype = options.pop("torch_dtype", given.dtype)
+
+    # 2. The files and the config
+    repair_torchvision()
+    hub = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
+    source = find_files(model_name, options.pop("subfolder", None), revision=given.revision, token=given.token, **hub)
+    config = read_config(source.base, given.trust_remote_code)
+    require_vision(config, model_name)
+    scale_positions(config, given.max_seq_length, given.rope_scaling)
+    info = LoadInfo(
+        **{field.name: getattr(given, field.name) for field in fields(LoadInfo) if hasattr(given, field.name)}
+        | {
+            "model_name": str(model_name),
+            "base_name": source.base_name,
+            "base_path": source.base,
+            "precision": precision,
+            "dtype": choose_dtype(dtype),
+            "dtype_given": dtype not in (None, "auto"),
+            "use_gradient_checkpointing": checkpointing_mode(given.use_gradient_checkpointing),
+        }
+    )
+
+    # 3. Processor, weights, adapter
+    with_processor = [
+        path for path in (source.tokenizer, source.base) if any((path / name).exists() for name in PROCESSOR_FILES)
+    ]
+    processor = load_processor(with_processor[0] if with_processor else source.base, given.trust_remote_code)
+    options |= {"device_map": given.device_map, "attn_implementation": given.attn_implementation}
+    if getattr(config, "quantization_config", None) is None and "quantization_config" not in options:
+        options["quantization_config"] = quantisation_of_language(info, config)
+        precision_given = precision_given and options["quantization_config"] is None
+    model = load_weights(AutoModelForImageTextToText, config, info, precision_given, options)
+    info.precision = precision if options.get("quantization_config") else info.precision
+    with torch.random.fork_rng():
+        torch.manual_seed(given.random_state)
+        if given.resize_model_vocab is not None:
+            resize_embeddings(model, given.resize_model_vocab)
+        if given.fix_tokenizer:
+            processor.tokenizer = announce_repairs(*repair_tokenizer(processor.tokenizer, model))
+        if source.adapter is not None:
+            model = attach_adapter(model, source.adapter)
+    return model, processor
+
+
+def require_vision(config: PreTrainedConfig, name: str | Path) -> None:
+    """Raise ``ValueError`` unless the config is that of a model that answers about pictures in text."""
+    if not is_vision(config):
+        raise ValueError(f"{name} is a text model ({config.model_type}): load it with FastLanguageModel.")
+    if type(config) not in AutoModelForImageTextToText._model_mapping:
+        raise UnsupportedError(
+            f"{name} is a {config.model_type!r} model, which does not answer in text. docs/architectures.md lists what is tested."
+        )
+
+
+def quantisation_of_language(info: LoadInfo, config: PreTrainedConfig) -> BitsAndBytesConfig | None:
+    """The quantisation that ``info.precision`` stands for, less vision tower, projector and head."""
+    settings = quantisation(info.precision, info.dtype, config)
+    spec = adapters.find(config)
+    if settings is not None and spec is not None and spec.vision is not None:
+        settings.llm_int8_skip_modules = ["lm_head", spec.vision.vision_prefix, *spec.vision.projector_prefixes]
+    return settings
+
+
+def load_processor(directory: Path, trust_remote_code: bool = False) -> ProcessorMixin:
+    """The processor of a checkpoint directory; the chat template is both its own and its tokenizer's."""
+    try:
+        processor = AutoProcessor.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        if importlib.util.find_spec("torchvision") is None:
+            raise missing_extra("torchvision", "vision", f"The processor of {directory}") from error
+        raise ValueError(
+            f"{directory} has no processor that can be read ({error}). Copy preprocessor_config.json or processor_config.json "
+            "and the tokenizer's files of the model into it."
+        ) from error
+    if getattr(processor, "image_processor", None) is None:  # AutoProcessor falls back to the tokenizer
+        raise ValueError(
+            f"{directory} has a tokenizer but no image processor. Copy preprocessor_config.json or processor_config.json of the "
+            "model into it."
+        )
+    processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
+    processor.tokenizer.chat_template = processor.tokenizer.chat_template or processor.chat_template
+    return processor
