@@ -1,0 +1,72 @@
+"""What the training workflows share: the trainer's arguments from a recipe, resuming, and what is saved at the end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
+from luthier.config import TrainRecipe
+from luthier.files import make_directory
+from luthier.training.arguments import SharedArguments, TrainingArguments
+from luthier.training.checkpoints import latest_checkpoint
+
+
+def training_arguments(recipe: TrainRecipe, kind: type[SharedArguments] = TrainingArguments, **settings: Any) -> SharedArguments:
+    """The recipe's run as arguments of a trainer; ``settings`` are those of one workflow alone."""
+    evaluates = recipe.eval_data is not None
+    by_steps = recipe.eval_steps is not None
+    checkpoints = recipe.save_steps is not None or recipe.early_stopping_patience is not None
+    return kind(
+        output_dir=recipe.output,
+        learning_rate=recipe.learning_rate,
+        embedding_learning_rate=recipe.embedding_learning_rate,
+        per_device_train_batch_size=recipe.per_device_train_batch_size,
+        per_device_eval_batch_size=recipe.per_device_train_batch_size,
+        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
+        num_train_epochs=recipe.num_train_epochs,
+        max_steps=recipe.max_steps,
+        warmup_ratio=recipe.warmup_ratio,
+        lr_scheduler_type=recipe.lr_scheduler_type,
+        optim=recipe.optim,
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        logging_steps=recipe.logging_steps,
+        eval_strategy=("steps" if by_steps else "epoch") if evaluates else "no",
+        eval_steps=recipe.eval_steps,
+        save_strategy=("steps" if recipe.save_steps or by_steps else "epoch") if checkpoints else "no",
+        save_steps=recipe.save_steps or recipe.eval_steps or 500,
+        early_stopping_patience=recipe.early_stopping_patience,
+        report_to=recipe.report_to,
+        seed=recipe.seed,
+        **settings,
+    )
+
+
+def newest_checkpoint(recipe: TrainRecipe) -> str | None:
+    """The checkpoint to resume from, or None. "latest" without any checkpoint is ``FileNotFoundError``."""
+    if recipe.resume != "latest":
+        return recipe.resume
+    return str(latest_checkpoint(recipe.output))
+
+
+def save_outputs(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase | ProcessorMixin, recipe: TrainRecipe
+) -> dict[str, Path]:
+    """Save what the recipe asks for below its output directory; gives the paths by kind."""
+    output = Path(recipe.output)
+    written: dict[str, Path] = {}
+    if isinstance(model, PeftModel):
+        written["adapter"] = Path(model.save_pretrained_merged(output / "adapter", tokenizer, save_method="lora"))
+    method = recipe.save_method or (None if isinstance(model, PeftModel) else "merged_16bit")
+    if method in ("merged_16bit", "merged_4bit"):
+        written[method] = Path(model.save_pretrained_merged(output / method, tokenizer, save_method=method, base=recipe.base))
+    if recipe.gguf:
+        files = model.save_pretrained_gguf(output / "gguf", tokenizer, quantization_method=recipe.gguf, base=recipe.base)
+        written |= {path.stem.rsplit("-", 1)[-1].lower(): path for path in files}
+    make_directory(output)
+    (output / "written.json").write_text(json.dumps({kind: str(path) for kind, path in written.items()}, indent=1) + "\n")
+    return written

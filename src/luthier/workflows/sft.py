@@ -1,0 +1,70 @@
+"""QLoRA fine-tuning on chat rows, from a recipe to what is saved. Read it top to bottom."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from luthier.config import SFTRecipe
+from luthier.data.chat import get_chat_template
+from luthier.data.read import read_dataset
+from luthier.fast import FastLanguageModel
+from luthier.training.trainer import Trainer
+from luthier.workflows.common import newest_checkpoint, save_outputs, training_arguments
+
+
+def run(recipe: SFTRecipe) -> dict[str, Path]:
+    """Fine-tune as the recipe says; gives what was written, by kind ("adapter", "merged_16bit", "q8_0" ...)."""
+    recipe.require("model", "data")
+    resume = newest_checkpoint(recipe)
+
+    # 1. Rows: read before the model, so that a mistake in them costs a second and not a download
+    rows = read_dataset(recipe.data, recipe.split)
+    held_out = read_dataset(recipe.eval_data) if recipe.eval_data else None
+
+    # 2. The model, quantised as it is read, and its tokenizer
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        recipe.model,
+        max_seq_length=recipe.max_seq_length,
+        dtype=recipe.dtype,
+        load_in_4bit=recipe.load_in_4bit,
+        load_in_8bit=recipe.load_in_8bit,
+        load_in_16bit=recipe.load_in_16bit,
+        full_finetuning=recipe.full_finetuning,
+        attn_implementation=recipe.attn_implementation,
+        use_gradient_checkpointing=recipe.checkpointing(),
+        memory_budget=recipe.memory_budget,
+        revision=recipe.revision,
+        trust_remote_code=recipe.trust_remote_code,
+        random_state=recipe.seed,
+    )
+
+    # 3. The chat template: the tokenizer's own unless another is asked for
+    if recipe.chat_template or recipe.system_message or not tokenizer.chat_template:
+        tokenizer = get_chat_template(tokenizer, recipe.chat_template or "chatml", system_message=recipe.system_message)
+
+    # 4. The adapter: everything else stays frozen
+    if not recipe.full_finetuning:
+        model = FastLanguageModel.get_peft_model(
+            model,
+            r=recipe.r,
+            lora_alpha=recipe.lora_alpha,
+            lora_dropout=recipe.lora_dropout,
+            target_modules=recipe.target_modules,
+            modules_to_save=recipe.modules_to_save,
+            use_rslora=recipe.use_rslora,
+            use_dora=recipe.use_dora,
+            random_state=recipe.seed,
+        )
+
+    # 5. Training: rows become tokens and labels, are counted, and train
+    trainer = Trainer(
+        model=model,
+        processing_class=tokenizer,
+        train_dataset=rows,
+        eval_dataset=held_out,
+        args=training_arguments(recipe, train_on=recipe.train_on, too_long=recipe.too_long, packing=recipe.packing),
+    )
+    trainer.train(resume_from_checkpoint=resume)
+
+    # 6. What was trained: the adapter always, merged weights and GGUF as asked
+    return save_outputs(model, tokenizer, recipe)
