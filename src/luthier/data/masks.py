@@ -6,6 +6,7 @@ behind another word (a newline merges with a newline before it, a space with the
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -92,7 +93,7 @@ class ResponseMask:
             instruction_part, response_part = parts.instruction_part, parts.response_part
             stops += parts.stop_tokens
         else:
-            stops += _stop_tokens(self.tokenizer)
+            stops += _stop_tokens(self.tokenizer, instruction_part, response_part)
         if not instruction_part.strip() or not response_part.strip() or instruction_part == response_part:
             raise ValueError(
                 f"instruction_part {instruction_part!r} and response_part {response_part!r} must be two different texts."
@@ -126,14 +127,14 @@ class ResponseMask:
         return "|".join([re.escape(part), *[re.escape(spelled)] * bool(spelled), loose])
 
 
-def _stop_tokens(tokenizer: Any) -> tuple[str, ...]:
-    """The stop tokens of the tokenizer's template, where it has one that shows them."""
-    if not tokenizer.chat_template:
-        return ()
-    try:
-        return template_parts(tokenizer).stop_tokens
-    except ValueError:  # the parts were given, so it need not be derivable
-        return ()
+def _stop_tokens(tokenizer: Any, *markers: str) -> Sequence[str]:
+    """The stop tokens of the tokenizer's template; where none shows them, any special token that is not in a marker."""
+    if tokenizer.chat_template:
+        with contextlib.suppress(ValueError):  # the parts were given, so they need not be derivable
+            return template_parts(tokenizer).stop_tokens
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    beside = (tokenizer.bos_token, tokenizer.pad_token, tokenizer.unk_token)
+    return [token for token in special if token not in beside and not any(token in marker for marker in markers)]
 
 
 def count_trained(labels: Sequence[int]) -> int:
