@@ -21,6 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from luthier.files import atomic_directory
 from luthier.rl.decoding import End, Ends, LogProb, LogProbRecorder, logits_processors
+from luthier.rl.prompts import is_conversation, prompt_token_ids
 from luthier.rl.sampling import SamplingParams
 from luthier.terminal import progress
 
@@ -196,26 +197,12 @@ def using_adapter(model: PreTrainedModel | PeftModel, request: LoraRequest | Non
 # --- prompts ---------------------------------------------------------------------------------------------------------
 
 
-def prompt_token_ids(prompt: Any, tokenizer: PreTrainedTokenizerBase, **template: Any) -> list[int]:
-    """Token ids of a text, or of a conversation with the header of the answer behind it; never a doubled BOS."""
-    if isinstance(prompt, str):
-        begins = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
-        return list(tokenizer(prompt, add_special_tokens=not begins)["input_ids"])
-    if tokenizer.chat_template is None:
-        raise ValueError("The prompt is a conversation, but the tokenizer has no chat template: set one with get_chat_template")
-    return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True, **template)["input_ids"])
-
-
 def _listed(prompts: Any) -> list[Any]:
-    single = isinstance(prompts, str | Mapping) or _is_conversation(prompts)
+    single = isinstance(prompts, str | Mapping) or is_conversation(prompts)
     listed = [prompts] if single else list(prompts)
     if listed and all(isinstance(entry, int) for entry in listed):
         return [{"prompt_token_ids": listed}]
     return listed
-
-
-def _is_conversation(prompt: Any) -> bool:
-    return isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], Mapping) and "role" in prompt[0]
 
 
 def _tokenised(number: int, prompt: Any, tokenizer: PreTrainedTokenizerBase) -> RequestOutput:
@@ -223,7 +210,7 @@ def _tokenised(number: int, prompt: Any, tokenizer: PreTrainedTokenizerBase) -> 
     if isinstance(prompt, Mapping):
         text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
         ids = prompt_token_ids(text, tokenizer) if ids is None and isinstance(text, str) else ids
-    elif isinstance(prompt, str) or _is_conversation(prompt):
+    elif isinstance(prompt, str) or is_conversation(prompt):
         ids = prompt_token_ids(prompt, tokenizer)
     else:
         ids = prompt if isinstance(prompt, Sequence) and all(isinstance(token, int) for token in prompt) else None

@@ -1,0 +1,336 @@
+"""GRPO: TRL's trainer, with checked rewards, losses by their names, prompts that are measured, and clean rollouts."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import trl
+from datasets import Dataset, IterableDataset
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
+from luthier.errors import UnsupportedError, missing_extra, unknown
+from luthier.model.cpu_4bit import repair_cpu_4bit
+from luthier.rl.engine import context_length, generating, stop_token_ids
+from luthier.rl.losses import TRL_DEFAULTS, trl_settings
+from luthier.rl.prompts import TOO_LONG, PromptLedger, check_prompts, fit_prompts, prompt_token_ids
+from luthier.rl.rewards import checked, missing_columns, reward_name
+from luthier.rl.sampling import SamplingParams
+from luthier.training.arguments import SharedArguments, fit_arguments, warn_contradictions
+from luthier.training.common import TrainerMixin, trainable_weights_kept
+from luthier.training.inputs import as_dataset
+
+ROLLOUTS = ("transformers", "vllm", "embedded")
+SCALES = ("group", "batch", "none")
+LEVELS = ("token", "sequence")
+# field: (smallest value, largest value or None)
+RANGES: dict[str, tuple[float, float | None]] = {
+    "num_generations": (2, None),
+    "max_prompt_length": (1, None),
+    "max_completion_length": (1, None),
+    "top_k": (0, None),
+    "min_p": (0, 1),
+    "beta": (0, None),
+    "epsilon": (0, None),
+    "epsilon_high": (0, None),
+    "num_iterations": (1, None),
+}
+
+
+@dataclass
+class GRPOConfig(SharedArguments, trl.GRPOConfig):
+    """Arguments of ``luthier.GRPOTrainer``: every field of TRL's ``GRPOConfig`` and of transformers' ``TrainingArguments``."""
+
+    loss_type: str = "dapo"
+    """grpo, dr_grpo, dapo, bnpo, gspo, cispo or sapo (see ``luthier.rl.losses``)."""
+    importance_sampling_level: str | None = None
+    """"token" or "sequence"; None: what the loss means."""
+    scale_rewards: str | bool | None = None
+    """Divide advantages by the standard deviation of the "group", of the "batch", or "none"; None: what the loss means."""
+    max_prompt_length: int | None = None
+    """Longest prompt in tokens; None: the model's max_seq_length less max_completion_length."""
+    too_long: str = "drop"
+    """Longer prompts are dropped and counted ("drop"), lose their first tokens ("truncate") or are an error ("raise")."""
+    reward_timeout: float | None = None
+    """Seconds that one call of a reward function may take; None: no limit."""
+    rollout: str = "transformers"
+    """What samples the completions: transformers' generate, or vllm (in process, or a server: see vllm_mode)."""
+    vllm_sampling_params: SamplingParams | None = None
+    """Sampling of the rollouts in vLLM's form: its settings are taken over into the fields here."""
+
+    def __post_init__(self) -> None:
+        if self.vllm_sampling_params is not None:
+            self._take_sampling(self.vllm_sampling_params)
+        self.top_k = 0 if self.top_k == -1 else self.top_k
+        _check(self)
+        self._settle_loss()
+        self._settle_rollout()
+        super().__post_init__()
+
+    def _settle_loss(self) -> None:
+        self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
+        settings = trl_settings(self.loss_type, {name: getattr(self, name) for name in TRL_DEFAULTS})
+        for name, value in settings.items():
+            setattr(self, name, value)
+        for name, allowed in (("scale_rewards", SCALES), ("importance_sampling_level", LEVELS)):
+            if getattr(self, name) not in allowed:
+                raise unknown(name, getattr(self, name), allowed)
+
+    def _settle_rollout(self) -> None:
+        if self.rollout not in ROLLOUTS:
+            raise unknown("rollout", self.rollout, ROLLOUTS)
+        if self.rollout == "embedded":
+            raise UnsupportedError("rollout='embedded' is not in this version: use rollout='transformers' or rollout='vllm'")
+        if self.use_vllm:
+            self.rollout = "vllm"
+        if self.rollout == "vllm":
+            if importlib.util.find_spec("vllm") is None:
+                raise missing_extra("vllm", "vllm", "rollout='vllm'")
+            self.use_vllm = True
+
+    def _take_sampling(self, params: SamplingParams) -> None:
+        """Take over what ``params`` sets; what the rollouts of a trainer cannot do is refused by name."""
+        names = {"max_tokens": "max_completion_length", "n": "num_generations"}
+        default, ours = SamplingParams(), {field.name: field.default for field in dataclasses.fields(self)}
+        for field in dataclasses.fields(params):
+            value, name = getattr(params, field.name), names.get(field.name, field.name)
+            if value == getattr(default, field.name) or field.name in ("stop", "stop_token_ids", "include_stop_str_in_output"):
+                continue  # stop texts need the tokenizer: the trainer settles them
+            if name not in ours:
+                raise UnsupportedError(
+                    f"vllm_sampling_params sets {field.name}={value!r}, which rollouts do not support: leave it out"
+                )
+            if getattr(self, name) not in (ours[name], value):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} contradicts vllm_sampling_params, which sets {field.name}={value!r}"
+                )
+            setattr(self, name, value)
+
+    @classmethod
+    def from_trl(cls, config: trl.GRPOConfig) -> GRPOConfig:
+        """Our arguments with the values of a TRL config, all of which count as chosen by the user."""
+        values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.init}
+        del values["generation_batch_size"]  # follows from steps_per_generation; TRL takes one of the two
+        return cls(**values)
+
+
+class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
+    """TRL's ``GRPOTrainer`` for models loaded by Luthier (or plain ones).
+
+    ``reward_funcs``: one reward or a list (see ``luthier.rl.rewards``), or reward models as TRL takes them. Each is
+    checked: what raises, returns the wrong length or a number that is not finite is an error naming the function and row.
+    ``train_dataset`` has a column ``prompt`` (text, or messages without the answer); the others go to the rewards.
+    """
+
+    _tag_names = ["luthier", "trl", "grpo"]
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        reward_funcs: Any = None,
+        args: trl.GRPOConfig | None = None,
+        train_dataset: Dataset | IterableDataset | list[dict] | None = None,
+        eval_dataset: Any = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        **trl_arguments: Any,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a loaded model (FastLanguageModel.from_pretrained), not {model!r}")
+        if tokenizer is not None and processing_class is not None:
+            raise TypeError("processing_class and tokenizer are two names of one argument: give one")
+        _refuse_unknown(trl_arguments)
+        processing_class = processing_class if processing_class is not None else tokenizer
+        args = _arguments(args, model)
+        repair_cpu_4bit(model)
+        rewards = reward_funcs if isinstance(reward_funcs, list) else [] if reward_funcs is None else [reward_funcs]
+        self.prompt_limit = _prompt_limit(args, model)
+        self.ledgers: dict[str, PromptLedger] = {}
+
+        def fitted(rows: Any, name: str) -> Any:
+            return self._fitted(as_dataset(rows, name), name, processing_class, args, rewards)
+
+        with trainable_weights_kept(model):
+            super().__init__(
+                model=model,
+                reward_funcs=[reward if _is_model(reward) else checked(reward, args.reward_timeout) for reward in rewards],
+                args=args,
+                train_dataset=None if train_dataset is None else fitted(train_dataset, "train_dataset"),
+                eval_dataset=None if eval_dataset is None else _each(eval_dataset, fitted),
+                processing_class=processing_class,
+                **trl_arguments,
+            )
+        self._add_stop_tokens()
+        self.finish_setup()
+
+    @property
+    def ledger(self) -> PromptLedger | None:
+        """What became of the prompts of ``train_dataset``; None for a stream and for images, which are read as they come."""
+        return self.ledgers.get("train_dataset")
+
+    def _add_stop_tokens(self) -> None:
+        """Let the template's stop token end a rollout too, not only the tokenizer's EOS and the checkpoint's list."""
+        params = self.args.vllm_sampling_params
+        wanted = [*stop_token_ids(self.model, self._tokenizer), *(_stop_tokens(params, self._tokenizer) if params else ())]
+        self.eos_token_ids = list(dict.fromkeys([*self.eos_token_ids, *wanted]))
+        if self.use_vllm:
+            self.vllm_generation.generation_kwargs = {
+                **(self.vllm_generation.generation_kwargs or {}),
+                "stop_token_ids": self.eos_token_ids,
+            }
+        else:
+            self.generation_config.eos_token_id = self.generation_kwargs["eos_token_id"] = self.eos_token_ids
+
+    def _fitted(self, dataset: Any, name: str, processing_class: Any, args: GRPOConfig, rewards: list) -> Any:
+        """The dataset without the rows whose prompts are too long; raises for one that cannot be used."""
+        check_prompts(dataset)
+        columns = dataset.column_names or []
+        for reward in rewards:
+            lacking = [] if _is_model(reward) or not columns else missing_columns(reward, set(columns) - {"prompt"})
+            if lacking:
+                raise ValueError(
+                    f"The reward {reward_name(reward)!r} needs {' and '.join(map(repr, lacking))}, but {name} has only the "
+                    f"columns {', '.join(columns)}"
+                )
+        if not isinstance(dataset, Dataset) or not isinstance(processing_class, PreTrainedTokenizerBase):
+            if args.max_prompt_length is not None:
+                raise UnsupportedError("max_prompt_length needs a dataset that is not a stream, and prompts without images")
+            return dataset
+        fitted, ledger = fit_prompts(
+            dataset, processing_class, self.prompt_limit, args.too_long, **(args.chat_template_kwargs or {})
+        )
+        self.ledgers[name] = ledger
+        per_rollout = args.generation_batch_size // args.num_generations
+        if name == "train_dataset" and ledger.kept < per_rollout:
+            # TRL leaves incomplete rollouts out: it would end after no step at all and call that a success.
+            raise ValueError(
+                f"A rollout takes {per_rollout} prompts (generation_batch_size {args.generation_batch_size} / num_generations "
+                f"{args.num_generations}), but only {ledger.kept} are there: lower per_device_train_batch_size, "
+                "gradient_accumulation_steps or steps_per_generation, or give more prompts"
+            )
+        if args.should_log:
+            ledger.table(f"Prompts of {name}")
+        return fitted
+
+    def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], Any, dict]:
+        """TRL's, without a doubled BOS, and cut where ``too_long="truncate"`` asks for it."""
+        if isinstance(prompts[0], str) and not self._is_vlm:
+            ids, images, fields = [prompt_token_ids(prompt, self._tokenizer) for prompt in prompts], None, {}
+        else:
+            ids, images, fields = super()._tokenize_prompts(prompts)
+        if self.args.too_long == "truncate" and self.prompt_limit is not None and images is None:
+            ids = [row[-self.prompt_limit :] for row in ids]
+        return ids, images, fields
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """TRL's, which switches recomputation off and on again its own way, forgetting how the model had planned it."""
+        with recomputation_kept(self.model):
+            return super()._generate_and_score_completions(inputs)
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> tuple[list[list[int]], Any]:
+        """TRL's, without dropout and without sampling settings of the checkpoint that the trainer does not know of."""
+        with generating(self.accelerator.unwrap_model(self.model)):
+            return super()._generate_single_turn(*args, **kwargs)
+
+
+@contextmanager
+def recomputation_kept(model: nn.Module) -> Iterator[None]:
+    """Give each module back its own way of recomputing activations, whatever is done to it meanwhile."""
+    settings = {
+        module: (module.gradient_checkpointing, module._gradient_checkpointing_func)
+        for module in model.modules()
+        if "_gradient_checkpointing_func" in vars(module)
+    }
+    try:
+        yield
+    finally:
+        for module, (is_on, function) in settings.items():
+            module.gradient_checkpointing, module._gradient_checkpointing_func = is_on, function
+
+
+def _refuse_unknown(arguments: dict[str, Any]) -> None:
+    known = list(inspect.signature(trl.GRPOTrainer.__init__).parameters)[1:]
+    for name in arguments:
+        if name not in known:
+            raise TypeError(str(unknown("argument of GRPOTrainer:", name, [*known, "tokenizer"])))
+
+
+def _each(datasets: Any, convert: Callable[[Any, str], Any]) -> Any:
+    if isinstance(datasets, Mapping):
+        return {name: convert(rows, f"eval_dataset {name!r}") for name, rows in datasets.items()}
+    return convert(datasets, "eval_dataset")
+
+
+def _arguments(args: trl.GRPOConfig | None, model: PreTrainedModel) -> GRPOConfig:
+    """A copy of the arguments that this run goes by; the user's own object stays as it is."""
+    if args is None:
+        args = GRPOConfig(output_dir="outputs")
+    if not isinstance(args, GRPOConfig):
+        if not isinstance(args, trl.GRPOConfig):
+            raise TypeError(f"args must be a GRPOConfig, not {type(args).__name__}")
+        args = GRPOConfig.from_trl(warn_contradictions(args, model))
+    return fit_arguments(args, model)
+
+
+def _check(args: GRPOConfig) -> None:
+    """Every number of GRPO that a user may set wrong, all mistakes in one message."""
+    wrong = []
+    for name, (smallest, largest) in RANGES.items():
+        value = getattr(args, name)
+        if value is not None and not (smallest <= value and (largest is None or value <= largest)):
+            allowed = f"at least {smallest}" if largest is None else f"from {smallest} to {largest}"
+            wrong.append(f"{name} must be {allowed}, not {value!r}")
+    if not args.temperature > 0:
+        wrong.append(f"temperature must be above 0 (or all completions of a group are the same), not {args.temperature!r}")
+    if not 0 < args.top_p <= 1:
+        wrong.append(f"top_p must be above 0 and at most 1, not {args.top_p!r}")
+    if args.reward_timeout is not None and not args.reward_timeout > 0:
+        wrong.append(f"reward_timeout must be above 0 seconds, or None, not {args.reward_timeout!r}")
+    if wrong:
+        raise ValueError("; ".join(wrong))
+    if args.too_long not in TOO_LONG:
+        raise unknown("too_long", args.too_long, TOO_LONG)
+
+
+def _prompt_limit(args: GRPOConfig, model: PreTrainedModel) -> int | None:
+    """Longest prompt in tokens, so that prompt and completion fit the model together; None: unknown."""
+    context = context_length(model)
+    room = None if context is None else context - args.max_completion_length
+    if room is not None and room < 1:
+        raise ValueError(
+            f"max_completion_length={args.max_completion_length} leaves no room for a prompt in the model's {context} tokens: "
+            "lower it, or load the model with a larger max_seq_length"
+        )
+    if args.max_prompt_length is None:
+        return room
+    if room is not None and args.max_prompt_length > room:
+        raise ValueError(
+            f"max_prompt_length={args.max_prompt_length} and max_completion_length={args.max_completion_length} exceed the "
+            f"model's {context} tokens: lower one, or load the model with a larger max_seq_length"
+        )
+    return args.max_prompt_length
+
+
+def _stop_tokens(params: SamplingParams, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that ``params`` stops at; a stop text that is not a single token is refused."""
+    vocabulary = tokenizer.get_vocab()
+    texts = [text for text in params.stop if text not in vocabulary]
+    if texts:
+        raise UnsupportedError(
+            f"vllm_sampling_params stops at {texts[0]!r}, which is not a token of the tokenizer: rollouts of a trainer stop at "
+            "tokens. Train the model to end with its stop token, or score only what stands before the text"
+        )
+    return [*params.stop_token_ids, *(vocabulary[text] for text in params.stop)]
+
+
+def _is_model(reward: Any) -> bool:
+    """Whether TRL runs the reward as a model: a name of one, or a module."""
+    return isinstance(reward, str | nn.Module)
