@@ -13,6 +13,8 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from luthier.training.arguments import TrainingArguments
 from luthier.training.trainer import Trainer
 
+OWN = ("eval_dataset", "compute_metrics", "callbacks", "optimizers", "peft_config")  # arguments of the trainer itself
+
 
 def token_rows(count: int, seed: int = 0, longest: int = 40) -> Dataset:
     """Rows of random tokens whose lengths, and shares of trained tokens, differ much."""
@@ -31,7 +33,8 @@ def with_lora(model: PreTrainedModel, seed: int = 0, **changes) -> PeftModel:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return get_peft_model(model, LoraConfig(**{"r": 4, "target_modules": "all-linear", "init_lora_weights": False} | changes))
+        settings = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
+        return get_peft_model(model, LoraConfig(**settings | changes))
 
 
 def nf4_model(directory: Path) -> PreTrainedModel:
@@ -58,7 +61,7 @@ def arguments(directory: Path, **changes) -> TrainingArguments:
 
 def trainer(model: PreTrainedModel | PeftModel, directory: Path, rows: Dataset | None = None, **changes) -> Trainer:
     """A trainer over token rows; ``changes`` go to the arguments, or to the trainer if it knows them."""
-    own = {name: changes.pop(name) for name in ("eval_dataset", "compute_metrics", "callbacks", "optimizers") if name in changes}
+    own = {name: changes.pop(name) for name in OWN if name in changes}
     args = changes.pop("args", None) or arguments(directory, **changes)
     return Trainer(model=model, args=args, train_dataset=rows or token_rows(16), processing_class=tiny_tokenizer(), **own)
 

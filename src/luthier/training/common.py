@@ -27,14 +27,16 @@ def trainable_weights_kept(model: nn.Module) -> Iterator[None]:
     """Undo what TRL's constructors do to a quantised model: cast every trainable weight to bf16.
 
     An optimizer's steps are often smaller than bf16 can represent. The original tensors are put back, not upcast, so that
-    an adapter that was trained before loses nothing either.
+    an adapter that was trained before loses nothing either; one that the constructor made itself becomes float32.
     """
-    before = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
+    before = {id(parameter): parameter.data for parameter in model.parameters() if parameter.requires_grad}
     yield
+    if not (getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)):
+        return
     for parameter in model.parameters():
-        original = before.get(parameter)
-        if original is not None and parameter.dtype != original.dtype:
-            parameter.data = original
+        if parameter.requires_grad:
+            original = before.get(id(parameter))
+            parameter.data = parameter.data.float() if original is None else original
 
 
 class TrainerMixin(CheckpointMixin):

@@ -15,9 +15,11 @@ from torch.utils.data import DataLoader
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from luthier.data.ledger import Ledger
 from luthier.errors import unknown
+from luthier.model.cpu_4bit import repair_cpu_4bit
 from luthier.training.arguments import TrainingArguments, fit_arguments, warn_contradictions
 from luthier.training.collate import pack_rows, settle_padding
 from luthier.training.common import TrainerMixin, trainable_weights_kept
@@ -67,6 +69,7 @@ class Trainer(TrainerMixin, SFTTrainer):
             raise ValueError(
                 "No parameter of the model is trainable: call get_peft_model, or load it with full_finetuning=True"
             )
+        repair_cpu_4bit(model)
         settle_padding(args, model, has_collator=data_collator is not None)
         if trl_arguments.get("compute_metrics") and args.eval_packing is None:
             args.eval_packing = False  # so that predictions come row by row
@@ -116,7 +119,8 @@ class Trainer(TrainerMixin, SFTTrainer):
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
         """As TRL's, padded where ``compute_metrics`` reads the logits, so that they come row by row."""
         flat = self.data_collator
-        if self.compute_metrics is None or not self.padding_free or self.args.eval_packing:
+        is_flat = isinstance(flat, DataCollatorForLanguageModeling) and flat.padding_free
+        if self.compute_metrics is None or not is_flat or self.args.eval_packing:
             return super().get_eval_dataloader(eval_dataset)
         self.data_collator = dataclasses.replace(flat, padding_free=False)
         try:
