@@ -7,9 +7,11 @@ import functools
 import io
 import warnings
 
+import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, Json, List
+from datasets import Image as ImageFeature
 from PIL import Image
 from tiny_vision import FAMILIES, picture, picture_row, tiny_processor, tiny_vision_config, tiny_vision_model
 
@@ -67,12 +69,8 @@ def test_the_batch_is_the_processors_own_and_only_text_trains(family):
     labels = batch["labels"]
     assert torch.equal(labels[labels != IGNORE], batch["input_ids"][labels != IGNORE])
     assert not (labels[batch["attention_mask"] == 0] != IGNORE).any()
-    special = {
-        token
-        for text in FAMILIES[family][0]
-        if text != "<|python_tag|>"
-        for token in [processor.tokenizer.convert_tokens_to_ids(text)]
-    }
+    vision = [token for token in FAMILIES[family][0] if token != "<|python_tag|>"]
+    special = set(processor.tokenizer.convert_tokens_to_ids(vision))
     assert not special & set(labels.unique().tolist())
     # everything but padding and the picture's own text trains
     for row, answer in enumerate(("a cat", "something much longer than that")):
@@ -147,7 +145,7 @@ def test_every_form_of_a_picture_gives_the_same_batch(kind, tmp_path):
         "arrow": {"bytes": png(image), "path": None},
         "image_url": f"data:image/png;base64,{text}",
         "column": image,
-        "array": __import__("numpy").asarray(image),
+        "array": np.asarray(image),
     }
     part = {"type": "image", "image": forms[kind]}
     row = {"messages": [{"role": "user", "content": [part]}, {"role": "assistant", "content": "a cat"}]}
@@ -190,8 +188,6 @@ def test_a_dataset_with_images_trains_as_it_is(tmp_path):
     rows = [
         {"images": [picture(i), picture(i + 5)], "messages": text_row("Compare.", f"answer {i}")["messages"]} for i in range(3)
     ]
-    from datasets import Features, Image as ImageFeature, Json, List
-
     dataset = Dataset.from_list(rows, features=Features({"images": List(ImageFeature()), "messages": Json()}))
     batch = collator()(list(dataset))
     assert batch["image_grid_thw"].shape == (6, 3)
@@ -306,7 +302,7 @@ def test_a_cut_never_goes_through_a_picture(family):
         assert torch.equal(cut[name], whole[name][:, : length - 20])
     tiny_vision_model(family)(**cut).loss.backward()
     collate = collator(family, resize=None, max_seq_length=images_end - 1, too_long="truncate")
-    with pytest.raises(ValueError, match="too long"):
+    with pytest.raises(ValueError, match="too long"), pytest.warns(UserWarning, match="too long"):
         collate([row])
 
 

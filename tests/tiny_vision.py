@@ -50,8 +50,8 @@ FAMILIES: dict[str, tuple[tuple[str, ...], str]] = {
     "mistral3": (PIXTRAL_TOKENS, "[IMG]"),
 }
 
+WITH_BOS = ("gemma3", "mllama")
 TEMPLATE = (
-    "{% if bos_token_first %}{{ bos_token }}{% endif %}"
     "{% for message in messages %}<|im_start|>{{ message['role'] + '\n' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}IMAGE{% else %}{{ part['text'] }}{% endif %}"
@@ -64,10 +64,10 @@ def tiny_processor(family: str) -> transformers.ProcessorMixin:
     """The family's processor over the tiny tokenizer, with a ChatML template."""
     tokens, image = FAMILIES[family]
     template = TEMPLATE.replace("IMAGE", image)
-    template = template.replace(
-        "{% if bos_token_first %}", "{% if true %}" if family in ("mllama", "gemma3") else "{% if false %}"
-    )
+    if family in WITH_BOS:
+        template = "{{ bos_token }}" + template
     tokenizer = _tokenizer(family, tokens)
+    tokenizer.chat_template = template
     if family.startswith("qwen"):
         sizes = {"patch_size": 8, "merge_size": 2}
         video = {"qwen3_vl": "Qwen3VLVideoProcessor"}.get(family, "Qwen2VLVideoProcessor")
@@ -97,9 +97,8 @@ def tiny_vision_config(family: str) -> transformers.PreTrainedConfig:
     """Two decoder layers and two vision layers of width 64."""
     token = _tokenizer(family, FAMILIES[family][0]).convert_tokens_to_ids
     if family.startswith("qwen"):
-        ids = dict(
-            zip(("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id"), map(token, QWEN_TOKENS))
-        )
+        names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
+        ids = dict(zip(names, map(token, QWEN_TOKENS), strict=True))
         text = TEXT | {"rope_parameters": MROPE}
         if family == "qwen3_vl":
             more = {"hidden_size": 64, "intermediate_size": 96, "out_hidden_size": 64}
@@ -183,7 +182,7 @@ def picture_row(seed: int = 0, answer: str = "a cat", size: tuple[int, int] = (3
 
 
 def _tokenizer(family: str, tokens: tuple[str, ...]) -> PreTrainedTokenizerFast:
-    tokenizer = tiny_tokenizer(chat=False, bos=family in ("mllama", "gemma3"), extra_tokens=tokens)
+    tokenizer = tiny_tokenizer(chat=False, bos=family in WITH_BOS, extra_tokens=tokens)
     if family != "gemma3":
         return tokenizer
     named = dict(zip(("boi_token", "eoi_token", "image_token"), tokens, strict=True))

@@ -22,8 +22,8 @@ from luthier.data.conversation import Message, row_messages, row_tools
 from luthier.data.formats import find_format
 from luthier.data.images import Resize, check_resize, load_image, resize_image
 from luthier.data.ledger import NO_TRAINED_TOKEN, TOO_LONG, Ledger
-from luthier.data.masks import ResponseMask
-from luthier.data.render import encode, render
+from luthier.data.masks import IGNORED, ResponseMask
+from luthier.data.render import covered, render, render_spans
 from luthier.data.rows import BadRow, Row
 from luthier.errors import UnsupportedError, unknown
 from luthier.terminal import progress
@@ -66,6 +66,9 @@ class Tokens:
     trained: list[bool]
     images_end: int
 
+    def labels(self, ignored: int) -> list[int]:
+        return [token if trains else ignored for token, trains in zip(self.ids, self.trained, strict=True)]
+
     def cut(self, length: int) -> Tokens:
         return replace(self, ids=self.ids[:length], trained=self.trained[:length])
 
@@ -96,7 +99,7 @@ class VisionDataCollator:
         max_seq_length: int | None = None,
         formatting_func: Callable[[Row], Row | list[Message]] | None = None,
         resize: Resize = "min",
-        ignore_index: int = -100,
+        ignore_index: int = IGNORED,
         train_on_responses_only: bool = False,
         instruction_part: str | None = None,
         response_part: str | None = None,
@@ -186,11 +189,10 @@ class VisionDataCollator:
         messages, images = place_images(row_messages(row, source, exact=False), column_images(row))
         images = [resize_image(load_image(image, self.image_root), self.resize, self.side) for image in images]
         tools = row_tools(row)
-        text = render(self.processor, messages, tools=tools)
         completion = _completion_length(row, source) if self.completion_only_loss else 0
         if not (self.responses_only or completion) or self.mask is not None:
-            return Example(text, images, None)
-        spans = trained_spans(self.processor, messages, tools)
+            return Example(render(self.processor, messages, tools=tools), images, None)
+        text, spans = render_spans(self.processor, messages, tools)
         if completion and not self.responses_only:
             prompt = render(self.processor, messages[:-completion], tools=tools, add_generation_prompt=True)
             spans = [(start, end) for start, end in spans if end > len(prompt)]
@@ -223,16 +225,14 @@ class VisionDataCollator:
         return features, tokens
 
     def _tokens(self, ids: list[int], example: Example, offsets: Spans, places: list[dict]) -> Tokens:
-        pictures = [place["new_span"] for place in places]
-        in_picture = [any(start < end and start < last and end > first for first, last in pictures) for start, end in offsets]
-        vision = [inside or token in self.vision_tokens for inside, token in zip(in_picture, ids, strict=True)]
+        inside = covered(offsets, [place["new_span"] for place in places])
+        vision = [covers or token in self.vision_tokens for covers, token in zip(inside, ids, strict=True)]
         if self.mask is not None:
-            trained = [label != -100 for label in self.mask(ids)]
+            trained = [label != IGNORED for label in self.mask(ids)]
         elif example.spans is None:
             trained = [True] * len(ids)
         else:
-            spans = [_moved(span, places) for span in example.spans]
-            trained = [any(start < last and end > first for first, last in spans) for start, end in offsets]
+            trained = covered(offsets, [_moved(span, places) for span in example.spans])
         images_end = max((index + 1 for index, is_vision in enumerate(vision) if is_vision), default=0)
         return Tokens(ids, [a and not b for a, b in zip(trained, vision, strict=True)], images_end)
 
@@ -311,17 +311,6 @@ def place_images(messages: Sequence[Message], column: Sequence[Any]) -> tuple[li
         before = sum(part["type"] == "image" for message in placed[:first] for part in _parts(message))
         images[before:before] = waiting
     return placed, images
-
-
-def trained_spans(processor: ProcessorMixin, messages: Sequence[Message], tools: Any = None) -> Spans:
-    """The [start, end) characters of the rendered messages that ``data.render.encode`` trains."""
-    text = render(processor, messages, tools=tools)
-    ids, trained = encode(processor, messages, tools=tools)
-    tokenizer = processor.tokenizer
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    lead = len(ids) - len(encoded["input_ids"])  # a BOS that the template does not write
-    assert ids[lead:] == encoded["input_ids"], "the rendering was tokenised in two ways"
-    return [offset for offset, trains in zip(encoded["offset_mapping"], trained[lead:], strict=True) if trains]
 
 
 def _part(part: Any, waiting: list[Any], images: list[Any]) -> dict[str, Any]:

@@ -111,8 +111,8 @@ def ocr(
 ) -> OCRReport:
     """Ask ``model`` each row's question greedily and compare with the row's last answer.
 
-    ``rows`` and ``image_root`` are as for ``VisionDataCollator``; ``resize`` should be what the model was trained with. The model's mode
-    (train or eval) is left as it was. Raises ``ValueError`` for a row without a reference text, naming it.
+    ``rows`` and ``image_root`` are as for ``VisionDataCollator``; ``resize`` should be what the model was trained with. The
+    model's mode (train or eval) is left as it was. Raises ``ValueError`` for a row without a reference text, naming it.
     """
     check_resize(resize)
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size), ("the number of rows", len(rows))):

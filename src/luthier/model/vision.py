@@ -9,8 +9,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
-from transformers import ProcessorMixin
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 
 from luthier import adapters
 from luthier.errors import UnsupportedError, missing_extra
@@ -111,7 +117,7 @@ def require_vision(config: PreTrainedConfig, name: str | Path) -> None:
         raise ValueError(f"{name} is a text model ({config.model_type}): load it with FastLanguageModel.")
     if type(config) not in AutoModelForImageTextToText._model_mapping:
         raise UnsupportedError(
-            f"{name} is a {config.model_type!r} model, which does not answer in text. docs/architectures.md lists what is tested."
+            f"{name} is a {config.model_type!r} model, which does not answer in text. docs/architectures.md lists the families."
         )
 
 
@@ -137,8 +143,8 @@ def load_processor(directory: Path, trust_remote_code: bool = False) -> Processo
         ) from error
     if getattr(processor, "image_processor", None) is None:  # AutoProcessor falls back to the tokenizer
         raise ValueError(
-            f"{directory} has a tokenizer but no image processor. Copy preprocessor_config.json or processor_config.json of the "
-            "model into it."
+            f"{directory} has a tokenizer but no image processor. Copy preprocessor_config.json or processor_config.json of "
+            "the model into it."
         )
     processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
     processor.tokenizer.chat_template = processor.tokenizer.chat_template or processor.chat_template
