@@ -15,10 +15,10 @@ from typing import Any
 
 from luthier.data.chat import template_parts
 from luthier.data.pieces import Pieces
+from luthier.data.spans import EMPTY_THOUGHTS
 
 IGNORED = -100
 SHOWN_CHARACTERS = 600
-EMPTY_THOUGHT = r"(?:\s*<think>\s*</think>\s*)?"  # a template's way to say "no thinking": given to the model, not its words
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class ResponseMask:
         self.pieces = Pieces(self.tokenizer)
         pad = [re.escape(self.tokenizer.pad_token)] if self.tokenizer.pad_token else []
         self.markers = Markers(
-            response=re.compile(f"(?:{self._marker(response_part)}){EMPTY_THOUGHT}"),
+            response=re.compile(rf"(?:{self._marker(response_part)})(?:\s*(?:{EMPTY_THOUGHTS.pattern}))?"),
             turn=re.compile("|".join([self._marker(instruction_part), *pad])),
             stop=re.compile("|".join(map(re.escape, self.stop_tokens)) or r"(?!)"),
         )

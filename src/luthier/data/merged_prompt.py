@@ -41,9 +41,7 @@ def parse_merged_prompt(merged_prompt: str) -> list[PromptPart]:
     parts = [_part(text, optional) for text, optional in zip(pieces[::2], itertools.cycle((False, True)), strict=False)]
     for part in parts:
         if part.optional and not part.columns:
-            raise ValueError(
-                f"merged_prompt {merged_prompt!r}: [[{part.text}]] names no column, so it would never be left out."
-            )
+            raise ValueError(f"merged_prompt {merged_prompt!r} names no column in [[{part.text}]], so that is never left out.")
     if not any(part.columns for part in parts):
         raise ValueError(f"merged_prompt {merged_prompt!r} names no column: write them in braces, as in '{{instruction}}'.")
     return parts

@@ -13,7 +13,7 @@ from rich.text import Text
 from luthier.data.masks import IGNORED, count_trained
 from luthier.data.pieces import Pieces
 
-TRAINED, MASKED = ("green underline", "green reverse"), ("dim", "dim reverse")  # shades in turn, to tell tokens apart
+TRAINED, MASKED = ("green underline", "bright_green underline"), ("bright_black", "dim")  # in turn, to tell tokens apart
 OPEN, CLOSE = "⟦", "⟧"  # around what trains, where there are no colours
 
 
@@ -23,12 +23,12 @@ def preview(dataset: Dataset, tokenizer: Any, rows: int = 3, console: Console | 
     Tokens that train are green and underlined, the others dim, neighbours in two shades; where there are no colours,
     what trains stands in ⟦ ⟧.
     """
-    console = console or Console(highlight=False)
+    console = console or Console()
     shown = _coloured if console.is_terminal and not console.no_color else _bracketed
     for number, row in enumerate(preview_rows(dataset, tokenizer, rows), start=1):
         length, trained = row["length"], row["trained_tokens"]
-        share = trained / max(length, 1)
-        console.print(f"Row {number} of {len(dataset)}: {length} tokens, {trained} of them train ({share:.0%})", style="bold")
+        title = f"Row {number} of {len(dataset)}: {length} tokens, {trained} of them train ({trained / max(length, 1):.0%})"
+        console.print(title, style="bold", highlight=False)
         console.print(shown(row["tokens"]))
 
 

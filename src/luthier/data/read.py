@@ -111,7 +111,7 @@ def _read_json(path: Path, split: str) -> Dataset:
     if not text.strip():
         raise ValueError(f"{path} is empty: it must hold at least one row.")
     try:
-        root = json.loads(text)
+        root = _loads(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" or _first_line_is_json(path):
             return _read_jsonl(path, split)
@@ -137,9 +137,17 @@ def _lines(path: Path) -> Iterator[tuple[str, object]]:
                 raise ValueError(f"{path} line {number} is not UTF-8 text ({error}).") from error
             if line:
                 try:
-                    yield f"line {number}", json.loads(line)
+                    yield f"line {number}", _loads(line)
                 except json.JSONDecodeError as error:
                     raise _not_json(path, number, [line], error) from error
+
+
+def _loads(text: str) -> object:
+    return json.loads(text, parse_constant=_no_constant)
+
+
+def _no_constant(name: str) -> None:
+    raise json.JSONDecodeError(f"{name} is no JSON value (write null)", name, 0)
 
 
 def _first_line_is_json(path: Path) -> bool:
