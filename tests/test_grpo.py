@@ -132,8 +132,8 @@ def test_the_reward_rises(tmp_path):
     model = tiny_model("qwen2").requires_grad_(True)
     run = trainer(tmp_path, low, model=model, max_steps=40, learning_rate=3e-3, lr_scheduler_type="constant")
     run.train()
-    rewards = [entry["reward"] for entry in logged(run, "reward")]
-    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.2
+    for first, last in run.reward_change().values():
+        assert last > first + 0.15
 
 
 # --- rewards ---------------------------------------------------------------------------------------------------------
@@ -434,3 +434,26 @@ def test_evaluation_during_training(tmp_path):
     run.train()
     losses = [name for entry in run.state.log_history for name in entry if name.endswith("_loss")]
     assert {"eval_first_loss", "eval_second_loss"} <= set(losses)
+
+
+def test_early_stopping_goes_by_the_reward(tmp_path):
+    calls = []
+
+    def falling(completions, **columns):
+        calls.append(len(completions))
+        return [-float(len(calls))] * len(completions)
+
+    run = GRPOTrainer(
+        adapted(tiny_model("qwen2")),
+        tiny_tokenizer(chat=False),
+        falling,
+        GRPOConfig(
+            **settings(tmp_path, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, max_steps=9)
+            | {"early_stopping_patience": 2, "per_device_eval_batch_size": 4}
+        ),
+        text_rows(),
+        text_rows().select(range(1)),
+    )
+    run.train()
+    assert run.state.global_step == 3  # the first evaluation stays the best, and two more were allowed
+    assert run.state.best_model_checkpoint.endswith("checkpoint-1")

@@ -19,7 +19,10 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from luthier.data.chat import template_parts
 from luthier.files import atomic_directory
+from luthier.model.accelerate import base_model
+from luthier.model.generation import evaluating
 from luthier.rl.decoding import End, Ends, LogProb, LogProbRecorder, logits_processors
 from luthier.rl.prompts import is_conversation, prompt_token_ids
 from luthier.rl.sampling import SamplingParams
@@ -112,8 +115,6 @@ def stop_token_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedToke
 
 def template_stop_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """The stop tokens of the tokenizer's chat template that are single tokens; none where they cannot be derived."""
-    from luthier.data.chat import template_parts
-
     if tokenizer.chat_template is None:
         return ()
     try:
@@ -126,7 +127,7 @@ def template_stop_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
 def context_length(model: PreTrainedModel | PeftModel) -> int | None:
     """Tokens that fit: the ``max_seq_length`` the model was loaded with, else its native length; None if it has none."""
     info = getattr(model, "luthier", None)
-    if info is not None:
+    if info is not None and info.max_seq_length is not None:
         return info.max_seq_length
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
@@ -134,16 +135,14 @@ def context_length(model: PreTrainedModel | PeftModel) -> int | None:
 @contextlib.contextmanager
 def generating(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     """Evaluation mode, no gradients, and a blank generation config: what the caller asks for is all that applies."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    kept, was_training = base.generation_config, model.training
+    base = base_model(model)
+    kept = base.generation_config
     base.generation_config = GenerationConfig()
-    model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(model):
             yield
     finally:
         base.generation_config = kept
-        model.train(was_training)
 
 
 # --- adapters --------------------------------------------------------------------------------------------------------

@@ -72,6 +72,8 @@ class GRPOConfig(SharedArguments, trl.GRPOConfig):
         _check(self)
         self._settle_loss()
         self._settle_rollout()
+        if self.metric_for_best_model is None and (self.load_best_model_at_end or self.early_stopping_patience is not None):
+            self.metric_for_best_model = "reward"  # the loss of GRPO says nothing about how good the model is
         super().__post_init__()
 
     def _settle_loss(self) -> None:
@@ -175,6 +177,13 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
     def ledger(self) -> PromptLedger | None:
         """What became of the prompts of ``train_dataset``; None for a stream and for images, which are read as they come."""
         return self.ledgers.get("train_dataset")
+
+    def reward_change(self) -> dict[str, tuple[float, float]]:
+        """Means over the first and the last fifth of the logged training steps: of the whole reward, and of each function."""
+        steps = [entry for entry in self.state.log_history if "reward" in entry]
+        part = max(1, len(steps) // 5)
+        names = {"reward": "reward", **{name: f"rewards/{name}/mean" for name in self.reward_func_names}}
+        return {name: (_mean(steps[:part], key), _mean(steps[-part:], key)) for name, key in names.items()}
 
     def _add_stop_tokens(self) -> None:
         """Let the template's stop token end a rollout too, not only the tokenizer's EOS and the checkpoint's list."""
@@ -329,6 +338,11 @@ def _stop_tokens(params: SamplingParams, tokenizer: PreTrainedTokenizerBase) -> 
             "tokens. Train the model to end with its stop token, or score only what stands before the text"
         )
     return [*params.stop_token_ids, *(vocabulary[text] for text in params.stop)]
+
+
+def _mean(entries: list[dict[str, Any]], key: str) -> float:
+    values = [entry[key] for entry in entries if entry.get(key) is not None]
+    return sum(values) / len(values) if values else float("nan")
 
 
 def _is_model(reward: Any) -> bool:

@@ -1,0 +1,100 @@
+"""GRPO with reward functions, from a recipe to what is saved. Read it top to bottom."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peft import PeftModel
+
+from luthier.config import GRPORecipe
+from luthier.data.chat import get_chat_template
+from luthier.data.read import read_dataset
+from luthier.fast import FastLanguageModel
+from luthier.rl.prompts import check_prompts
+from luthier.rl.rewards import load_reward
+from luthier.terminal import table
+from luthier.training.grpo import GRPOConfig, GRPOTrainer
+from luthier.workflows.common import newest_checkpoint, save_outputs, training_arguments
+
+
+def run(recipe: GRPORecipe) -> dict[str, Path]:
+    """Train as the recipe says; gives what was written, by kind ("adapter", "merged_16bit", "q8_0" ...)."""
+    recipe.require("model", "data", "rewards")
+    resume = newest_checkpoint(recipe)
+
+    # 1. Rewards and prompts: read before the model, so that a mistake in them costs a second and not a download
+    rewards = [load_reward(reference) for reference in recipe.rewards]
+    prompts = read_dataset(recipe.data, recipe.split)
+    check_prompts(prompts)
+    held_out = read_dataset(recipe.eval_data) if recipe.eval_data else None
+
+    # 2. The model, quantised as it is read, and its tokenizer
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        recipe.model,
+        max_seq_length=recipe.max_seq_length,
+        dtype=recipe.dtype,
+        load_in_4bit=recipe.load_in_4bit,
+        load_in_8bit=recipe.load_in_8bit,
+        load_in_16bit=recipe.load_in_16bit,
+        full_finetuning=recipe.full_finetuning,
+        attn_implementation=recipe.attn_implementation,
+        use_gradient_checkpointing=recipe.checkpointing(),
+        memory_budget=recipe.memory_budget,
+        revision=recipe.revision,
+        trust_remote_code=recipe.trust_remote_code,
+        random_state=recipe.seed,
+    )
+
+    # 3. The chat template: the tokenizer's own unless another is asked for
+    if recipe.chat_template or not tokenizer.chat_template:
+        tokenizer = get_chat_template(tokenizer, recipe.chat_template or "chatml")
+
+    # 4. The adapter: a new one, unless the model came with one that goes on
+    if not recipe.full_finetuning and not isinstance(model, PeftModel):
+        model = FastLanguageModel.get_peft_model(
+            model,
+            r=recipe.r,
+            lora_alpha=recipe.lora_alpha,
+            lora_dropout=recipe.lora_dropout,
+            target_modules=recipe.target_modules,
+            modules_to_save=recipe.modules_to_save,
+            use_rslora=recipe.use_rslora,
+            use_dora=recipe.use_dora,
+            random_state=recipe.seed,
+        )
+
+    # 5. Training: groups of completions are sampled, rewarded, and compared with each other
+    trainer = GRPOTrainer(
+        model=model,
+        processing_class=tokenizer,
+        reward_funcs=rewards,
+        train_dataset=prompts,
+        eval_dataset=held_out,
+        args=training_arguments(
+            recipe,
+            GRPOConfig,
+            reward_weights=recipe.reward_weights,
+            reward_timeout=recipe.reward_timeout,
+            num_generations=recipe.num_generations,
+            num_generations_eval=recipe.per_device_train_batch_size,
+            max_prompt_length=recipe.max_prompt_length,
+            max_completion_length=recipe.max_completion_length,
+            temperature=recipe.temperature,
+            top_p=recipe.top_p,
+            top_k=recipe.top_k,
+            beta=recipe.beta,
+            loss_type=recipe.loss_type,
+            epsilon=recipe.epsilon,
+            epsilon_high=recipe.epsilon_high,
+            mask_truncated_completions=recipe.mask_truncated_completions,
+            rollout=recipe.rollout,
+        ),
+    )
+    trainer.train(resume_from_checkpoint=resume)
+
+    # 6. What became of the rewards
+    rows = [(name, f"{first:.3f}", f"{last:.3f}") for name, (first, last) in trainer.reward_change().items()]
+    table("Mean rewards", ("", "first fifth of the steps", "last fifth"), rows)
+
+    # 7. What was trained: the adapter always, merged weights and GGUF as asked
+    return save_outputs(model, tokenizer, recipe)

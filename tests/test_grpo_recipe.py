@@ -1,0 +1,65 @@
+"""``luthier grpo``: from a recipe to an adapter on disk."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import save_tiny
+
+from luthier.config import GRPORecipe, make_recipe
+from luthier.workflows.grpo import run as run_grpo
+
+QUESTIONS = ["The statement", "An expression list is", "x", "if the name is bound to an object, then", "class", "return"]
+
+
+@pytest.fixture()
+def recipe(tmp_path) -> dict:
+    save_tiny("llama3", tmp_path / "base")
+    rows = [{"prompt": [{"role": "user", "content": text}], "answer": text[0]} for text in QUESTIONS]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    source = "def brief(completions, answer): return [-float(len(messages[0]['content'])) for messages in completions]"
+    (tmp_path / "rewards.py").write_text(source)
+    return {
+        "model": str(tmp_path / "base"),
+        "data": str(tmp_path / "rows.jsonl"),
+        "output": str(tmp_path / "out"),
+        "rewards": [f"{tmp_path}/rewards.py:brief"],
+        "max_seq_length": 256,
+        "max_completion_length": 8,
+        "num_generations": 4,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 2,
+        "learning_rate": 1e-3,
+        "r": 4,
+    }
+
+
+def test_the_workflow_trains_from_a_recipe_and_goes_on_from_its_adapter(tmp_path, recipe):
+    written = run_grpo(make_recipe({**recipe, "eval_data": recipe["data"], "eval_steps": 2}, GRPORecipe))
+    adapter = load_file(written["adapter"] / "adapter_model.safetensors")
+    assert any("lora_B" in name and value.abs().sum() > 0 for name, value in adapter.items())
+    assert all(value.dtype == torch.float32 for value in adapter.values())
+
+    again = run_grpo(make_recipe({**recipe, "model": str(written["adapter"]), "output": str(tmp_path / "again")}, GRPORecipe))
+    further = load_file(again["adapter"] / "adapter_model.safetensors")
+    assert further.keys() == adapter.keys() and any(not torch.equal(further[name], adapter[name]) for name in adapter)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "said"),
+    [
+        ({"rewards": []}, ValueError, "rewards"),
+        ({"rewards": ["nowhere.py:brief"]}, FileNotFoundError, "nowhere.py"),
+        ({"data": "nowhere.jsonl"}, FileNotFoundError, "nowhere.jsonl"),
+        ({"loss_type": "gpo"}, ValueError, "loss_type"),
+    ],
+    ids=str,
+)
+def test_a_mistake_in_a_recipe_leaves_nothing_behind(tmp_path, recipe, changes, error, said):
+    with pytest.raises(error, match=said):
+        run_grpo(make_recipe({**recipe, **changes}, GRPORecipe))
+    assert not (tmp_path / "out").exists()
