@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import struct
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +22,7 @@ SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.py", "*.tiktoken"]
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
 
 
@@ -38,6 +40,15 @@ class Checkpoint:
         for file in sorted(set(self.files.values())):
             merged.update(read_header(file))
         return merged
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The floating-point dtype of most of its bytes."""
+        sizes: Counter[torch.dtype] = Counter()
+        for entry in self.headers.values():
+            if entry["dtype"] in DTYPES:
+                sizes[DTYPES[entry["dtype"]]] += entry["data_offsets"][1] - entry["data_offsets"][0]
+        return sizes.most_common(1)[0][0] if sizes else None
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, on the CPU, as stored."""

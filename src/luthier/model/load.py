@@ -53,6 +53,8 @@ class LoadInfo:
     precision: Precision | str  # nf4, int8, 16bit, full, or how the checkpoint itself is quantised: "bitsandbytes", "gptq" ...
     dtype: torch.dtype
     dtype_given: bool = False
+    stored_dtype: torch.dtype | None = None  # of the checkpoint's own weights
+    vocabulary: int | None = None  # rows of the checkpoint's embeddings
     revision: str | None = None
     trust_remote_code: bool = False
     text_only: bool = False
@@ -98,8 +100,8 @@ def load_model(
     """Load a text model and its tokenizer; an adapter directory gives its base with the adapter attached, trainable.
 
     The arguments are those of ``FastLanguageModel.from_pretrained``. ``max_seq_length=None`` is 2048, or the model's native
-    length where that is less: only a length that was asked for scales positions. Everything that can be wrong with them or with the
-    files is an error before a weight is read.
+    length where that is less: only a length that was asked for scales positions. Everything that can be wrong with them
+    or with the files is an error before a weight is read.
     """
     # 1. The arguments
     precision = choose_precision(load_in_4bit, load_in_8bit, load_in_16bit, load_in_fp8, full_finetuning)
@@ -295,6 +297,7 @@ def load_weights(
     """Read the weights of ``info.base_path`` in ``info.precision``; sets ``info.precision`` of a quantised checkpoint."""
     if info.max_seq_length is None:
         info.max_seq_length = min(DEFAULT_LENGTH, native_length(config) or DEFAULT_LENGTH)
+    info.stored_dtype = checkpoint.open_checkpoint(info.base_path).dtype
     settings = {name: value for name, value in options.items() if value is not None}
     settings["device_map"] = settings.get("device_map", default_device_map())
     settings["quantization_config"] = _quantisation_of(config, info, precision_given, settings.pop("quantization_config", None))
@@ -310,6 +313,7 @@ def load_weights(
     )
     model.config._name_or_path = model.name_or_path = info.base_name
     model.luthier = info
+    info.vocabulary = model.get_input_embeddings().weight.shape[0]
     repair_cpu_4bit(model)
     _warn_about_large_experts(model, info)
     if info.precision == "full":
