@@ -1,10 +1,17 @@
-"""The activation of gated MLPs: ``act(gate) * up`` with act = silu (SwiGLU), tanh-GELU or exact GELU (GeGLU)."""
+"""The activation of gated MLPs: ``act(gate) * up`` with act = silu (SwiGLU), tanh-GELU or exact GELU (GeGLU).
+
+One pass each way. The backward writes the gradients over gate and up and, for the gradient of the next layer's adapter,
+the activation again: it is cheaper to compute than to keep.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from luthier.ops.backend import has_kernels, jit, tl, triton
 
 # transformers' names of the activation (config.hidden_act) -> ours
 ACTIVATIONS = {
@@ -15,6 +22,8 @@ ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
 }
+KINDS = ("silu", "gelu", "gelu_tanh")
+BLOCK = 1024  # elements of a row that one program handles
 
 
 def gated_activation_reference(gate: Tensor, up: Tensor, activation: str) -> Tensor:
@@ -36,5 +45,104 @@ def gated_activation_backward_reference(
 
 
 def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """``act(gate) * up`` for one of ``silu``, ``gelu``, ``gelu_tanh``."""
-    return gated_activation_reference(gate, up, activation)
+    """``act(gate) * up`` for one of ``silu``, ``gelu``, ``gelu_tanh``. Differentiable."""
+    if not has_kernels(gate):
+        return gated_activation_reference(gate, up, activation)
+    return _GatedActivation.apply(gate, up, activation)
+
+
+def gated_forward(gate: Tensor, up: Tensor, activation: str, out: Tensor) -> Tensor:
+    """gate, up (N, F) -> ``out`` (N, F); rows of all three may be further apart than F. Not differentiable."""
+    if not has_kernels(gate):
+        return out.copy_(gated_activation_reference(gate, up, activation))
+    return launch_forward(gate, up, activation, out)
+
+
+def gated_backward_(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """In place: gate and up (N, F) become their gradients, and ``grad`` (N, F) becomes the activation's output, returned."""
+    if not has_kernels(gate):
+        out, grad_gate, grad_up = gated_activation_backward_reference(grad, gate, up, activation)
+        gate.copy_(grad_gate)
+        up.copy_(grad_up)
+        return grad.copy_(out)
+    return launch_backward_(grad, gate, up, activation)
+
+
+def launch_forward(gate: Tensor, up: Tensor, activation: str, out: Tensor) -> Tensor:
+    rows, width = gate.shape
+    strides = gate.stride(0), up.stride(0), out.stride(0)
+    grid = (rows, triton.cdiv(width, BLOCK))
+    _forward[grid](gate, up, out, width, *strides, KIND=KINDS.index(activation), BLOCK=BLOCK, num_warps=4)
+    return out
+
+
+def launch_backward_(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    rows, width = gate.shape
+    strides = grad.stride(0), gate.stride(0), up.stride(0)
+    grid = (rows, triton.cdiv(width, BLOCK))
+    _backward[grid](grad, gate, up, width, *strides, KIND=KINDS.index(activation), BLOCK=BLOCK, num_warps=4)
+    return grad
+
+
+@jit
+def _activation(x, KIND: tl.constexpr):
+    """(act(x), act'(x)) in fp32."""
+    if KIND == 0:
+        sigmoid, rest = 1.0 / (1.0 + tl.exp(-x)), 1.0 / (1.0 + tl.exp(x))  # rest = 1 - sigmoid, without the cancellation
+        return x * sigmoid, sigmoid * (1.0 + x * rest)
+    elif KIND == 1:
+        normal_cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+        return x * normal_cdf, normal_cdf + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    else:
+        twice = 1.5957691216057308 * x * (1.0 + 0.044715 * x * x)
+        sigmoid, rest = 1.0 / (1.0 + tl.exp(-twice)), 1.0 / (1.0 + tl.exp(twice))  # (1 + tanh(twice / 2)) / 2
+        slope = 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+        return x * sigmoid, sigmoid + x * sigmoid * rest * slope
+
+
+@jit
+def _forward(GATE, UP, OUT, width, stride_gate, stride_up, stride_out, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    gate = tl.load(GATE + row * stride_gate + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(UP + row * stride_up + column, mask=inside, other=0.0).to(tl.float32)
+    value, _ = _activation(gate, KIND)
+    tl.store(OUT + row * stride_out + column, (value * up).to(OUT.dtype.element_ty), mask=inside)
+
+
+@jit
+def _backward(GRAD, GATE, UP, width, stride_grad, stride_gate, stride_up, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    gate_at, up_at, grad_at = (
+        GATE + row * stride_gate + column,
+        UP + row * stride_up + column,
+        GRAD + row * stride_grad + column,
+    )
+    gate = tl.load(gate_at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(up_at, mask=inside, other=0.0).to(tl.float32)
+    grad = tl.load(grad_at, mask=inside, other=0.0).to(tl.float32)
+    value, slope = _activation(gate, KIND)
+    tl.store(grad_at, (value * up).to(GRAD.dtype.element_ty), mask=inside)
+    tl.store(gate_at, (grad * up * slope).to(GATE.dtype.element_ty), mask=inside)
+    tl.store(up_at, (grad * value).to(UP.dtype.element_ty), mask=inside)
+
+
+class _GatedActivation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up, activation):
+        ctx.save_for_backward(gate, up)
+        ctx.activation = activation
+        rows, out = gate.reshape(-1, gate.shape[-1]), torch.empty_like(gate, memory_format=torch.contiguous_format)
+        launch_forward(rows, up.reshape(rows.shape), activation, out.view(rows.shape))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        gate, up = (tensor.clone(memory_format=torch.contiguous_format) for tensor in ctx.saved_tensors)
+        rows = (tensor.view(-1, tensor.shape[-1]) for tensor in (grad.clone(memory_format=torch.contiguous_format), gate, up))
+        launch_backward_(*rows, ctx.activation)
+        return gate, up, None

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from luthier.ops.backend import has_kernels, jit, power_of_2, tl
+
 CHUNK_BYTES = 1 << 28  # of one chunk of logits in fp32: large enough for full-speed products, small beside a model
 
 
@@ -56,7 +58,7 @@ def linear_cross_entropy(
     return _LinearCrossEntropy.apply(flat, weight, bias, targets.reshape(-1), softcap, scale, ignore_index, rows)
 
 
-def shape_logits(logits: Tensor, softcap: float | None, scale: float) -> Tensor:
+def shape_logits(logits: Tensor, softcap: float | None = None, scale: float = 1.0) -> Tensor:
     """From ``hidden @ weight.T + bias`` to what the softmax sees."""
     if scale != 1.0:
         logits = logits * scale
@@ -73,9 +75,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
         for index in (targets != ignore_index).nonzero().squeeze(1).split(rows):
             chunk, target = hidden[index], targets[index]
-            logits = torch.nn.functional.linear(chunk, weight, bias)
-            loss_sum, grad = _chunk_loss_and_grad(logits, target, softcap, scale)
-            loss += loss_sum
+            losses, grad = loss_and_grad_(torch.nn.functional.linear(chunk, weight, bias), target, softcap, scale)
+            loss += losses.sum()
             if wants_hidden:
                 grad_hidden.index_copy_(0, index, grad @ weight)
             if wants_weight:
@@ -99,16 +100,72 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
 
 
-def _chunk_loss_and_grad(raw: Tensor, target: Tensor, softcap: float | None, scale: float) -> tuple[Tensor, Tensor]:
-    """raw (n, V) logits before shaping, target (n,) -> (summed loss in fp32, its gradient by ``raw`` in raw's dtype)."""
+def loss_and_grad_(raw: Tensor, target: Tensor, softcap: float | None, scale: float) -> tuple[Tensor, Tensor]:
+    """raw (n, V) logits before shaping, target (n,) -> (losses (n,) in fp32, their gradient by ``raw``, in its place)."""
+    if has_kernels(raw):
+        return launch_(raw, target, softcap, scale), raw
+    return loss_and_grad_reference(raw, target, softcap, scale)
+
+
+def loss_and_grad_reference(raw: Tensor, target: Tensor, softcap: float | None, scale: float) -> tuple[Tensor, Tensor]:
+    """The same in plain torch, and not in place."""
     logits = shape_logits(raw.float(), softcap, scale)
-    lse = torch.logsumexp(logits, dim=-1)
     column = target.unsqueeze(1)
-    loss = (lse - logits.gather(1, column).squeeze(1)).sum()
-    grad = torch.exp(logits - lse.unsqueeze(1))
+    log_probs = torch.log_softmax(logits, dim=-1)
+    losses = -log_probs.gather(1, column).squeeze(1)
+    grad = log_probs.exp_()
     grad.scatter_add_(1, column, torch.full_like(column, -1, dtype=grad.dtype))
     if softcap is not None:
         grad *= 1 - (logits / softcap) ** 2
-    if scale != 1.0:
-        grad *= scale
-    return loss, grad.to(raw.dtype)
+    return losses, (grad * scale).to(raw.dtype)
+
+
+def launch_(raw: Tensor, target: Tensor, softcap: float | None, scale: float) -> Tensor:
+    """The losses (n,) in fp32; ``raw`` (n, V) becomes their gradient. Two reads and one write of raw."""
+    losses = torch.empty(raw.shape[0], dtype=torch.float32, device=raw.device)
+    constants = {"V": raw.shape[1], "BLOCK": min(8192, power_of_2(raw.shape[1])), "CAPPED": softcap is not None}
+    _kernel[(raw.shape[0],)](raw, target, losses, raw.stride(0), softcap or 1.0, scale, **constants, num_warps=16)
+    return losses
+
+
+@jit
+def _tanh(x):
+    """Through exp, and near zero, where that cancels, through its series."""
+    square = x * x
+    series = 1.0 - square * (1 / 3 - square * (2 / 15 - square * (17 / 315 - square * (62 / 2835))))
+    large = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * tl.abs(x)))
+    return tl.where(square < 0.09, x * series, tl.where(x < 0, -large, large))
+
+
+@jit
+def _shaped(LOGITS, column, softcap, scale, V: tl.constexpr, CAPPED: tl.constexpr):
+    x = tl.load(LOGITS + column, mask=column < V, other=0.0).to(tl.float32) * scale
+    if CAPPED:
+        x = softcap * _tanh(x / softcap)
+    return tl.where(column < V, x, -float("inf"))
+
+
+@jit
+def _kernel(RAW, TARGET, LOSS, stride, softcap, scale, V: tl.constexpr, BLOCK: tl.constexpr, CAPPED: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(TARGET + row)
+    logits = RAW + row * stride
+    largest = tl.full((BLOCK,), -1e30, tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, V, BLOCK):
+        x = _shaped(logits, start + tl.arange(0, BLOCK), softcap, scale, V, CAPPED)
+        new = tl.maximum(largest, x)
+        total = total * tl.exp(largest - new) + tl.exp(x - new)
+        largest = new
+    peak = tl.max(largest, 0)
+    sum_exp = tl.sum(total * tl.exp(largest - peak), 0)
+    chosen = tl.sum(_shaped(logits, target + tl.arange(0, 1), softcap, scale, V, CAPPED), 0)
+    tl.store(LOSS + row, tl.log(sum_exp) - (chosen - peak))
+    tl.debug_barrier()  # every thread has read the target's logit before one of them overwrites it
+    for start in range(0, V, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        x = _shaped(logits, column, softcap, scale, V, CAPPED)
+        grad = tl.exp(x - peak) / sum_exp - tl.where(column == target, 1.0, 0.0)
+        if CAPPED:
+            grad *= 1.0 - (x / softcap) * (x / softcap)
+        tl.store(logits + column, (grad * scale).to(RAW.dtype.element_ty), mask=column < V)

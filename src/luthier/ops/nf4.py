@@ -13,6 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from luthier.ops.backend import has_kernels, jit, tl, triton
+
+TILE = 2048  # weights that one program dequantises
+
 
 @dataclass(frozen=True)
 class Quantised:
@@ -61,6 +65,51 @@ def dequantise_reference(weight: Quantised, dtype: torch.dtype | None = None) ->
 
 
 def dequantise(weight: Quantised, out: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
-    """Write the weights to ``out`` (rows, columns), whose rows may be longer than the matrix's, or to a new tensor."""
+    """Write the weights to ``out`` (rows, columns), whose rows may be further apart than that, or to a new tensor."""
+    if has_kernels(weight.packed):
+        if out is None:
+            out = torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.packed.device)
+        return launch(weight, out)
     values = dequantise_reference(weight, dtype if out is None else out.dtype)
     return values if out is None else out.copy_(values)
+
+
+def launch(weight: Quantised, out: Tensor) -> Tensor:
+    rows, columns = weight.shape
+    blocks = triton.cdiv(rows * columns, weight.blocksize)
+    per_program = max(1, TILE // weight.blocksize)
+    nested = weight.nested_absmax is not None
+    scales = (weight.nested_absmax, weight.nested_code, weight.offset) if nested else (weight.absmax,) * 3
+    _kernel[(triton.cdiv(blocks, per_program),)](
+        weight.packed, weight.absmax, weight.code, *scales, out, rows * columns, columns, out.stride(0),
+        NESTED=weight.nested_blocksize if nested else 0, SIZE=weight.blocksize, BLOCKS=per_program,
+        WHOLE=columns % weight.blocksize == 0, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+    return out
+
+
+@jit
+def _kernel(
+    PACKED, ABSMAX, CODE, NESTED_ABSMAX, NESTED_CODE, OFFSET, OUT, total, columns, stride,
+    NESTED: tl.constexpr, SIZE: tl.constexpr, BLOCKS: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """``BLOCKS`` runs of ``SIZE`` weights a program. ``WHOLE``: none of them goes over the end of a row."""
+    block = (tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)).to(tl.int64)
+    inside = block * SIZE < total
+    scale = tl.load(ABSMAX + block, mask=inside, other=0)
+    if NESTED > 0:
+        outer = tl.load(NESTED_ABSMAX + block // NESTED, mask=inside, other=0.0)
+        scale = tl.load(NESTED_CODE + scale.to(tl.int32)) * outer + tl.load(OFFSET)
+    byte = tl.arange(0, SIZE // 2)
+    at = block[:, None] * (SIZE // 2) + byte[None, :]
+    pair = tl.load(PACKED + at, mask=2 * at < total, other=0).to(tl.int32)
+    high = (tl.load(CODE + (pair >> 4)) * scale[:, None]).to(OUT.dtype.element_ty)
+    low = (tl.load(CODE + (pair & 15)) * scale[:, None]).to(OUT.dtype.element_ty)
+    value = tl.reshape(tl.join(high, low), (BLOCKS, SIZE))
+    element = tl.arange(0, SIZE)
+    if WHOLE:
+        start = (block * SIZE) // columns * stride + (block * SIZE) % columns
+        tl.store(OUT + start[:, None] + element[None, :], value, mask=inside[:, None])
+    else:
+        index = block[:, None] * SIZE + element[None, :]
+        tl.store(OUT + index // columns * stride + index % columns, value, mask=index < total)

@@ -1,0 +1,334 @@
+"""Every kernel against its definition: error at most twice what torch itself makes against fp64, in fp32 and bf16.
+
+On a GPU the kernels run compiled; elsewhere in Triton's interpreter, repaired (tests/triton_interpreter.py). What a kernel
+must write starts as NaN, so that what it leaves unwritten shows.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import os
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+GPU = torch.cuda.is_available()
+if HAS_TRITON and not GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from luthier.ops import backend, gated_mlp, linear_cross_entropy, nf4, rms_norm, rotary, token_logprobs  # noqa: E402
+from luthier.ops.attention import attention, attention_reference  # noqa: E402
+from luthier.ops.lora_linear import lora_linear_reference  # noqa: E402
+
+DEVICE = "cuda" if GPU else "cpu"
+DTYPES = [torch.float32, torch.bfloat16]
+RUNS_KERNELS = pytest.param(True, id="kernel", marks=pytest.mark.skipif(not HAS_TRITON, reason="no Triton"))
+
+
+@pytest.fixture(params=[pytest.param(False, id="reference"), RUNS_KERNELS])
+def path(request, monkeypatch):
+    """Both ways through an op: its plain-torch reference and its kernel."""
+    if not request.param:
+        for op in (rms_norm, rotary, gated_mlp, nf4, linear_cross_entropy):
+            monkeypatch.setattr(op, "has_kernels", lambda x: False)
+        yield "reference"
+        return
+    for op in (rms_norm, rotary, gated_mlp, nf4, linear_cross_entropy):
+        monkeypatch.setattr(op, "has_kernels", lambda x: True)
+    if GPU:
+        yield "kernel"
+        return
+    from triton_interpreter import repaired
+
+    with repaired():
+        yield "kernel"
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def unwritten(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Memory that shows when a kernel leaves it as it was."""
+    return torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)
+
+
+def error(value: Tensor, truth: Tensor) -> float:
+    """The relative error in the Euclidean norm; NaN counts as infinite."""
+    difference = (value.double() - truth).norm() / truth.norm()
+    return float("inf") if difference.isnan() else float(difference)
+
+
+def assert_as_good(ours: dict[str, Tensor], torchs: dict[str, Tensor], truth: dict[str, Tensor]) -> None:
+    """Each of our results may be off by twice what torch's own is in the same dtype, or by a last bit where that is exact."""
+    assert ours.keys() == torchs.keys() == truth.keys()
+    for name, value in ours.items():
+        assert value.dtype == torchs[name].dtype and value.shape == torchs[name].shape, name
+        allowed = 2 * max(error(torchs[name], truth[name]), torch.finfo(value.dtype).eps / 4)
+        assert error(value, truth[name]) <= allowed, f"{name}: {error(value, truth[name]):.2e} > {allowed:.2e}"
+
+
+def with_gradients(function, inputs: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The outputs of ``function`` and the gradients of its inputs, under fixed output gradients."""
+    leaves = {name: value.detach().to(dtype or value.dtype).requires_grad_() for name, value in inputs.items()}
+    outputs = function(**leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    seeds = [randn(*out.shape, seed=99 + n).to(out.dtype) for n, out in enumerate(outputs)]
+    gradients = torch.autograd.grad(outputs, list(leaves.values()), seeds)
+    results = {f"output {n}": out.detach() for n, out in enumerate(outputs)}
+    return results | {f"gradient of {name}": grad for name, grad in zip(leaves, gradients, strict=True)}
+
+
+def check(op, reference, inputs: dict[str, Tensor]) -> None:
+    torchs = with_gradients(reference, inputs)
+    assert_as_good(with_gradients(op, inputs), torchs, with_gradients(reference, inputs, torch.float64))
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
+class TestInterpreter:
+    """The repair of the interpreter, without which the bf16 tests would prove nothing."""
+
+    SPECIAL = [0.0, -0.0, 1.0, -1.0, 1.00390625, 1.01171875, 3.3895e38, 1e-39, 1e-45, float("inf"), float("-inf"), float("nan")]
+
+    def test_conversion_rounds_to_nearest_even(self):
+        from triton_interpreter import rounded_to_bf16
+
+        values = torch.cat((torch.tensor(self.SPECIAL), torch.randn(4096, generator=torch.Generator().manual_seed(0))))
+        bits = torch.from_numpy(rounded_to_bf16(values.numpy()).view("int16")).view(torch.bfloat16)
+        torch.testing.assert_close(bits, values.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+    @pytest.mark.skipif(GPU, reason="a GPU needs no interpreter")
+    def test_a_kernel_computes_bf16_like_torch_only_when_repaired(self):
+        import triton
+        import triton.language as tl
+        from triton_interpreter import repaired
+
+        @triton.jit
+        def scale(X, OUT, N: tl.constexpr):
+            at = tl.arange(0, N)
+            tl.store(OUT + at, (tl.load(X + at).to(tl.float32) * 1.7).to(tl.bfloat16))
+
+        x, out = randn(256, dtype=torch.bfloat16), unwritten(256, dtype=torch.bfloat16)
+        scale[(1,)](x, out, N=256)
+        assert not torch.equal(out, (x.float() * 1.7).bfloat16()), "Triton's interpreter rounds now: drop the repair"
+        with repaired():
+            scale[(1,)](x, out, N=256)
+        assert torch.equal(out, (x.float() * 1.7).bfloat16())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+class TestRMSNorm:
+    @pytest.mark.parametrize("flavour", rms_norm.FLAVOURS)
+    @pytest.mark.parametrize("shape", [(3, 5, 97), (7, 16)])
+    def test_forward_and_gradients(self, path, dtype, flavour, shape):
+        inputs = {"x": 3 * randn(*shape, dtype=dtype), "weight": randn(shape[-1], seed=1, dtype=dtype)}
+        torchs = with_gradients(lambda x, weight: rms_norm.rms_norm_reference(x, weight, 1e-5, flavour), inputs)
+        truth = with_gradients(lambda x, weight: self.exact(x, weight, flavour), inputs, torch.float64)
+        assert_as_good(with_gradients(lambda x, weight: rms_norm.rms_norm(x, weight, 1e-5, flavour), inputs), torchs, truth)
+
+    @staticmethod
+    def exact(x, weight, flavour):
+        x = x - x.mean(-1, keepdim=True) if flavour == "layer_norm" else x
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * (weight + (flavour == "one_plus_scale"))
+
+    def test_into_longer_rows_with_a_residual(self, path, dtype):
+        x, weight, grad, residual = (randn(*s, seed=n, dtype=dtype) for n, s in enumerate([(6, 40), (40,), (6, 40), (6, 40)]))
+        out = unwritten(6, 56, dtype=dtype)
+        rms_norm.rms_norm_forward(x, weight, 1e-5, "scale_then_cast", out[:, :40])
+        expected = rms_norm.rms_norm_reference(x, weight, 1e-5, "scale_then_cast")
+        torch.testing.assert_close(out[:, :40], expected)
+        assert torch.isnan(out[:, 40:]).all()
+        wide = torch.cat((grad, unwritten(6, 16, dtype=dtype)), dim=1)[:, :40]
+        back = rms_norm.rms_norm_backward(wide, x, weight, 1e-5, "scale_then_cast", residual, out=residual.clone())
+        expected, _ = rms_norm.rms_norm_backward_reference(grad, x, weight, 1e-5, "scale_then_cast", residual)
+        torch.testing.assert_close(back, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("turned", [16, 12])
+class TestRotary:
+    def tables(self, turned, batch=2):
+        angles = 9 * randn(batch, 5, turned // 2, seed=3)
+        return angles.cos(), angles.sin()
+
+    def test_forward_and_gradients(self, path, dtype, interleaved, turned):
+        cos, sin = (table.to(dtype) for table in self.tables(turned, batch=1))
+        check(
+            lambda x: rotary.rotary(x, cos, sin, interleaved),
+            lambda x: self.textbook(x, cos.to(x.dtype), sin.to(x.dtype), interleaved),
+            {"x": randn(2, 5, 3, 16, dtype=dtype)},
+        )
+
+    @staticmethod
+    def textbook(x, cos, sin, interleaved):
+        """As transformers writes it: x * cos + rotate_half(x) * sin, in x's dtype."""
+        turned = 2 * cos.shape[-1]
+        head, rest = x[..., :turned], x[..., turned:]
+        cos, sin = (
+            t.repeat_interleave(2, -1) if interleaved else torch.cat((t, t), -1) for t in (cos[:, :, None], sin[:, :, None])
+        )
+        a, b = (head[..., ::2], head[..., 1::2]) if interleaved else head.chunk(2, -1)
+        half = torch.stack((-b, a), -1).flatten(-2) if interleaved else torch.cat((-b, a), -1)
+        return torch.cat((head * cos + half * sin, rest), -1)
+
+    def test_in_place_on_a_part_of_a_row_and_back(self, path, dtype, interleaved, turned):
+        cos, sin = self.tables(turned)
+        rows = randn(2, 5, 80, dtype=dtype)
+        before, heads = rows.clone(), rows[..., 16:64].unflatten(-1, (3, 16))
+        expected = rotary.rotary_reference(heads, cos, sin, interleaved)
+        rotary.rotate(heads, cos, sin, interleaved)
+        torch.testing.assert_close(heads, expected)
+        assert torch.equal(rows[..., :16], before[..., :16]) and torch.equal(rows[..., 64:], before[..., 64:])
+        back = unwritten(2, 3, 5, 16, dtype=dtype).transpose(1, 2)
+        rotary.rotate(heads, cos, sin, interleaved, out=back, inverse=True)
+        torch.testing.assert_close(back, before[..., 16:64].unflatten(-1, (3, 16)), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", gated_mlp.KINDS)
+class TestGatedActivation:
+    def test_forward_and_gradients(self, path, dtype, activation):
+        inputs = {"gate": 2 * randn(3, 2, 133, dtype=dtype), "up": randn(3, 2, 133, seed=1, dtype=dtype)}
+        check(
+            lambda gate, up: gated_mlp.gated_activation(gate, up, activation),
+            lambda gate, up: gated_mlp.gated_activation_reference(gate, up, activation),
+            inputs,
+        )
+
+    def test_in_place_on_halves_of_a_row(self, path, dtype, activation):
+        both, grad = randn(4, 66, dtype=dtype), randn(4, 33, seed=1, dtype=dtype)
+        gate, up = both[:, :33], both[:, 33:]
+        wide = unwritten(4, 49, dtype=dtype)
+        gated_mlp.gated_forward(gate, up, activation, wide[:, :33])
+        torch.testing.assert_close(wide[:, :33], gated_mlp.gated_activation_reference(gate, up, activation))
+        expected = gated_mlp.gated_activation_backward_reference(grad, gate, up, activation)
+        out = gated_mlp.gated_backward_(grad, gate, up, activation)
+        for value, truth in zip((out, gate, up), expected, strict=True):
+            torch.testing.assert_close(value, truth)
+
+
+class TestNF4:
+    def quantise(self, rows, columns, blocksize=64, nested=True, kind="nf4", dtype=torch.bfloat16):
+        from bitsandbytes.nn import Params4bit
+
+        weight = randn(rows, columns, dtype=dtype)
+        weight = Params4bit(weight, False, None, blocksize, nested, kind)
+        return weight._quantize(torch.device(DEVICE))
+
+    @pytest.mark.parametrize("blocksize", [64, 128])
+    @pytest.mark.parametrize("nested", [False, True])
+    @pytest.mark.parametrize("kind", ["nf4", "fp4"])
+    @pytest.mark.parametrize("shape", [(48, 128), (5, 96)])
+    def test_bit_equal_to_bitsandbytes(self, path, shape, kind, nested, blocksize):
+        from bitsandbytes.functional import dequantize_4bit
+
+        weight = self.quantise(*shape, blocksize, nested, kind)
+        flat = copy.copy(weight.quant_state)  # its CPU kernel takes wrong scales where a block goes over the end of a row
+        flat.shape = torch.Size((1, weight.quant_state.shape.numel()))
+        expected = dequantize_4bit(weight.data, flat).view(shape)
+        assert torch.equal(nf4.dequantise(nf4.quantised(weight)), expected)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+    def test_into_longer_rows(self, path, dtype):
+        weight = nf4.quantised(self.quantise(48, 128))
+        out = unwritten(50, 144, dtype=dtype)
+        nf4.dequantise(weight, out[:48, :128])
+        assert torch.equal(out[:48, :128], nf4.dequantise_reference(weight, dtype))
+        assert torch.isnan(out[48:]).all() and torch.isnan(out[:, 128:]).all()
+
+
+HEADS = {"plain": {}, "capped": {"softcap": 2.0}, "scaled": {"scale": 0.25}, "both": {"softcap": 1.5, "scale": 3.0}}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shaping", HEADS.values(), ids=HEADS)
+class TestLinearCrossEntropy:
+    @pytest.mark.parametrize("bias", [False, True])
+    def test_loss_and_gradients(self, path, dtype, shaping, bias):
+        inputs = {"hidden": randn(2, 7, 24, dtype=dtype), "weight": randn(131, 24, seed=1, dtype=dtype)}
+        inputs |= {"bias": randn(131, seed=2, dtype=dtype)} if bias else {}
+        targets = torch.randint(131, (2, 7), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+        targets[0, :3] = -100
+
+        def reference(hidden, weight, bias=None):
+            logits = linear_cross_entropy.shape_logits(F.linear(hidden, weight, bias), **shaping)
+            logits = logits.float() if logits.dtype != torch.float64 else logits
+            return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+
+        def op(hidden, weight, bias=None):
+            return linear_cross_entropy.linear_cross_entropy(hidden, weight, targets, bias, **shaping, chunk_rows=4)
+
+        check(op, reference, inputs)
+
+    def test_log_probs_and_entropy(self, path, dtype, shaping):
+        inputs = {"hidden": randn(2, 7, 24, dtype=dtype), "weight": randn(131, 24, seed=1, dtype=dtype)}
+        tokens = torch.randint(131, (2, 7), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+        def reference(hidden, weight):
+            logits = linear_cross_entropy.shape_logits(F.linear(hidden, weight), **shaping)
+            logits = logits.float() if logits.dtype != torch.float64 else logits
+            log_probs = torch.log_softmax(logits / 0.7, -1)
+            return log_probs.gather(-1, tokens[..., None])[..., 0], -(log_probs.exp() * log_probs).sum(-1)
+
+        check(
+            lambda hidden, weight: token_logprobs.token_logprobs(
+                hidden, weight, tokens, **shaping, temperature=0.7, chunk_rows=4
+            ),
+            reference,
+            inputs,
+        )
+
+
+def test_a_loss_without_targets_is_a_differentiable_zero():
+    hidden, weight = randn(5, 8).requires_grad_(), randn(9, 8).requires_grad_()
+    loss = linear_cross_entropy.linear_cross_entropy(hidden, weight, torch.full((5,), -100, device=DEVICE))
+    loss.backward()
+    assert loss == 0 and not hidden.grad.any() and not weight.grad.any()
+
+
+def test_a_frozen_head_gets_no_gradient_and_costs_no_memory_for_one():
+    hidden, weight = randn(5, 8).requires_grad_(), randn(9, 8)
+    linear_cross_entropy.linear_cross_entropy(hidden, weight, torch.zeros(5, dtype=torch.long, device=DEVICE)).backward()
+    assert weight.grad is None and hidden.grad.any()
+
+
+def test_mismatched_tokens_are_an_error():
+    with pytest.raises(ValueError, match="(5, 8)"):
+        linear_cross_entropy.linear_cross_entropy(randn(5, 8), randn(9, 8), torch.zeros(4, dtype=torch.long))
+    with pytest.raises(ValueError, match="temperature=0"):
+        token_logprobs.token_logprobs(randn(5, 8), randn(9, 8), torch.zeros(5, dtype=torch.long), temperature=0)
+
+
+@pytest.mark.parametrize("heads", [4, 2])
+def test_attention_is_its_definition(heads):
+    q, k, v = randn(2, 4, 9, 8), randn(2, heads, 9, 8, seed=1), randn(2, heads, 9, 8, seed=2)
+    torch.testing.assert_close(attention(q, k, v, 0.3), attention_reference(q, k, v, 0.3))
+    window = attention_reference(q, k, v, 0.3, window=3)
+    index = torch.arange(9, device=DEVICE)
+    seen = (index[:, None] >= index) & (index[:, None] - index < 3)
+    torch.testing.assert_close(attention(q, k, v, 0.3, mask=seen), window)
+    sinks = attention_reference(q, k, v, 0.3, sinks=torch.full((4,), -1e9, device=DEVICE))
+    torch.testing.assert_close(sinks, attention_reference(q, k, v, 0.3))
+
+
+def test_lora_linear_is_what_peft_computes():
+    from peft import LoraConfig, get_peft_model
+
+    model = torch.nn.Sequential(torch.nn.Linear(12, 8)).to(DEVICE)
+    layer = get_peft_model(
+        model, LoraConfig(r=4, lora_alpha=12, target_modules=["0"], init_lora_weights=False)
+    ).base_model.model[0]
+    x = randn(3, 12)
+    a, b = layer.lora_A.default.weight, layer.lora_B.default.weight
+    ours = lora_linear_reference(x, layer.base_layer.weight, layer.base_layer.bias, a, b, layer.scaling["default"])
+    torch.testing.assert_close(ours, layer(x))
+
+
+def test_powers_and_warps():
+    assert [backend.power_of_2(n) for n in (1, 2, 3, 64, 65)] == [1, 2, 4, 64, 128]
+    assert backend.warps_for(16) == 4 and backend.warps_for(1 << 20) == 16

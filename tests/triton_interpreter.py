@@ -1,0 +1,56 @@
+"""Triton's CPU interpreter, repaired: as shipped it does arithmetic on the bits of bf16 and truncates when it stores it.
+
+Luthier's kernels load bf16, convert to fp32, compute, and convert back, so the conversions are what must be right (and
+dot, whose operands stay bf16). test_ops.py tests the repair itself. TRITON_INTERPRET=1 must be set before Triton is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from unittest import mock
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+CONVERSIONS = ("create_si_to_fp", "create_ui_to_fp", "create_fp_to_si", "create_fp_to_ui", "create_fp_ext", "create_fp_trunc")
+
+
+def widened(handle: TensorHandle) -> np.ndarray:
+    """The values of a handle; those of bf16, which is stored as the upper half of an fp32's bits, as fp32."""
+    if handle.dtype.scalar == tl.bfloat16:
+        return (handle.data.astype(np.uint32) << 16).view(np.float32)
+    return handle.data
+
+
+def rounded_to_bf16(values: np.ndarray) -> np.ndarray:
+    """fp32 -> the bits of the nearest bf16, ties to even; NaN stays NaN."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), nearest)
+
+
+@contextlib.contextmanager
+def repaired() -> Iterator[None]:
+    """While open, the interpreter converts and multiplies bf16 as a GPU does."""
+    shipped = InterpreterBuilder.cast_impl
+
+    def cast(self, source, target_type):
+        target = target_type.scalar
+        if target == tl.bfloat16:
+            return TensorHandle(rounded_to_bf16(widened(source).astype(np.float32)), target)
+        if source.dtype.scalar == tl.bfloat16:
+            return TensorHandle(widened(source).astype(interpreter._get_np_dtype(target)), target)
+        return shipped(self, source, target_type)
+
+    def dot(self, a, b, accumulator, input_precision, max_num_imprecise_acc):
+        product = np.matmul(widened(a), widened(b), dtype=np.float32)
+        return TensorHandle(product + accumulator.data, accumulator.dtype.scalar)
+
+    with contextlib.ExitStack() as stack:
+        for name in ("cast_impl", *CONVERSIONS):
+            stack.enter_context(mock.patch.object(InterpreterBuilder, name, cast))
+        stack.enter_context(mock.patch.object(InterpreterBuilder, "create_dot", dot))
+        yield
