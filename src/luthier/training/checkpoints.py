@@ -26,6 +26,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from luthier.files import atomic_directory, require_space
 from luthier.terminal import say
+from luthier.training.collate import is_sharded
 
 NAME = re.compile(r"checkpoint-(\d+)")
 ADAPTER, MODEL, MODEL_INDEX = "adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json"
@@ -211,22 +212,44 @@ class CheckpointMixin:
                 for name, value in saved.get("attributes", {}).items():
                     setattr(callback, name, value)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
+        model = self.model if model is None else model
+        if isinstance(model, PeftModel) or is_sharded():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_whole(model, Path(resume_from_checkpoint))
+
     def _load_best_model(self) -> None:
         """As transformers', which leaves an adapter frozen: what trained stays trainable."""
+        if not isinstance(self.model, PeftModel) and not is_sharded():
+            load_whole(self.model, Path(self.state.best_model_checkpoint))
+            return
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         super()._load_best_model()
         for parameter in trained:
             parameter.requires_grad_(True)
 
-    def _issue_warnings_after_load(self, load_result: object) -> None:
-        """A checkpoint that does not fill the whole model is an error, not a log line."""
-        tied = {name for name, _ in _tied_parameters(self.model)}
-        missing = [name for name in load_result.missing_keys if name not in tied]
-        if missing or load_result.unexpected_keys:
-            raise ValueError(
-                f"The checkpoint does not fit the model: {len(missing)} tensors are missing ({', '.join(missing[:3])}), "
-                f"{len(load_result.unexpected_keys)} are unexpected ({', '.join(load_result.unexpected_keys[:3])})"
-            )
+
+def load_whole(model: PreTrainedModel, checkpoint: Path) -> None:
+    """Fill ``model`` with the weights of ``checkpoint``; ``ValueError`` if their names or shapes differ.
+
+    Through ``from_pretrained``, which knows that some models are saved under other names than they have in memory (the
+    experts of a mixture). transformers' trainer matches names as they are, and trains on with what did not match.
+    """
+    saved, info = type(model).from_pretrained(checkpoint, dtype=model.dtype, output_loading_info=True)
+    saved, own = saved.state_dict(), model.state_dict()
+    different = [
+        name
+        for name in own.keys() | saved.keys()
+        if name not in saved or name not in own or saved[name].shape != own[name].shape
+    ]
+    different += [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
+    if different:
+        raise ValueError(
+            f"The checkpoint {checkpoint} does not fit the model: {len(different)} tensors differ, such as "
+            f"{min(map(str, different))}. Resume with the base model and the settings of the run that wrote it."
+        )
+    model.load_state_dict(saved)
 
 
 def checkpoint_bytes(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> int:
@@ -234,12 +257,3 @@ def checkpoint_bytes(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -
     weights = model.parameters() if not isinstance(model, PeftModel) else get_peft_model_state_dict(model).values()
     state = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, torch.Tensor)]
     return sum(tensor.numel() * tensor.element_size() for tensor in [*weights, *state])
-
-
-def _tied_parameters(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """The names under which a parameter appears again (a tied head)."""
-    seen: set[int] = set()
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if id(parameter) in seen:
-            yield name, parameter
-        seen.add(id(parameter))
