@@ -126,7 +126,7 @@ def test_special_tokens_of_older_files(tmp_path):
 
 def test_more_tokens_than_embeddings_are_refused(tmp_path):
     save_tokenizer(byte_level(), tmp_path)
-    with pytest.raises(ValueError, match="'</tool>' with the id 801, but the model has 700 embeddings"):
+    with pytest.raises(ValueError, match="'</tool>' with the id 801, but the model has 700 rows"):
         tokenizer_metadata(tmp_path, 700)
 
 

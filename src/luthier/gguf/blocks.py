@@ -2,6 +2,8 @@
 
 A quantiser takes float32 ``[G, n]``: G blocks of n weights, and gives uint8 ``[G, bytes of a block]``.
 
+With an importance matrix, see ``weighted.py``.
+
 Equal bits need equal roundings. llama.cpp loops over a block in float32 without fused multiply-add, so sums here run over
 the weights in order (`ordered_sum`), never through a reduction whose order torch chooses; the layout inside is
 ``[n, G]``, weights first, so that each step of such a sum is one contiguous addition. Constants that divide or are
@@ -29,6 +31,14 @@ def largest(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         magnitude = torch.where(larger, row.abs(), magnitude)
         value = torch.where(larger, row, value)
     return magnitude, value
+
+
+def smallest(x: torch.Tensor) -> torch.Tensor:
+    """The smallest weight of each group of ``[n, G]``; of 0.0 and -0.0 the first."""
+    value = x[0]
+    for row in x[1:]:
+        value = torch.where(row < value, row, value)
+    return value
 
 
 def ratio(numerator: float, denominator: torch.Tensor) -> torch.Tensor:
@@ -73,8 +83,8 @@ def _symmetric(x: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tensor
 
 def _with_offset(x: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Scale and smallest weight ``[G]``, codes uint8 ``[G, 32]``: from the smallest weight to the largest."""
-    low = x.amin(1)
-    scale = (x.amax(1) - low) / torch.full_like(low, levels - 1)
+    low = smallest(x.t().contiguous())
+    scale = (x.amax(1) - low).abs() / torch.full_like(low, levels - 1)  # abs: 0.0 also where both are -0.0 and 0.0
     codes = ((x - low[:, None]) * ratio(1.0, scale)[:, None] + 0.5).to(torch.int32).clamp_max_(levels - 1)
     return scale, low, codes.to(torch.uint8)
 

@@ -20,7 +20,8 @@ from luthier.errors import UnsupportedError
 from luthier.files import atomic_file, require_space
 from luthier.gguf import architectures, mixtures
 from luthier.gguf.architectures import Architecture
-from luthier.gguf.metadata import file_metadata, kv_heads, metadata, rope_tensors
+from luthier.gguf.imatrix import Importance, check_importance, read_importance, require_importance
+from luthier.gguf.metadata import kv_heads, metadata, rope_tensors
 from luthier.gguf.quantize import encode_in_chunks, require_quantizer
 from luthier.gguf.source import CheckpointSource, MemorySource, TensorSource
 from luthier.gguf.tokenizer import chat_metadata, tokenizer_metadata
@@ -117,14 +118,18 @@ def write_gguf(
     shared = metadata(architecture, config, _safe_name(architecture, name))
     shared |= tokenizer_metadata(tokenizer_dir, vocab_size) | chat_metadata(tokenizer_dir)
     types = {path: file_type(method) for path, method in outputs.items()}
-    model = _model_shape(config, planned)
+    importance = read_importance(imatrix)
+    for target in types.values():
+        require_importance(target, importance)
+    check_importance(importance, planned.shapes)
+    model = _model_shape(config, planned, bool(importance))
     layouts = {path: _layout(planned, shared, target, model) for path, target in types.items()}
     require_space(next(iter(outputs)), sum(layout.size for layout in layouts.values()))
     with contextlib.ExitStack() as stack:
         places = {path: stack.enter_context(atomic_file(path)) for path in outputs}
         with contextlib.ExitStack() as open_files:
             writers = [open_files.enter_context(GGUFWriter(places[path], layout)) for path, layout in layouts.items()]
-            _write_tensors(config, source, planned, writers)
+            _write_tensors(config, source, planned, importance, writers)
     return list(outputs)
 
 
@@ -239,7 +244,7 @@ def _safe_name(architecture: Architecture, name: str) -> str:
     return "" if architecture.name == "phi3" else name
 
 
-def _model_shape(config: PreTrainedConfig, planned: Plan) -> mixtures.ModelShape:
+def _model_shape(config: PreTrainedConfig, planned: Plan, imatrix: bool) -> mixtures.ModelShape:
     expert_shapes = [shape for name, shape in planned.shapes.items() if name.endswith("_exps.weight")]
     return mixtures.ModelShape(
         layers=config.num_hidden_layers,
@@ -247,6 +252,7 @@ def _model_shape(config: PreTrainedConfig, planned: Plan) -> mixtures.ModelShape
         kv_heads=kv_heads(config),
         experts=expert_shapes[0][0] if expert_shapes else 0,
         tied="output.weight" not in planned.shapes,
+        imatrix=imatrix,
     )
 
 
@@ -256,29 +262,35 @@ def _layout(planned: Plan, shared: Mapping[str, Value], target: FileType, model:
     ]
     for kind in {info.type for info in infos}:
         require_quantizer(kind)
-    return plan({**shared, **file_metadata(target)}, infos)
+    return plan({**shared, **target.metadata}, infos)
 
 
-def _write_tensors(config: PreTrainedConfig, source: TensorSource, planned: Plan, writers: Sequence[GGUFWriter]) -> None:
+def _write_tensors(
+    config: PreTrainedConfig, source: TensorSource, planned: Plan, importance: Importance, writers: Sequence[GGUFWriter]
+) -> None:
     for name, tensor in rope_tensors(config).items():
-        _write_piece(Piece(name, None, _same), tensor, writers)
+        _write_piece(Piece(name, None, _same), tensor, None, writers)
     with progress("Writing GGUF", total=len(planned.pieces)) as bar:
         for name, tensor in source:
             if tuple(tensor.shape) != tuple(source.shapes[name]):
                 raise ValueError(f"{name} was announced as {source.shapes[name]} and came as {tuple(tensor.shape)}.")
             for piece in planned.pieces[name]:
-                _write_piece(piece, tensor, writers)
+                _write_piece(piece, tensor, importance.get(piece.name), writers)
             bar.advance(1, note=name)
 
 
-def _write_piece(piece: Piece, tensor: torch.Tensor, writers: Sequence[GGUFWriter]) -> None:
+def _write_piece(piece: Piece, tensor: torch.Tensor, importance: torch.Tensor | None, writers: Sequence[GGUFWriter]) -> None:
     values = piece.transform(tensor)
     values = values.reshape(-1, values.shape[-1])
-    start = len(values) * piece.expert if piece.expert is not None else 0
+    start = 0
+    if piece.expert is not None:
+        start = len(values) * piece.expert
+        importance = importance[piece.expert] if importance is not None and importance.ndim > 1 else importance
     by_type: dict[str, list[GGUFWriter]] = defaultdict(list)
     for writer in writers:
         by_type[writer.layout.tensors[piece.name].type.name].append(writer)
     for same in by_type.values():
-        for row, encoded in encode_in_chunks(piece.name, values, same[0].layout.tensors[piece.name].type):
+        kind = same[0].layout.tensors[piece.name].type
+        for row, encoded in encode_in_chunks(piece.name, values, kind, importance):
             for writer in same:
                 writer.write(piece.name, encoded, start + row)

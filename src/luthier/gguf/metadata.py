@@ -10,7 +10,6 @@ from transformers import PreTrainedConfig
 
 from luthier.errors import UnsupportedError
 from luthier.gguf.architectures import Architecture
-from luthier.gguf.types import FileType
 from luthier.gguf.writer import Value
 
 
@@ -29,7 +28,7 @@ def rope_parameters(config: PreTrainedConfig, layer_type: str = "full_attention"
 
 
 def metadata(architecture: Architecture, config: PreTrainedConfig, name: str) -> dict[str, Value]:
-    """Everything but the tokenizer and the file's type (see `file_metadata`)."""
+    """Everything but the tokenizer and the file's type."""
     keys: dict[str, Value] = {
         "block_count": config.num_hidden_layers,
         "context_length": _context_length(architecture, config),
@@ -51,10 +50,6 @@ def metadata(architecture: Architecture, config: PreTrainedConfig, name: str) ->
     if name:
         general["general.name"] = name
     return general | {f"{architecture.name}.{key}": value for key, value in keys.items()}
-
-
-def file_metadata(file_type: FileType) -> dict[str, Value]:
-    return {"general.file_type": file_type.id, "general.quantization_version": 2}
 
 
 def rope_tensors(config: PreTrainedConfig) -> dict[str, torch.Tensor]:

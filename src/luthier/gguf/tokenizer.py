@@ -74,7 +74,7 @@ def tokenizer_metadata(directory: str | Path, vocab_size: int) -> dict[str, Valu
     top = max(vocabulary.tokens)
     if top >= vocab_size:
         raise ValueError(
-            f"The tokenizer has a token {vocabulary.tokens[top]!r} with the id {top}, but the model has {vocab_size} embeddings."
+            f"The tokenizer has a token {vocabulary.tokens[top]!r} with the id {top}, but the model has {vocab_size} rows."
             " Resize the model (resize_model_vocab) or save the tokenizer that belongs to it."
         )
     write = _byte_level if _is_byte_level(state) else _sentencepiece

@@ -59,6 +59,11 @@ class FileType:
     bits: float  # per weight, of a large model
     description: str
 
+    @property
+    def metadata(self) -> dict[str, int]:
+        """The entries that say of which type a file is."""
+        return {"general.file_type": self.id, "general.quantization_version": 2}
+
 
 FILE_TYPES = {
     t.name: t

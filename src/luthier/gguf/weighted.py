@@ -1,0 +1,154 @@
+"""The block formats with an importance matrix: the error of every weight counts by how strongly its input column is used.
+
+A quantiser takes float32 ``[B, n]`` blocks, the importance of every weight of the same shape, and the mean square
+``[B]`` that llama.cpp adds to each weight's own square: of its row for the formats of 32, of its superblock for those
+of 256. It gives uint8 ``[B, bytes of a block]``. See ``blocks.py`` and ``kquants.py`` for layout and rounding.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from luthier.gguf.blocks import fifth_bits, half_bytes, nibbles, ordered_sum
+from luthier.gguf.kquants import (
+    SMALLEST,
+    first_codes,
+    fit_symmetric,
+    fit_with_offset,
+    nearest,
+    store_q2_k,
+    store_q3_k,
+    store_q4_k,
+    store_q5_k,
+    store_q6_k,
+)
+
+EXCHANGES = 5  # rounds of changing one code where that lowers the error
+
+
+def _error_weights(x: torch.Tensor, importance: torch.Tensor, mean_square: torch.Tensor) -> torch.Tensor:
+    """importance * sqrt(mean square + weight squared); ``x`` and ``importance`` are ``[n, G]``, ``mean_square`` ``[G]``."""
+    return importance * (mean_square + x * x).double().sqrt().float()  # float64: see kquants
+
+
+def _grouped(
+    x: torch.Tensor, importance: torch.Tensor, mean_square: torch.Tensor, size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Groups of ``size`` weights ``[size, G]`` and the weights of their errors, of the same shape."""
+    groups = x.reshape(-1, size).t().contiguous()
+    importance = importance.reshape(-1, size).t().contiguous()
+    return groups, _error_weights(groups, importance, mean_square.repeat_interleave(x.shape[1] // size))
+
+
+def fit_scales(x: torch.Tensor, weights: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Non-negative ``[n, G]`` as scale ``[G]`` times codes int32 0..levels ``[n, G]``, with the least weighted error."""
+    top = x.amax(0)
+    zero = ~(top >= SMALLEST)
+    top = torch.where(zero, torch.ones_like(top), top)
+
+    def error(grid: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        gap = x - (torch.ones_like(grid) / grid) * codes.float()
+        return ordered_sum((weights * gap) * gap)
+
+    grid = torch.full_like(top, float(levels)) / top
+    best = error(grid, nearest(grid * x) & 255)
+    for step in [*range(-4, 0), *range(1, 5)]:
+        other = torch.full_like(top, float(np.float32(0.1) * np.float32(step) + np.float32(levels))) / top
+        new_error = error(other, nearest(other * x).clamp_max(levels))
+        better = new_error < best
+        best, grid = torch.where(better, new_error, best), torch.where(better, other, grid)
+    codes = nearest(grid * x).clamp_max(levels)
+    weighted = weights * x
+    sum_xl = ordered_sum(weighted * codes.float())
+    sum_l2 = ordered_sum((weights * codes.float()) * codes.float())
+    codes = (codes & 255).float()
+    for _ in range(EXCHANGES):
+        for i in range(len(x)):
+            rest_xl = sum_xl - weighted[i] * codes[i]
+            rest_l2 = sum_l2 - (weights[i] * codes[i]) * codes[i]
+            new = nearest((x[i] * rest_l2) / rest_xl).clamp_max(levels).float()
+            new_xl, new_l2 = rest_xl + weighted[i] * new, rest_l2 + (weights[i] * new) * new
+            better = (rest_xl > 0) & (rest_l2 > 0) & (new != codes[i])
+            better &= (new_xl * new_xl) * sum_l2 > (sum_xl * sum_xl) * new_l2
+            codes[i] = torch.where(better, new, codes[i])
+            sum_xl, sum_l2 = torch.where(better, new_xl, sum_xl), torch.where(better, new_l2, sum_l2)
+    scale = torch.where((sum_l2 > 0) & ~zero, sum_xl / sum_l2, torch.zeros_like(sum_xl))
+    return scale, torch.where(zero, torch.zeros_like(codes), codes).to(torch.int32)
+
+
+def _fit_superblock(
+    x: torch.Tensor, importance: torch.Tensor, mean_square: torch.Tensor, size: int, levels: int, scale_levels: int
+) -> tuple[torch.Tensor, ...]:
+    """The first pass of Q2_K, Q4_K and Q5_K: what their ``store_`` functions take."""
+    groups, weights = _grouped(x, importance, mean_square, size)
+    fit = fit_with_offset(groups, weights, levels, -0.9, 0.05, 36)
+    per_block = x.shape[1] // size
+    total = ordered_sum(weights).view(-1, per_block).t().contiguous()
+    scale, scale_codes = fit_scales(fit.scale.view(-1, per_block).t().contiguous(), total, scale_levels)
+    low, low_codes = fit_scales(fit.low.view(-1, per_block).t().contiguous(), total, scale_levels)
+    mask = scale_levels if scale_levels == 63 else 255
+    return groups, fit, scale, (scale_codes & mask).t().contiguous(), low, (low_codes & mask).t().contiguous()
+
+
+def quantize_q2_k(x: torch.Tensor, importance: torch.Tensor, mean_square: torch.Tensor) -> torch.Tensor:
+    return store_q2_k(*_fit_superblock(x, importance, mean_square, 16, 3, 15))
+
+
+def quantize_q4_k(x: torch.Tensor, importance: torch.Tensor, mean_square: torch.Tensor) -> torch.Tensor:
+    return store_q4_k(*_fit_superblock(x, importance, 2 * mean_square, 32, 15, 63))
+
+
+def quantize_q5_k(x: torch.Tensor, importance: torch.Tensor, mean_square: torch.Tensor) -> torch.Tensor:
+    return store_q5_k(*_fit_superblock(x, importance, 2 * mean_square, 32, 31, 63))
+
+
+def quantize_q3_k(x: torch.Tensor, importance: torch.Tensor, mean_square: torch.Tensor) -> torch.Tensor:
+    groups, weights = _grouped(x, importance, 2 * mean_square, 16)
+    scale, grid = fit_symmetric(groups, weights, 4)
+    scales = scale.view(-1, 16).t().contiguous()
+    block_scale, block_grid = fit_symmetric(scales, ordered_sum(weights).view(-1, 16).t().contiguous(), 32)
+    codes = first_codes(scales, block_grid, 32).t().contiguous()
+    return store_q3_k(groups, first_codes(groups, grid, 4), block_scale, codes)
+
+
+def quantize_q6_k(x: torch.Tensor, importance: torch.Tensor, mean_square: torch.Tensor) -> torch.Tensor:
+    groups = x.reshape(-1, 16).t().contiguous()
+    return store_q6_k(groups, *fit_symmetric(groups, importance.reshape(-1, 16).t().contiguous(), 32))
+
+
+def _symmetric_codes(
+    x: torch.Tensor, importance: torch.Tensor, mean_square: torch.Tensor, levels: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    groups, weights = _grouped(x, importance, mean_square, 32)
+    scale, grid = fit_symmetric(groups, weights, levels)
+    return scale, first_codes(groups, grid, levels).to(torch.uint8).t().contiguous()
+
+
+def _offset_codes(
+    x: torch.Tensor, importance: torch.Tensor, mean_square: torch.Tensor, levels: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    groups, weights = _grouped(x, importance, mean_square, 32)
+    fit = fit_with_offset(groups, weights, levels, -0.9, 0.05, 36)
+    codes = nearest(fit.grid * (groups - fit.start)).clamp_(0, levels)
+    return fit.scale, -fit.low, codes.to(torch.uint8).t().contiguous()
+
+
+def quantize_q4_0(x: torch.Tensor, importance: torch.Tensor, mean_square: torch.Tensor) -> torch.Tensor:
+    scale, codes = _symmetric_codes(x, importance, mean_square, 8)
+    return torch.cat([half_bytes(scale), nibbles(codes)], 1)
+
+
+def quantize_q5_0(x: torch.Tensor, importance: torch.Tensor, mean_square: torch.Tensor) -> torch.Tensor:
+    scale, codes = _symmetric_codes(x, importance, mean_square, 16)
+    return torch.cat([half_bytes(scale), fifth_bits(codes), nibbles(codes)], 1)
+
+
+def quantize_q4_1(x: torch.Tensor, importance: torch.Tensor, mean_square: torch.Tensor) -> torch.Tensor:
+    scale, low, codes = _offset_codes(x, importance, mean_square, 15)
+    return torch.cat([half_bytes(scale, low), nibbles(codes)], 1)
+
+
+def quantize_q5_1(x: torch.Tensor, importance: torch.Tensor, mean_square: torch.Tensor) -> torch.Tensor:
+    scale, low, codes = _offset_codes(x, importance, mean_square, 31)
+    return torch.cat([half_bytes(scale, low), fifth_bits(codes), nibbles(codes)], 1)
