@@ -5,11 +5,13 @@ A checkpoint is a directory with ``config.json`` and safetensors; an adapter is 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import struct
+import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -179,9 +181,7 @@ def read_header(file: Path) -> dict[str, dict]:
         start = stream.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 2 <= length <= min(HEADER_LIMIT, size - 8):
-            raise ValueError(
-                f"{file} is not a whole safetensors file ({size} bytes): its header is cut. Copy or download it again."
-            )
+            raise ValueError(f"{file} ({size} bytes) is truncated: its header is cut. Copy or download it again.")
         try:
             header = json.loads(stream.read(length))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -192,6 +192,19 @@ def read_header(file: Path) -> dict[str, dict]:
         problem = "truncated" if size < expected else "longer than its header says"
         raise ValueError(f"{file} is {problem}: {size} bytes, of {expected} expected. Copy or download it again.")
     return header
+
+
+@contextlib.contextmanager
+def without_adapter(directory: Path) -> Iterator[Path]:
+    """The directory as it is without its adapter, which transformers would otherwise attach by itself."""
+    if not is_adapter(directory):
+        yield directory
+        return
+    with tempfile.TemporaryDirectory(prefix="luthier-") as place:
+        for entry in directory.iterdir():
+            if entry.name not in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+                (Path(place) / entry.name).symlink_to(entry)
+        yield Path(place)
 
 
 def base_of_adapter(directory: Path) -> str:

@@ -21,7 +21,7 @@ from luthier.model.lora import attach_adapter
 from luthier.model.precision import Precision, choose_dtype, choose_precision, quantisation
 from luthier.model.rope import native_length, scale_positions
 from luthier.model.tokenizer import load_tokenizer, repair_tokenizer
-from luthier.model.vocab import resize_embeddings
+from luthier.model.vocab import require_rows, resize_embeddings
 
 DEFAULT_LENGTH = 2048  # tokens
 COMPUTE = ("bf16", "fp8-backward", "fp8")
@@ -122,6 +122,7 @@ def load_model(
     config, key_mapping = text_config(config, source.checkpoint, model_name, text_only)
     require_causal_lm(config, source.base)
     scale_positions(config, max_seq_length, rope_scaling)
+    require_rows(config.get_text_config().vocab_size, resize_model_vocab)
     hf_kwargs |= {"key_mapping": key_mapping} if key_mapping else {}
 
     info = LoadInfo(
@@ -303,14 +304,9 @@ def load_weights(
     settings["quantization_config"] = _quantisation_of(config, info, precision_given, settings.pop("quantization_config", None))
     if settings["quantization_config"] is None:
         del settings["quantization_config"]
-    model = auto_class.from_pretrained(
-        info.base_path,
-        config=config,
-        dtype=info.dtype,
-        use_safetensors=True,
-        trust_remote_code=info.trust_remote_code,
-        **{name: value for name, value in settings.items() if name != "use_safetensors"},
-    )
+    settings |= {"dtype": info.dtype, "use_safetensors": True, "trust_remote_code": info.trust_remote_code}
+    with checkpoint.without_adapter(info.base_path) as directory:
+        model = auto_class.from_pretrained(directory, config=config, **settings)
     model.config._name_or_path = model.name_or_path = info.base_name
     model.luthier = info
     info.vocabulary = model.get_input_embeddings().weight.shape[0]

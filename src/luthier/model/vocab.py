@@ -15,14 +15,19 @@ from luthier.errors import UnsupportedError, unknown
 METHODS = ("mean", "interpolation")
 
 
-def resize_embeddings(model: PreTrainedModel, rows: int) -> None:
-    """Grow embeddings and head to ``rows``; the new rows are the mean of the old ones. Never shrinks."""
-    old = model.get_input_embeddings().weight.shape[0]
-    if rows < old:
+def require_rows(old: int, rows: int | None) -> None:
+    """Raise ``ValueError`` if a vocabulary of ``old`` rows was asked to have fewer."""
+    if rows is not None and rows < old:
         raise ValueError(
             f"The vocabulary has {old} rows and {rows} were asked for: it is never made smaller, since checkpoints pad it on "
             "purpose. Ask for at least as many, or leave it out."
         )
+
+
+def resize_embeddings(model: PreTrainedModel, rows: int) -> None:
+    """Grow embeddings and head to ``rows``; the new rows are the mean of the old ones. Never shrinks."""
+    old = model.get_input_embeddings().weight.shape[0]
+    require_rows(old, rows)
     if rows == old:
         return
     model.resize_token_embeddings(rows, mean_resizing=False)
