@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from luthier.data.render import GENERATION, parts, text_tokenizer
+from luthier.data.render import parts, text_tokenizer
 from luthier.data.spans import Parts
 from luthier.errors import unknown
 
@@ -28,9 +28,9 @@ EOS = "eos_token"
 class ChatTemplate:
     """One chat template.
 
-    ``stop_tokens``: what ends an answer, the usual one first; ``EOS`` for the tokenizer's own. ``opens``: text that the
-    template prints at the start of what trains, where the prompt does not (a space, mostly). ``system``: where a system
-    message goes: "turn" (a turn of its own or a part of one), "default" (the same, with a default text), "none".
+    ``stop_tokens``: what ends an answer, the usual one first; ``EOS`` for the tokenizer's own. ``system``: where a system
+    message goes: "turn" (it is shown), "default" (the same, and a default text where there is none), "none" (refused).
+    ``file``: the file in ``templates/``, where it is not named after the template. ``prelude`` goes before its text.
     """
 
     name: str
@@ -152,6 +152,18 @@ def _spellings(template: ChatTemplate) -> Iterator[str]:
 
 CHAT_TEMPLATES: Mapping[str, ChatTemplate] = {spelling: template for template in TABLE for spelling in _spellings(template)}
 """Every template by its name and the usual other spellings of it."""
+
+
+def markdown_table() -> str:
+    """The table of docs/chat-templates.md."""
+    rows = ["| name | assistant header | stop tokens | system message | source |", "|---|---|---|---|---|"]
+    for template in TABLE:
+        names = ", ".join(f"`{name}`" for name in (template.name, *template.aliases))
+        stops = ", ".join("the tokenizer's EOS" if stop == EOS else f"`{stop}`" for stop in template.stop_tokens)
+        system = {"turn": "shown", "default": "shown, has a default", "none": "refused"}[template.system]
+        cells = (names, f"`{template.assistant_header}`", stops, system, template.source)
+        rows.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", "\\n") for cell in cells) + " |")
+    return "\n".join(rows)
 
 
 def get_chat_template(
@@ -330,14 +342,3 @@ def _set_eos(tokenizer: Any, stop: str) -> None:
             UserWarning,
             stacklevel=4,
         )
-
-
-__all__ = [
-    "CHAT_TEMPLATES",
-    "GENERATION",
-    "ChatTemplate",
-    "Parts",
-    "get_chat_template",
-    "strip_generation_marks",
-    "template_parts",
-]

@@ -74,10 +74,10 @@ def render_spans(
     _refuse_losses(template, messages, tools)
     if GENERATION.search(template):
         text, spans = _rendered(tokenizer, template, messages, tools, False, True, kwargs)
-        return text, _joined([_without_trailing_space(text, span) for span in spans if span[0] < span[1]])
+        return text, _joined([_without_trailing_space(text, span) for span in spans])
     renders = _bound(tokenizer, template, tools, kwargs)
     messages = [_stated(message) for message in messages]
-    return renders(messages, False), trained_spans(renders, messages, _habits_of(tokenizer, template))
+    return renders(messages, False), _joined(trained_spans(renders, messages, _habits_of(tokenizer, template, renders)))
 
 
 def covered(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
@@ -93,7 +93,8 @@ def covered(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]
 def parts(tokenizer: Any) -> Parts:
     """What stands around the turns of the tokenizer's own template; see ``luthier.data.chat.template_parts``."""
     template = _template(tokenizer, None)
-    return parts_of(_bound(tokenizer, template, None, {}), _habits_of(tokenizer, template))
+    renders = _bound(tokenizer, template, None, {})
+    return parts_of(renders, _habits_of(tokenizer, template, renders))
 
 
 def text_tokenizer(tokenizer: Any) -> Any:
@@ -169,7 +170,8 @@ def _stated(message: Mapping[str, Any]) -> dict[str, Any]:
 
 def _refuse_losses(template: str, messages: Sequence[Mapping[str, Any]], tools: Sequence | None) -> None:
     """Refuse what the template never reads: it would be dropped without a word, and never train."""
-    read = [key for key in ("tools", "tool_calls", *THOUGHTS) if re.search(rf"\b{key}\b", template)]
+    read = [key for key in ("tool_calls", *THOUGHTS) if re.search(rf"[.'\"]{key}\b", template)]
+    read += ["tools"] * bool(re.search(r"\btools\b", template))
     given = ["tools"] * bool(tools) + sorted({key for message in messages for key in message if message[key]})
     lost = [key for key in given if key in ("tools", "tool_calls", *THOUGHTS) and key not in read]
     if lost:
@@ -188,19 +190,22 @@ def _without_trailing_space(text: str, span: tuple[int, int]) -> tuple[int, int]
 
 
 def _joined(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Spans that touch each other as one."""
+    """Spans that touch each other as one, without empty ones."""
     joined: list[tuple[int, int]] = []
     for start, end in spans:
+        if start == end:
+            continue
         if joined and joined[-1][1] == start:
             start = joined.pop()[0]
         joined.append((start, end))
     return joined
 
 
-def _habits_of(tokenizer: Any, template: str) -> Habits:
+def _habits_of(tokenizer: Any, template: str, renders: Render) -> Habits:
+    """The habits of a template, learned once for a tokenizer and its vocabulary."""
     inner = text_tokenizer(tokenizer)
     known = _habits.setdefault(inner, {})
     key = (template, len(inner))
     if key not in known:
-        known[key] = study(_bound(tokenizer, template, None, {}), vocabulary(inner))
+        known[key] = study(renders, vocabulary(inner))
     return known[key]

@@ -26,12 +26,18 @@ Path = tuple[str | int, ...]
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 """The keys under which data sets and templates keep an assistant's thoughts."""
 
+# How thoughts begin: <think>, <|START_THINKING|>, [THINK], Gemma's and harmony's channels.
+OPENING = (
+    r"(?:[<\[]\|?(?:start_|begin_of_)?(?:think|thought|seed:think)[a-z]*\|?[>\]]|<\|channel>thought|<\|channel\|>analysis)"
+)
 # A block of thoughts that a template prints although there were none: it never trains.
 EMPTY_THOUGHTS = re.compile(
-    r"<think>\s*</think>\n{0,2}|<\|channel>thought\n<channel\|>|<\|channel\|>analysis<\|message\|><\|end\|><\|start\|>assistant"
+    rf"{OPENING}\s*(?:</think>|</thinking>|<\|END_THINKING\|>|\[/THINK\])\n{{0,2}}|<\|channel>thought\n<channel\|>"
+    r"|<\|channel\|>analysis<\|message\|><\|end\|><\|start\|>assistant",
+    re.IGNORECASE,
 )
-# How a prompt may open thoughts that the history of a conversation does not show.
-OPENINGS = ("<think>", "<|channel>", "<|channel|>")
+# A prompt may open thoughts that the history of a conversation does not show.
+OPENED_THOUGHTS = re.compile(rf"\s*{OPENING}", re.IGNORECASE)
 
 USER: Message = {"role": "user", "content": "Question"}
 ANSWER: Message = {"role": "assistant", "content": "Answer"}
@@ -63,6 +69,8 @@ class Parts:
 class Habits:
     """What holds for every conversation of a template."""
 
+    user: Message  # a question and
+    answer: Message  # an answer in the shape that the template prints
     stop: str  # ends a last answer
     prompts: bool  # prints something for add_generation_prompt
     tokens: re.Pattern[str]  # matches any token that the template usually prints
@@ -97,37 +105,49 @@ class Located:
 
 def study(render: Render, vocabulary: Iterable[str]) -> Habits:
     """Learn a template's ``Habits`` from a question and an answer. ``vocabulary``: the tokenizer's added tokens."""
-    chat = locate(render, [USER, ANSWER])
-    prompt, question = render([USER], True), render([USER], False)
+    user, answer = _probes(render)
+    chat = locate(render, [user, answer])
+    prompt, question = render([user], True), render([user], False)
     texts = [chat.text, prompt]
     with contextlib.suppress(ValueError):  # a template without tool calls may refuse one
-        texts.append(render([USER, CALL], False))
+        texts.append(render([user, CALL], False))
     vocabulary = frozenset(filter(str.strip, vocabulary))
-    printed = {token for token in vocabulary if any(token in text for text in texts)}
-    tokens = _any_of({*printed, *OPENINGS})
-    stop = _any_of(printed).search(chat.behind(1)) if printed else None
+    printed = [token for token in vocabulary if any(token in text for text in texts)]
+    # <|END_RESPONSE|><|END_OF_TURN|>: the last token before any white space is the one that stops.
+    ending = next(iter(chat.behind(1).split()), "")
+    stop = list(_any_of(printed).finditer(ending)) if printed else []
     if not stop:
         raise Underivable(
             f"behind an answer it prints {chat.behind(1)!r}, which holds no token of the vocabulary, so a model could not "
             "learn where to stop. Add the stop token to the vocabulary (add_new_tokens), or choose another template."
         )
-    return Habits(stop.group(), prompt != question, tokens, vocabulary)
+    tokens = re.compile(f"{_any_of(printed).pattern}|{OPENING}", re.IGNORECASE)
+    return Habits(user, answer, stop[-1].group(), prompt != question, tokens, vocabulary)
 
 
-def template_parts(render: Render, vocabulary: Iterable[str]) -> Parts:
-    """The ``Parts`` of a template, from the renderings of two questions and two answers."""
-    return parts_of(render, study(render, vocabulary))
+def _probes(render: Render) -> tuple[Message, Message]:
+    """A question and an answer that the template prints: most take words as a string, some only as a list of parts."""
+    failures = []
+    for shape in (str, lambda words: [{"type": "text", "text": words}]):
+        user, answer = ({**message, "content": shape(message["content"])} for message in (USER, ANSWER))
+        try:
+            locate(render, [user, answer]).between(0, 1)
+            return user, answer
+        except ValueError as failure:
+            failures.append(failure)
+    raise failures[0]
 
 
 def parts_of(render: Render, habits: Habits) -> Parts:
-    """``template_parts`` of a template that was studied before."""
-    chat = locate(render, [USER, ANSWER, USER, ANSWER])
-    behind_question = locate(render, [USER]).behind(0)
-    behind_answer = locate(render, [USER, ANSWER]).behind(1)
+    """The ``Parts`` of a template, from the renderings of two questions and two answers."""
+    user, answer = habits.user, habits.answer
+    chat = locate(render, [user, answer, user, answer])
+    behind_question = locate(render, [user]).behind(0)
+    behind_answer = locate(render, [user, answer]).behind(1)
     before_answer, before_question = chat.between(0, 1), chat.between(1, 2)
 
     # The header is what the prompt and the history have in common; the end of the question is no part of it.
-    header = before_answer[: _common(before_answer, locate(render, [USER], True).behind(0), habits)]
+    header = before_answer[: _common(before_answer, locate(render, [user], True).behind(0), habits)]
     response = header[_common(header, behind_question, habits) :]
     if not response.strip():
         response = before_answer[_common(before_answer, behind_question, habits) :]
@@ -208,20 +228,22 @@ def _header_end(render: Render, messages: list[Message], index: int, whole: Loca
             raise Underivable(f"no header stands before message 0 in {whole.text!r}.")
     actual = whole.text[place : min(shown, default=None)]
     length = _common(actual, prompt, habits)
-    if length not in (len(prompt), len(actual)) and not prompt[length:].lstrip().startswith(OPENINGS):
+    if length < len(actual) and prompt[length:].strip() and not OPENED_THOUGHTS.match(prompt, length):
         raise Underivable(f"before message {index} it prints {actual!r}, but as a prompt {prompt!r}.")
     end = place + length
     if index and not habits.prompts:
-        end = _unprompted_header_end(render, messages[:index], whole, place, end)
+        end = _unprompted_header_end(render, messages[:index], whole, place, end, habits.answer)
     if any(start == end for start, _ in whole.strings[index].values()):
         return end  # the answer's own words begin here, whatever they are
     empty = next((match for match in EMPTY_THOUGHTS.finditer(whole.text, place) if match.start() <= end < match.end()), None)
     return empty.end() if empty else end
 
 
-def _unprompted_header_end(render: Render, earlier: list[Message], whole: Located, place: int, end: int) -> int:
+def _unprompted_header_end(
+    render: Render, earlier: list[Message], whole: Located, place: int, end: int, answer: Message
+) -> int:
     """For a template that prints no prompt: the header is what stands before the words of a plain answer."""
-    plain = locate(render, [*earlier, ANSWER])
+    plain = locate(render, [*earlier, answer])
     _, plain_place = _anchor(whole, plain, len(earlier))
     rest = plain.text[plain_place : min(plain.shown(len(earlier)))][end - place :]
     if not rest.strip():
@@ -257,7 +279,7 @@ def _call_ending(render: Render, messages: list[Message], index: int, whole: Loc
 def _call_stop(render: Render, habits: Habits) -> list[str]:
     """The token that ends a tool call, where that is another one than ends an answer."""
     with contextlib.suppress(ValueError):  # a template without tool calls may refuse one, or not show it
-        ending = locate(render, [USER, CALL]).behind(1).rstrip()
+        ending = locate(render, [habits.user, CALL]).behind(1).rstrip()
         last = _last_token(ending, habits)
         if last and habits.stop not in ending:
             return [last]
