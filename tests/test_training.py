@@ -17,7 +17,10 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from luthier.model.accelerate import accelerate
 from luthier.model.cpu_4bit import repair_cpu_4bit
+from luthier.model.load import load_model
+from luthier.model.lora import get_peft_model as luthier_lora
 from luthier.training import progress
 from luthier.training.collate import mixes_rows
 from luthier.training.optimizer import embedding_parameters
@@ -143,19 +146,26 @@ class FirstWeights(TrainerCallback):
 
 
 def test_loss_curve_is_stock_trls(tmp_path):
-    """NF4 and LoRA, eight steps. To be equal, the stock trainer is told: no autocast (bf16=False, use_cpu=True), no
-    recomputation, no cut at 1024 tokens, labels that exist already; its LoRA weights are put back to float32, which it casts
-    to bfloat16; and its 4-bit layers get our repair, without which bitsandbytes misreads widths like down_proj's 96 on a CPU.
+    """NF4 and LoRA, eight steps: our loader, adapter, fast path and padding-free trainer against transformers, peft and TRL.
+
+    To be equal, the two adapters begin with the same numbers, and the stock trainer is told: no autocast (bf16=False,
+    use_cpu=True), no recomputation, no cut at 1024 tokens, labels that exist already; its LoRA weights are put back to
+    float32, which it casts to bfloat16; and its 4-bit layers get our repair, without which bitsandbytes misreads widths
+    like down_proj's 96 on a CPU.
     """
     base = save_tiny("llama3", tmp_path / "base")
     rows = token_rows(16)
-    first = FirstWeights()
-    ours = trainer(with_lora(nf4_model(base)), tmp_path / "ours", rows, max_steps=8, callbacks=[first])
-    ours.train()
-
     model = with_lora(nf4_model(base))
     repair_cpu_4bit(model)
     exact = weights(model)
+
+    fast, _ = load_model(str(base), use_gradient_checkpointing=False)
+    fast = accelerate(luthier_lora(fast, r=4, lora_alpha=8))
+    fast.load_state_dict(exact, strict=False)
+    first = FirstWeights()
+    ours = trainer(fast, tmp_path / "ours", rows, max_steps=8, callbacks=[first])
+    ours.train()
+
     config = SFTConfig(
         output_dir=str(tmp_path / "stock"), learning_rate=1e-2, lr_scheduler_type="constant", max_steps=8, logging_steps=1,
         per_device_train_batch_size=2, save_strategy="no", bf16=False, use_cpu=True, gradient_checkpointing=False,

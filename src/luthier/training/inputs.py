@@ -71,7 +71,9 @@ def prepare_rows(
         unread = sorted(set(columns) & {"messages", "conversations"})
         if unread:
             say(f"Column {args.dataset_text_field!r} is trained on as it stands; {' and '.join(unread)} is not looked at.")
-        dataset = dataset.select_columns([args.dataset_text_field]).rename_column(args.dataset_text_field, "text")
+        dataset = dataset.select_columns([args.dataset_text_field])
+        if args.dataset_text_field != "text":
+            dataset = dataset.rename_column(args.dataset_text_field, "text")
         train_on = "all"
     elif args.completion_only_loss is False and {"prompt", "completion"} <= set(columns):
         train_on = "all"
