@@ -58,16 +58,12 @@ def test_reads_nested_rows_exactly_as_written(tmp_path):
     """No keys of other rows, no type of other rows."""
     rows = [
         {"messages": [{"role": "user", "content": "5"}, {"role": "assistant", "tool_calls": [{"arguments": {"a": 1}}]}]},
-        {
-            "messages": [
-                {"role": "user", "content": [{"type": "text", "text": "x"}]},
-                {"tool_calls": [{"arguments": {"a": "s"}}]},
-            ]
-        },
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]},
+        {"messages": [{"role": "assistant", "tool_calls": [{"arguments": {"a": "s", "b": None}}]}], "other": True},
         {"messages": []},
     ]
     path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))
-    assert list(read_dataset(path)) == rows
+    assert list(read_dataset(path)) == [{"other": None, **row} for row in rows]
 
 
 json_values = st.recursive(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from pydoc_data import topics
 
@@ -12,8 +13,10 @@ from tiny import BOS, END, EOS, PAD, START, tiny_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from luthier.data.chat import CHAT_TEMPLATES, get_chat_template
 from luthier.data.masks import IGNORED, ResponseMask
 from luthier.data.pieces import Pieces
+from luthier.data.render import encode
 
 # name -> (before everything, before a question, before an answer, behind an answer, its stop token)
 STYLES = {
@@ -162,6 +165,36 @@ def test_without_a_template_a_special_token_ends_an_answer():
     tokenizer = tiny_tokenizer(chat=False)
     text = f"{START}user\nhi{END}\n{START}assistant\nhello{END}\n{START}tool\n42{END}\n"
     assert trained_text(ResponseMask(tokenizer, *PARTS["chatml"])(ids(text))) == f"hello{END}"
+
+
+QUESTION, ANSWER = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "It is 4."}
+CALL = {"type": "function", "id": "addition1", "function": {"name": "add", "arguments": {"a": 2, "b": 2}}}
+CONVERSATIONS = {
+    "turns": [QUESTION, ANSWER, {"role": "user", "content": " and\n\n"}, {"role": "assistant", "content": "\n so? "}],
+    "system": [{"role": "system", "content": "Be brief."}, QUESTION, ANSWER],
+    "question last": [QUESTION, ANSWER, QUESTION],
+    "tools": [
+        QUESTION,
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "name": "add", "tool_call_id": "addition1", "content": "4"},
+        ANSWER,
+    ],
+    "thoughts": [QUESTION, {"role": "assistant", "content": "<think>\nhm\n</think>\n\n4"}],
+}
+
+
+@pytest.mark.parametrize("name", list(dict.fromkeys(template.name for template in CHAT_TEMPLATES.values())))
+def test_finds_in_the_text_what_every_template_marks(name):
+    """Text that was rendered before loses nothing against messages: the marks of the template are found by the parts."""
+    stops = set(CHAT_TEMPLATES[name].stop_tokens) - {"eos_token", END}
+    tokenizer = get_chat_template(tiny_tokenizer(extra_tokens=tuple(sorted(stops))), name)
+    mask, compared = ResponseMask(tokenizer), 0
+    for messages in CONVERSATIONS.values():
+        with contextlib.suppress(ValueError):  # the template refuses a system message or tools
+            encoded, trained = encode(tokenizer, messages)
+            compared += 1
+            assert [label != IGNORED for label in mask(encoded)] == trained
+    assert compared >= 3
 
 
 def test_the_parts_come_from_the_tokenizers_own_template():

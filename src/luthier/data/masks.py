@@ -7,6 +7,7 @@ behind another word (a newline merges with a newline before it, a space with the
 from __future__ import annotations
 
 import contextlib
+import os.path
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,10 +16,12 @@ from typing import Any
 
 from luthier.data.chat import template_parts
 from luthier.data.pieces import Pieces
-from luthier.data.spans import EMPTY_THOUGHTS
+from luthier.data.render import render, render_spans
+from luthier.data.spans import ANSWER, CALL, EMPTY_THOUGHTS, USER, Parts
 
 IGNORED = -100
 SHOWN_CHARACTERS = 600
+RESULTS = {"call0000a": "42", "call0000b": "there", "call0000c": '{"at": [1]}'}  # of tools; what follows all is the template's
 
 
 @dataclass(frozen=True)
@@ -87,11 +90,12 @@ class ResponseMask:
         self.last_response_only = last_response_only
         if (instruction_part is None) != (response_part is None):
             raise ValueError("Give both instruction_part and response_part, or neither.")
-        stops = [self.tokenizer.eos_token]
+        stops, more = [self.tokenizer.eos_token], Habits()
         if response_part is None:
             parts = template_parts(self.tokenizer)
             instruction_part, response_part = parts.instruction_part, parts.response_part
             stops += parts.stop_tokens
+            more = template_habits(self.tokenizer, parts)
         else:
             stops += _stop_tokens(self.tokenizer, instruction_part, response_part)
         if not instruction_part.strip() or not response_part.strip() or instruction_part == response_part:
@@ -101,10 +105,12 @@ class ResponseMask:
         self.instruction_part, self.response_part = instruction_part, response_part
         self.stop_tokens = tuple(dict.fromkeys(filter(None, stops)))
         self.pieces = Pieces(self.tokenizer)
-        pad = [re.escape(self.tokenizer.pad_token)] if self.tokenizer.pad_token else []
+        headers = "|".join([self._marker(response_part), *map(re.escape, more.other_headers)])
+        opened = "|".join([EMPTY_THOUGHTS.pattern, *map(re.escape, more.openings)])
+        ends = [token for token in (self.tokenizer.pad_token, *more.ends) if token]
         self.markers = Markers(
-            response=re.compile(rf"(?:{self._marker(response_part)})(?:\s*(?:{EMPTY_THOUGHTS.pattern}))?"),
-            turn=re.compile("|".join([self._marker(instruction_part), *pad])),
+            response=re.compile(rf"(?:{headers})(?:\s*(?:{opened}))?"),
+            turn=re.compile("|".join([self._marker(instruction_part), *map(re.escape, ends)])),
             stop=re.compile("|".join(map(re.escape, self.stop_tokens)) or r"(?!)"),
         )
 
@@ -125,6 +131,33 @@ class ResponseMask:
         behind = len(part) - len(part.rstrip())
         loose = r"\s*".join(map(re.escape, words)) + rf"\s{{0,{behind + 1}}}" * bool(behind)
         return "|".join([re.escape(part), *[re.escape(spelled)] * bool(spelled), loose])
+
+
+@dataclass(frozen=True)
+class Habits:
+    """What a template does besides its parts: headers of answers behind a tool's result, words with which it begins an
+    answer itself, and what it puts behind an earlier answer instead of the stop token."""
+
+    other_headers: tuple[str, ...] = ()
+    openings: tuple[str, ...] = ()
+    ends: tuple[str, ...] = ()
+
+
+def template_habits(tokenizer: Any, parts: Parts) -> Habits:
+    """The habits of the tokenizer's template, from its renderings of a few conversations."""
+    opening = render(tokenizer, [USER], add_generation_prompt=True).rpartition(parts.response_part)[2]
+    text, spans = render_spans(tokenizer, [USER, ANSWER, USER, ANSWER])
+    end = text[spans[0][1] :].partition(parts.instruction_part)[0].strip()
+    before = []
+    with contextlib.suppress(ValueError):  # a template without tools
+        for key, content in RESULTS.items():
+            call = {**CALL, "tool_calls": [{**CALL["tool_calls"][0], "id": key}]}
+            result = {"role": "tool", "name": "look", "tool_call_id": key, "content": content}
+            text, spans = render_spans(tokenizer, [USER, call, result, ANSWER])
+            before.append(text[: spans[-1][0]][::-1])
+    header = os.path.commonprefix(before)[::-1]
+    other = bool(header.strip()) and parts.response_part not in header
+    return Habits((header,) * other, (opening,) * bool(opening), (end,) * bool(end))
 
 
 def _stop_tokens(tokenizer: Any, *markers: str) -> Sequence[str]:
