@@ -176,6 +176,8 @@ def test_pictures_of_a_column_take_their_places():
         "L",
         "R",
     ]
+    own = [{"role": "user", "content": [{"type": "image", "image": "M"}]}, answer]
+    assert place_images(own, ["L"])[1] == ["M"]  # mapped from the column, which was left in the row
     with pytest.raises(ValueError, match="2 images in its column but only 1 places"):
         place_images([{"role": "user", "content": "one <image>"}, answer], ["L", "R"])
     with pytest.raises(ValueError, match="neither the part nor the row's column"):

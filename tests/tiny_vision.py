@@ -12,10 +12,11 @@ from tiny import VOCAB, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 VISION_VOCAB = VOCAB + 32
+# Widths are multiples of 64: bitsandbytes' own dequantisation is wrong for others on a CPU, and tests compare with it.
 TEXT = {
     "vocab_size": VISION_VOCAB,
     "hidden_size": 64,
-    "intermediate_size": 96,
+    "intermediate_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -32,7 +33,7 @@ PIXTRAL_TOKENS = ("[IMG]", "[IMG_BREAK]", "[IMG_END]")
 PIXTRAL_VISION = {
     "model_type": "pixtral",
     "hidden_size": 64,
-    "intermediate_size": 96,
+    "intermediate_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "image_size": 64,
@@ -101,17 +102,17 @@ def tiny_vision_config(family: str) -> transformers.PreTrainedConfig:
         ids = dict(zip(names, map(token, QWEN_TOKENS), strict=True))
         text = TEXT | {"rope_parameters": MROPE}
         if family == "qwen3_vl":
-            more = {"hidden_size": 64, "intermediate_size": 96, "out_hidden_size": 64}
+            more = {"hidden_size": 64, "intermediate_size": 128, "out_hidden_size": 64}
             more |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
             text |= {"head_dim": 16}
         elif family == "qwen2_vl":
             more = {"embed_dim": 64, "hidden_size": 64, "mlp_ratio": 2}
         else:
-            more = {"hidden_size": 64, "intermediate_size": 96, "out_hidden_size": 64}
+            more = {"hidden_size": 64, "intermediate_size": 128, "out_hidden_size": 64}
             more |= {"window_size": 32, "fullatt_block_indexes": [1]}
         return AutoConfig.for_model(family, text_config=text, vision_config=QWEN_VISION | more, **ids)
     if family == "gemma3":
-        vision = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+        vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
         vision |= {"image_size": 32, "patch_size": 8, "vision_use_head": False, "model_type": "siglip_vision_model"}
         text = TEXT | {"head_dim": 16, "sliding_window": 32, "query_pre_attn_scalar": 16, "rope_parameters": None}
         ids = {
@@ -124,7 +125,7 @@ def tiny_vision_config(family: str) -> transformers.PreTrainedConfig:
     if family == "mllama":
         vision = {
             "hidden_size": 64,
-            "intermediate_size": 96,
+            "intermediate_size": 128,
             "num_hidden_layers": 2,
             "num_global_layers": 1,
             "attention_heads": 4,

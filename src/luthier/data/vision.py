@@ -287,7 +287,8 @@ class VisionDataCollator:
 def place_images(messages: Sequence[Message], column: Sequence[Any]) -> tuple[list[Message], list[Any]]:
     """Messages whose picture parts are ``{"type": "image"}``, and the pictures in the order of these parts.
 
-    ``column``: the pictures of the row's own column, which fill the places that name no picture.
+    ``column``: the pictures of the row's own column, which fill the places that name no picture; of messages without a
+    place and without a picture, the first question.
     """
     waiting, images, placed = list(column), [], []
     for message in messages:
@@ -297,7 +298,7 @@ def place_images(messages: Sequence[Message], column: Sequence[Any]) -> tuple[li
         if isinstance(content, list):
             content = [_part(part, waiting, images) for part in content]
         placed.append({**message, "content": content})
-    if waiting:
+    if waiting and not (images and len(waiting) == len(column)):  # pictures of its own: the column is where they came from
         if len(waiting) < len(column):
             raise ValueError(
                 f"The row has {len(column)} images in its column but only {len(column) - len(waiting)} places for them"
@@ -308,8 +309,7 @@ def place_images(messages: Sequence[Message], column: Sequence[Any]) -> tuple[li
         content = placed[first]["content"]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         placed[first]["content"] = [{"type": "image"} for _ in waiting] + parts
-        before = sum(part["type"] == "image" for message in placed[:first] for part in _parts(message))
-        images[before:before] = waiting
+        images += waiting
     return placed, images
 
 
@@ -338,10 +338,6 @@ def _at_placeholders(text: str) -> list[dict[str, Any]]:
         parts += [{"type": "image"}] if index else []
         parts += [{"type": "text", "text": piece}] if piece else []
     return parts
-
-
-def _parts(message: Message) -> list[dict[str, Any]]:
-    return message["content"] if isinstance(message["content"], list) else []
 
 
 def column_images(row: Row) -> list[Any]:

@@ -1,0 +1,93 @@
+"""Fine-tuning of a vision-language model, from a recipe to what is saved. Read it top to bottom."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from luthier.config import VisionRecipe
+from luthier.data.read import read_dataset
+from luthier.data.vision import VisionDataCollator
+from luthier.fast import FastVisionModel
+from luthier.training.trainer import Trainer
+from luthier.workflows.common import newest_checkpoint, save_outputs, training_arguments
+
+
+def run(recipe: VisionRecipe) -> dict[str, Path]:
+    """Fine-tune as the recipe says; gives what was written, by kind ("adapter", "merged_16bit" ...)."""
+    recipe.require("model", "data")
+    resume = newest_checkpoint(recipe)
+
+    # 1. Rows: read before the model, so that a mistake in them costs a second and not a download
+    rows = read_dataset(recipe.data, recipe.split)
+    held_out = read_dataset(recipe.eval_data) if recipe.eval_data else None
+
+    # 2. The model, its language part quantised as it is read, and its processor
+    model, processor = FastVisionModel.from_pretrained(
+        recipe.model,
+        max_seq_length=recipe.max_seq_length,
+        dtype=recipe.dtype,
+        load_in_4bit=recipe.load_in_4bit,
+        load_in_8bit=recipe.load_in_8bit,
+        load_in_16bit=recipe.load_in_16bit,
+        full_finetuning=recipe.full_finetuning,
+        attn_implementation=recipe.attn_implementation,
+        use_gradient_checkpointing=recipe.checkpointing(),
+        memory_budget=recipe.memory_budget,
+        revision=recipe.revision,
+        trust_remote_code=recipe.trust_remote_code,
+        random_state=recipe.seed,
+    )
+
+    # 3. The adapter, in the parts of the model that are to learn
+    if not recipe.full_finetuning:
+        model = FastVisionModel.get_peft_model(
+            model,
+            r=recipe.r,
+            lora_alpha=recipe.lora_alpha,
+            lora_dropout=recipe.lora_dropout,
+            target_modules=recipe.target_modules,
+            modules_to_save=recipe.modules_to_save,
+            use_rslora=recipe.use_rslora,
+            use_dora=recipe.use_dora,
+            finetune_vision_layers=recipe.finetune_vision_layers,
+            finetune_language_layers=recipe.finetune_language_layers,
+            finetune_attention_modules=recipe.finetune_attention_modules,
+            finetune_mlp_modules=recipe.finetune_mlp_modules,
+            random_state=recipe.seed,
+        )
+
+    # 4. Pictures become patches batch by batch; a row whose pictures do not fit is left out beforehand, and counted
+    collator = VisionDataCollator(
+        model,
+        processor,
+        resize=recipe.resize,
+        train_on_responses_only=recipe.train_on == "responses",
+        completion_only_loss=recipe.train_on == "responses",
+        too_long=recipe.too_long,
+        image_root=image_root(recipe.data),
+    )
+    rows, ledger = collator.select(rows)
+    ledger.table()
+    if held_out is not None:
+        held_out, ledger = collator.select(held_out)
+        ledger.table("Evaluation data")
+
+    # 5. Training
+    trainer = Trainer(
+        model=model,
+        processing_class=processor,
+        data_collator=collator,
+        train_dataset=rows,
+        eval_dataset=held_out,
+        args=training_arguments(recipe),
+    )
+    trainer.train(resume_from_checkpoint=resume)
+
+    # 6. What was trained: the adapter always, merged weights as asked
+    return save_outputs(model, processor, recipe)
+
+
+def image_root(data: str) -> Path | None:
+    """Where the relative image paths of a data set start: beside its file, or in its directory; None for a hub set."""
+    path = Path(data).expanduser()
+    return (path if path.is_dir() else path.parent) if path.exists() else None
