@@ -197,7 +197,7 @@ def trains_embeddings(how: str):
     if how == "modules_to_save":
         return with_lora(model, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
     if how == "lora":
-        return with_lora(model, target_modules=["q_proj", "embed_tokens"])
+        return with_lora(model, target_modules=["q_proj", "embed_tokens", "lm_head"])
     return with_lora(model, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [7, 8, 9, 10, 11]})
 
 
@@ -210,10 +210,32 @@ def test_embedding_learning_rate(how, tmp_path):
     run.train()
     moved = {name for name, tensor in weights(run.model).items() if not torch.equal(tensor, first.before[name])}
     assert moved and all("embed_tokens" in name or "lm_head" in name for name in moved)
-    assert len(moved) == len(embedding_parameters(run.model)) == {"full": 2, "modules_to_save": 2, "lora": 2, "tokens": 1}[how]
+    assert len(moved) == len(embedding_parameters(run.model)) == {"full": 2, "modules_to_save": 2, "lora": 4, "tokens": 1}[how]
     assert {group["lr"] for group in run.optimizer.param_groups if group["params"]} == {0.0, 1e-2}
     in_groups = [id(p) for group in run.optimizer.param_groups for p in group["params"]]
     assert sorted(in_groups) == sorted(id(p) for p in run.model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("family", ["llama3", "gemma2", "granite"])  # plain, capped and divided logits
+def test_a_lora_on_the_head_trains_by_the_models_own_logits(family, tmp_path):
+    """One step of plain SGD against the gradients of an ordinary cross-entropy."""
+    rows = token_rows(2)
+    run = trainer(
+        with_lora(tiny_model(family), target_modules=["lm_head", "q_proj"]), tmp_path, rows, optim="sgd", learning_rate=1.0,
+        max_grad_norm=0.0, max_steps=1,
+    )  # fmt: skip
+    reference = with_lora(tiny_model(family), target_modules=["lm_head", "q_proj"])
+    total = tokens = 0
+    for row in rows:
+        logits = reference(torch.tensor([row["input_ids"]])).logits[0, :-1].float()
+        total += torch.nn.functional.cross_entropy(logits, torch.tensor(row["labels"][1:]), reduction="sum")
+        tokens += sum(label != -100 for label in row["labels"][1:])
+    (total / tokens).backward()
+    run.train()
+    assert_close(torch.tensor(losses(run)[0]), (total / tokens).detach())
+    expected = {name: (p - p.grad).detach() for name, p in reference.named_parameters() if p.requires_grad}
+    assert any("lm_head" in name for name in expected)
+    assert_same_weights(weights(run.model), expected)
 
 
 def test_embedding_learning_rate_follows_the_schedule(tmp_path):

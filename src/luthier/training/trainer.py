@@ -23,6 +23,7 @@ from luthier.model.cpu_4bit import repair_cpu_4bit
 from luthier.training.arguments import TrainingArguments, fit_arguments, warn_contradictions
 from luthier.training.collate import pack_rows, settle_padding
 from luthier.training.common import TrainerMixin, trainable_weights_kept
+from luthier.training.head import adapted_head_allowed
 from luthier.training.inputs import as_dataset, prepare_rows, prepare_stream, takes_raw_rows
 
 
@@ -77,7 +78,7 @@ class Trainer(TrainerMixin, SFTTrainer):
         self.ledger: Ledger | None = None  # None for a stream and for images, which are prepared as they come
         self.max_length = args.max_length or getattr(getattr(model, "luthier", None), "max_seq_length", None)
         args.max_length = self.max_length if args.packing else None  # rows are measured before TRL sees them
-        with trainable_weights_kept(model):
+        with trainable_weights_kept(model), adapted_head_allowed(model):
             super().__init__(
                 model=model,
                 args=args,
