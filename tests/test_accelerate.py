@@ -138,15 +138,21 @@ def test_generate_is_untouched(family):
     assert torch.equal(model.train().generate(ids, max_new_tokens=8, do_sample=False), expected)
 
 
-def nf4_model(tmp_path, family: str = "llama3"):
-    from tiny import save_tiny
+def nf4_model(tmp_path, family: str = "llama3", **changes):
+    """A tiny model of ``family`` loaded in NF4, free of bitsandbytes' in-place repacking on some CPUs."""
+    from tiny import tiny_config
     from transformers import AutoModelForCausalLM
 
+    config = tiny_config(family)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).float().save_pretrained(tmp_path / family)
     quantisation = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
     )
-    directory = save_tiny(family, tmp_path / family)
-    model = AutoModelForCausalLM.from_pretrained(directory, quantization_config=quantisation, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / family, quantization_config=quantisation, dtype=torch.float32)
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
             module.support_avx512bf16_for_cpu = False
@@ -155,7 +161,7 @@ def nf4_model(tmp_path, family: str = "llama3"):
 
 def test_a_4_bit_model_trains_as_stock_does(tmp_path):
     inputs = batch()
-    model = with_lora(nf4_model(tmp_path))
+    model = with_lora(nf4_model(tmp_path, intermediate_size=128))
     loss, gradients = loss_and_gradients(model, **inputs)
     fast_loss, fast = loss_and_gradients(accelerate(model), **inputs)
     torch.testing.assert_close(fast_loss, loss, rtol=1e-5, atol=0)

@@ -16,7 +16,9 @@ from transformers import PreTrainedModel
 
 from luthier import adapters
 from luthier.adapters.spec import Spec
+from luthier.model.fused_layer import LayerState, layer_class_members
 from luthier.model.head import training_forward
+from luthier.ops.lora_linear import Workspace
 from luthier.terminal import notice_once
 
 
@@ -37,6 +39,11 @@ def accelerate(model: nn.Module) -> nn.Module:
             f"{type(base).__name__} says it is {base.config.model_type!r}, but holds none of the layers of that architecture: "
             f"{', '.join(sorted(spec.layer_classes))}. Load it with transformers' own class, or train it without accelerate()."
         )
+    workspace, said = Workspace(), set()
+    for layer in layers:
+        if not hasattr(type(layer), "_luthier_stock"):
+            layer.__dict__["luthier_state"] = LayerState(workspace, said)
+            _swap(layer, _layer_class(type(layer), spec))
     if base.get_output_embeddings() is not None and "logits_to_keep" in inspect.signature(type(base).forward).parameters:
         _swap(base, _head_class(_stock_class(base), spec))
     return model
@@ -47,6 +54,7 @@ def restore(model: nn.Module) -> nn.Module:
     for module in base_model(model).modules():
         if _stock_class(module) is not type(module):
             _swap(module, _stock_class(module))
+            module.__dict__.pop("luthier_state", None)
     return model
 
 
@@ -86,6 +94,11 @@ def _head_class(stock: type[PreTrainedModel], spec: Spec) -> type[PreTrainedMode
         return training_forward(self, stock, spec.head, args, kwargs)
 
     return subclass(stock, forward=forward)
+
+
+@functools.cache
+def _layer_class(stock: type[nn.Module], spec: Spec) -> type[nn.Module]:
+    return subclass(stock, **layer_class_members(stock, spec))
 
 
 def _unknown_architecture(base: PreTrainedModel) -> str:

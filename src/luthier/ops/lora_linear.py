@@ -1,28 +1,194 @@
-"""A frozen linear layer with a LoRA adapter:  y = x @ W.T + bias + scale * (drop(x) @ A.T) @ B.T
+"""Frozen linear layers with LoRA adapters:  y = x @ W.T + bias + scale * (x @ A.T) @ B.T
 
-W stays in 4 bits (or 16): it is dequantised for the product and again for the backward, never kept. A and B may be fp32
-masters; the products run in x's dtype.
+W stays in 4 bits (or 16): it is written out for the product and again for the backward, never kept. A and B may be fp32
+masters; the products run in x's dtype, the gradients of A and B are summed and returned in fp32.
+
+Layers that read the same input (q, k, v; gate, up) are one product, and the adapters ride in it: the weight is written
+into a buffer with columns B and rows A beside it, so that adding them costs no pass over the outputs.
+
+              K        E                         forward    [x | s t | 1] @ buffer[:N].T       t = x @ A.T
+        N  [  W  |  B  bias ]                    backward   dx = dy @ W + s (dy @ B) @ A
+        R  [  A  |     ]                                    dA = (s dy @ B).T @ x     dB = dy.T @ (s t)
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from luthier.ops.nf4 import Quantised, dequantise
 
+ALIGNMENT = 16  # elements to which E and R are padded: products with odd widths leave the fast kernels
+
+
+@dataclass(frozen=True)
+class Part:
+    """One linear layer. weight (N, K) as a tensor or in 4 bits; a (r, K) and b (N, r) or both None."""
+
+    weight: Tensor | Quantised
+    bias: Tensor | None = None
+    a: Tensor | None = None
+    b: Tensor | None = None
+    scale: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.a is None else self.a.shape[0]
+
 
 def lora_linear_reference(
-    x: Tensor,
-    weight: Tensor | Quantised,
-    bias: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    scale: float,
-    dropout: float = 0.0,
+    x: Tensor, weight: Tensor | Quantised, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, dropout: float = 0.0
 ) -> Tensor:
     """x (..., K), weight (N, K), a (r, K), b (N, r) -> (..., N) in x's dtype."""
     if isinstance(weight, Quantised):
         weight = dequantise(weight, dtype=x.dtype)
     low = F.linear(F.dropout(x, dropout) if dropout else x, a.to(x.dtype))
     return F.linear(x, weight, bias) + scale * F.linear(low, b.to(x.dtype))
+
+
+class Workspace:
+    """Buffers for written-out weights, one for each shape, reused by every layer of a model in turn.
+
+    All use is on one stream at a time, so the next layer's write waits for this layer's product by itself.
+    """
+
+    def __init__(self) -> None:
+        self.buffers: dict[tuple, Tensor] = {}
+
+    def buffer(self, role: str, shape: tuple[int, int], like: Tensor) -> Tensor:
+        """Uninitialised memory of ``shape`` in the dtype and on the device of ``like``, the same on every call."""
+        key = role, shape, like.dtype, like.device
+        if key not in self.buffers:
+            self.buffers[key] = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        return self.buffers[key]
+
+
+class Projection:
+    """Linear layers side by side that read the same input (n, K): outputs (n, N), the layers' one after the other."""
+
+    def __init__(self, role: str, parts: list[Part], workspace: Workspace) -> None:
+        self.role, self.parts, self.workspace = role, parts, workspace
+        shapes = [part.weight.shape for part in parts]
+        self.width_in, self.widths = shapes[0][1], [shape[0] for shape in shapes]
+        self.width_out = sum(self.widths)
+        self.rank = sum(part.rank for part in parts)
+        self.has_bias = any(part.bias is not None for part in parts)
+        self.extension = _padded(self.rank + self.has_bias)
+        self.rank_rows = _padded(self.rank)
+        scales = {part.scale for part in parts if part.rank}
+        self.scale = scales.pop() if len(scales) == 1 else None  # None: they differ
+
+    def written(self, like: Tensor) -> Tensor:
+        """The buffer of the drawing above (N + R, K + E), filled."""
+        buffer = self.workspace.buffer(self.role, (self.width_out + self.rank_rows, self.width_in + self.extension), like)
+        row, rank, k, n = 0, 0, self.width_in, self.width_out
+        if self.extension and len(self.parts) > 1 or self.has_bias:
+            buffer[:, k:].zero_()
+        for part in self.parts:
+            height, r = part.weight.shape[0], part.rank
+            target = buffer[row : row + height, :k]
+            dequantise(part.weight, target) if isinstance(part.weight, Quantised) else target.copy_(part.weight)
+            if r:
+                buffer[row : row + height, k + rank : k + rank + r].copy_(part.b)
+                buffer[n + rank : n + rank + r, :k].copy_(part.a)
+            if part.bias is not None:
+                buffer[row : row + height, k + self.rank].copy_(part.bias)
+            row, rank = row + height, rank + r
+        return buffer
+
+    def new_input(self, n: int, like: Tensor) -> Tensor:
+        """Room for ``n`` inputs and their extension (n, K + E); whoever fills the first K columns calls ``extend`` next."""
+        return torch.empty(n, self.width_in + self.extension, dtype=like.dtype, device=like.device)
+
+    def extend(self, x: Tensor, buffer: Tensor, low: Tensor | None = None) -> Tensor | None:
+        """Write ``[s t | 1 | 0]`` behind the inputs in ``x`` (n, K + E); gives s t (n, R), or takes it as ``low``."""
+        if self.rank and low is None:
+            low = self.low(x[:, : self.width_in], buffer)
+        if self.extension > self.rank:
+            x[:, self.width_in + self.rank :].zero_()
+        if self.rank:
+            x[:, self.width_in : self.width_in + self.rank].copy_(low)
+        if self.has_bias:
+            x[:, self.width_in + self.rank] = 1.0
+        return low
+
+    def low(self, x: Tensor, buffer: Tensor) -> Tensor | None:
+        """s t (n, R): the adapters' inner activations, scaled."""
+        if not self.rank:
+            return None
+        return self._scaled(x @ buffer[self.width_out : self.width_out + self.rank, : self.width_in].T)
+
+    def forward(self, x: Tensor, buffer: Tensor, out: Tensor | None = None) -> Tensor:
+        """x (n, K + E) extended -> (n, N)."""
+        return torch.mm(x, buffer[: self.width_out].T, out=out)
+
+    def add_to(self, residual: Tensor, x: Tensor, buffer: Tensor, alpha: float = 1.0, out: Tensor | None = None) -> Tensor:
+        """residual + alpha * the layer, x (n, K + E) extended; the sum is rounded once."""
+        return torch.addmm(residual, x, buffer[: self.width_out].T, alpha=alpha, out=out)
+
+    def low_gradient(self, grad: Tensor, buffer: Tensor) -> Tensor | None:
+        """s dy @ B (n, R) from grad (n, N)."""
+        if not self.rank:
+            return None
+        return self._scaled(grad @ buffer[: self.width_out, self.width_in : self.width_in + self.rank])
+
+    def input_gradient(self, grad: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(dx (n, K), s dy @ B (n, R)) from grad (n, N), for wide N: both from one product, then the adapters' added."""
+        both = grad @ buffer[: self.width_out, : self.width_in + self.rank]
+        dx = both[:, : self.width_in]
+        if not self.rank:
+            return dx, None
+        low = self._scaled(both[:, self.width_in :].contiguous())
+        return dx.addmm_(low, buffer[self.width_out : self.width_out + self.rank, : self.width_in]), low
+
+    def extended_gradient(self, grad: Tensor, buffer: Tensor, alpha: float = 1.0) -> tuple[Tensor, Tensor | None]:
+        """([dy | s dy @ B] (n, N + R), the second of them), for wide K: ``that @ buffer[:, :K]`` is then dx with adapters."""
+        wide = torch.empty(grad.shape[0], self.width_out + self.rank_rows, dtype=grad.dtype, device=grad.device)
+        torch.mul(grad, alpha, out=wide[:, : self.width_out]) if alpha != 1.0 else wide[:, : self.width_out].copy_(grad)
+        low = self.low_gradient(wide[:, : self.width_out], buffer)
+        if self.rank_rows > self.rank:
+            wide[:, self.width_out + self.rank :].zero_()
+        if low is not None:
+            wide[:, self.width_out : self.width_out + self.rank].copy_(low)
+        return wide, low
+
+    def gradients_of_a(self, low_grad: Tensor, x: Tensor) -> Tensor:
+        """fp32 (R, K): every adapter's dA, one below the other; low_grad (n, R), x (n, K)."""
+        return product_fp32(low_grad, x)
+
+    def gradients_of_b(self, grad: Tensor, low: Tensor) -> list[Tensor]:
+        """fp32 dB (N_i, r_i) of every part that has an adapter; grad (n, N), low = s t (n, R)."""
+        gradients, row, rank = [], 0, 0
+        for part, width in zip(self.parts, self.widths, strict=True):
+            if part.rank:
+                gradients.append(product_fp32(grad[:, row : row + width], low[:, rank : rank + part.rank]))
+            row, rank = row + width, rank + part.rank
+        return gradients
+
+    def adapters(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(A, B) of every part that has an adapter."""
+        return ((part.a, part.b) for part in self.parts if part.rank)
+
+    def _scaled(self, low: Tensor) -> Tensor:
+        if self.scale is not None:
+            return low if self.scale == 1.0 else low.mul_(self.scale)
+        for part, columns in zip(self.parts, low.split([part.rank for part in self.parts], dim=1), strict=True):
+            columns.mul_(part.scale)
+        return low
+
+
+def product_fp32(x: Tensor, y: Tensor) -> Tensor:
+    """x.T @ y with an fp32 result: x (n, r), y (n, k) -> (r, k)."""
+    if x.dtype == torch.float32:
+        return x.T @ y
+    if x.is_cuda:
+        return torch.mm(x.T, y, out_dtype=torch.float32)
+    return x.T.float() @ y.float()
+
+
+def _padded(width: int) -> int:
+    return -(-width // ALIGNMENT) * ALIGNMENT

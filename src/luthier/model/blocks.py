@@ -1,0 +1,325 @@
+"""The two halves of a decoder layer as one forward and one backward each, without autograd inside.
+
+    x2 = x  + m * post(o(attention(rotate(qkv(norm(x))))))        AttentionBlock
+    x3 = x2 + m * post(down(act(gate) * up)),  gate, up of norm(x2)        MlpBlock
+
+A block keeps what its mode says (``Mode``) and computes the rest again in the backward: what is element-wise always,
+products and attention only where the mode gives up memory for them. All tensors are (n, width), n = batch * tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from luthier.ops.attention import AttentionState, attend, attend_backward
+from luthier.ops.gated_mlp import gated_backward_, gated_forward
+from luthier.ops.lora_linear import Projection
+from luthier.ops.rms_norm import rms_norm_backward, rms_norm_forward
+from luthier.ops.rotary import rotate
+
+MLP_ROWS = 4096  # rows that the MLP handles at a time where it does not keep gate and up: bounds its transients
+
+
+class Mode(IntEnum):
+    """What a layer keeps for its backward; each keeps what the ones before it do. Bytes are of bf16 at Llama 3.1 8B."""
+
+    RECOMPUTE = 0  # the input: 8 KiB a token
+    ATTENTION = 1  # and the attention's output: 16 KiB
+    ALL_BUT_GATE_UP = 2  # and q, k, v and the input of the MLP: 36 KiB
+    KEEP = 3  # and gate and up: 92 KiB; no product is computed twice
+
+
+@dataclass(frozen=True)
+class Norm:
+    weight: Tensor
+    eps: float
+    flavour: str
+
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        return rms_norm_forward(x, self.weight, self.eps, self.flavour, out)
+
+    def backward(self, grad: Tensor, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        return rms_norm_backward(grad, x, self.weight, self.eps, self.flavour, residual, out)
+
+
+@dataclass
+class Call:
+    """What all layers of one forward share."""
+
+    batch: int
+    cos: Tensor  # (B or 1, T, r/2)
+    sin: Tensor
+    mask: Tensor | None
+
+
+@dataclass
+class Kept:
+    """What one layer keeps between its forward and its backward; None: given up, to be computed again."""
+
+    x: Tensor
+    low_qkv: Tensor | None = None
+    low_o: Tensor | None = None
+    low_gate_up: Tensor | None = None
+    low_down: Tensor | None = None
+    qkv: Tensor | None = None
+    out: Tensor | None = None  # of the attention, (n, heads * width)
+    attention: AttentionState | None = None
+    branch: Tensor | None = None  # the attention's contribution before its post-norm
+    x2: Tensor | None = None
+    gate_up: Tensor | None = None
+    mlp_branch: Tensor | None = None
+
+
+@dataclass
+class AttentionBlock:
+    qkv: Projection
+    o: Projection
+    heads: int
+    kv_heads: int
+    width: int  # of one head
+    scale: float
+    norm: Norm | None
+    post_norm: Norm | None
+    q_norm: Norm | None
+    k_norm: Norm | None
+    rotates: bool
+    interleaved: bool
+    residual_scale: float = 1.0
+    norm_is_wide: bool = False  # q_norm and k_norm run over all heads at once
+
+    def forward(self, x: Tensor, call: Call, kept: Kept, mode: Mode) -> Tensor:
+        """x (n, D) -> x2 (n, D)."""
+        qkv, out, attention = self._attend(x, call, kept)
+        written = self.o.written(x)
+        kept.low_o = self.o.low(out, written)
+        x2, branch = self._output(x, out, written, kept.low_o)
+        if mode >= Mode.ATTENTION and attention.kernel != "autograd":
+            kept.out, kept.attention = out, attention
+        if mode >= Mode.ALL_BUT_GATE_UP:
+            kept.qkv, kept.out, kept.attention, kept.branch = qkv, out, attention, branch
+        return x2
+
+    def recompute(self, call: Call, kept: Kept) -> Tensor:
+        """Fill in what the mode gave up; gives x2."""
+        if kept.qkv is None:
+            kept.qkv, out, attention = self._attend(kept.x, call, kept, kept.attention is None)
+            if kept.attention is None:
+                kept.out, kept.attention = out, attention
+        if kept.x2 is None:
+            kept.x2, kept.branch = self._output(kept.x, kept.out, self.o.written(kept.x), kept.low_o)
+        return kept.x2
+
+    def backward(self, grad: Tensor, call: Call, kept: Kept, wants_x: bool) -> tuple[Tensor | None, list[Tensor]]:
+        """grad (n, D) of x2 -> (gradient of x, gradients of q's, k's, v's, o's A and B)."""
+        branch_grad = self.post_norm.backward(grad, kept.branch) if self.post_norm else grad
+        written = self.o.written(grad)
+        wide, low = self.o.extended_gradient(branch_grad, written, self.residual_scale)
+        out_grad = wide @ written[:, : self.o.width_in]
+        gradients_o = _gradients(self.o, low, kept.out, wide[:, : self.o.width_out], kept.low_o)
+        del wide, branch_grad
+        q, k, v = self._rotated(kept.qkv, call)
+        heads = (self._heads(t, call.batch, n) for t, n in ((out_grad, self.heads), (kept.out, self.heads)))
+        dq, dk, dv = attend_backward(next(heads), q, k, v, next(heads), kept.attention, self.scale)
+        del out_grad, q, k, v
+        qkv_grad = self._gradient_before_rotation(dq, dk, dv, kept.qkv, call)
+        del dq, dk, dv
+        written = self.qkv.written(grad)
+        h = self._normal(kept.x)
+        h_grad, low = self.qkv.input_gradient(qkv_grad, written)
+        gradients = _gradients(self.qkv, low, h, qkv_grad, kept.low_qkv) + gradients_o
+        if not wants_x:
+            return None, gradients
+        return (self.norm.backward(h_grad, kept.x, grad) if self.norm else h_grad + grad), gradients
+
+    def _normal(self, x: Tensor) -> Tensor:
+        return self.norm.forward(x) if self.norm else x
+
+    def _attend(
+        self, x: Tensor, call: Call, kept: Kept, attends: bool = True
+    ) -> tuple[Tensor, Tensor | None, AttentionState | None]:
+        """(qkv (n, N), the attention's output (n, H * W), what its backward needs); the last two only if ``attends``."""
+        written = self.qkv.written(x)
+        h = self.qkv.new_input(x.shape[0], x)
+        narrow = h[:, : self.qkv.width_in]
+        self.norm.forward(x, narrow) if self.norm else narrow.copy_(x)
+        kept.low_qkv = self.qkv.extend(h, written, kept.low_qkv)
+        qkv = self.qkv.forward(h, written)
+        if self.rotates and not self.q_norm:  # in place: nothing needs them unrotated
+            for part, heads in zip(self._split(qkv)[:2], (self.heads, self.kv_heads), strict=True):
+                rotate(self._tokens(part, call.batch, heads), call.cos, call.sin, self.interleaved)
+        if not attends:
+            return qkv, None, None
+        out, attention = attend(*self._rotated(qkv, call), self.scale, call.mask)
+        return qkv, out.transpose(1, 2).reshape(x.shape[0], -1), attention
+
+    def _output(self, x: Tensor, out: Tensor, written: Tensor, low: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """(x2, the branch before its post-norm if there is one)."""
+        weight, o = written[: self.o.width_out], self.o
+        alpha = self.residual_scale
+        base = x if self.post_norm is None else None
+        product = weight[:, : o.width_in].T
+        y = out @ product if base is None else torch.addmm(base, out, product, alpha=alpha)
+        alpha = 1.0 if base is None else alpha
+        if low is not None:
+            y.addmm_(low, weight[:, o.width_in : o.width_in + o.rank].T, alpha=alpha)
+        if o.has_bias:
+            y.add_(weight[:, o.width_in + o.rank], alpha=alpha)
+        if base is not None:
+            return y, None
+        return torch.add(x, self.post_norm.forward(y), alpha=self.residual_scale), y
+
+    def _rotated(self, qkv: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v (B, heads, T, W) as the attention sees them."""
+        q, k, v = self._split(qkv)
+        if self.q_norm:
+            q, k = self._normed(q, self.q_norm), self._normed(k, self.k_norm)
+        views = [self._heads(t, call.batch, n) for t, n in ((q, self.heads), (k, self.kv_heads), (v, self.kv_heads))]
+        if self.q_norm and self.rotates:
+            for view in views[:2]:
+                rotate(view.transpose(1, 2), call.cos, call.sin, self.interleaved)
+        return tuple(views)
+
+    def _normed(self, part: Tensor, norm: Norm) -> Tensor:
+        """q or k (n, heads * W) normed into new memory."""
+        if self.norm_is_wide:
+            return norm.forward(part, torch.empty(part.shape, dtype=part.dtype, device=part.device))
+        return norm.forward(part.reshape(-1, self.width)).view(part.shape)
+
+    def _gradient_before_rotation(self, dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, call: Call) -> Tensor:
+        """The gradient of the projections' outputs (n, N)."""
+        grad = torch.empty_like(qkv)
+        parts, before = self._split(grad), self._split(qkv)
+        counts = self.heads, self.kv_heads, self.kv_heads
+        for index, norm in enumerate((self.q_norm, self.k_norm, None)):
+            part, value, turned = parts[index], before[index], (dq, dk, dv)[index].transpose(1, 2)
+            target = self._tokens(part, call.batch, counts[index])
+            if self.rotates and index < 2:
+                rotate(turned, call.cos, call.sin, self.interleaved, out=target, inverse=True)
+            else:
+                target.copy_(turned)
+            if norm and self.norm_is_wide:
+                norm.backward(part, value, out=part)
+            elif norm:
+                rows = norm.backward(part.reshape(-1, self.width), value.reshape(-1, self.width))
+                part.copy_(rows.view(part.shape))
+        return grad
+
+    def _split(self, qkv: Tensor) -> tuple[Tensor, ...]:
+        return qkv.split([self.heads * self.width, self.kv_heads * self.width, self.kv_heads * self.width], dim=1)
+
+    def _tokens(self, part: Tensor, batch: int, heads: int) -> Tensor:
+        """(n, heads * W) -> (B, T, heads, W), a view."""
+        return part.unflatten(1, (heads, self.width)).unflatten(0, (batch, -1))
+
+    def _heads(self, part: Tensor, batch: int, heads: int) -> Tensor:
+        return self._tokens(part, batch, heads).transpose(1, 2)
+
+
+@dataclass
+class MlpBlock:
+    gate_up: Projection
+    down: Projection
+    activation: str
+    norm: Norm | None
+    post_norm: Norm | None
+    residual_scale: float = 1.0
+    rows: int = field(default=MLP_ROWS)
+
+    def forward(self, x: Tensor, kept: Kept, mode: Mode) -> Tensor:
+        """x2 (n, D) -> x3 (n, D)."""
+        n = x.shape[0]
+        gate_up, down = self.gate_up.written(x), self.down.written(x)
+        h, kept.low_gate_up = self._input(x, gate_up)
+        outputs = torch.empty_like(x)
+        keep_all = torch.empty(n, self.gate_up.width_out, dtype=x.dtype, device=x.device) if mode >= Mode.KEEP else None
+        lows = []
+        for start in range(0, n, n if keep_all is not None else self.rows):
+            chunk = slice(start, start + (n if keep_all is not None else self.rows))
+            both = self.gate_up.forward(h[chunk], gate_up, None if keep_all is None else keep_all)
+            act = self.down.new_input(both.shape[0], x)
+            gated_forward(*both.chunk(2, dim=1), self.activation, act[:, : self.down.width_in])
+            del both
+            lows.append(self.down.extend(act, down))
+            if self.post_norm:
+                self.down.forward(act, down, out=outputs[chunk])
+            else:
+                self.down.add_to(x[chunk], act, down, self.residual_scale, out=outputs[chunk])
+        kept.low_down = None if lows[0] is None else torch.cat(lows)
+        kept.gate_up = keep_all
+        if not self.post_norm:
+            return outputs
+        kept.mlp_branch = outputs if mode >= Mode.KEEP else None
+        return torch.add(x, self.post_norm.forward(outputs), alpha=self.residual_scale)
+
+    def backward(self, grad: Tensor, x: Tensor, kept: Kept) -> tuple[Tensor, list[Tensor]]:
+        """grad (n, D) of x3, x (n, D) = x2 -> (gradient of x2, gradients of gate's, up's and down's A and B)."""
+        n, gate_up, down = grad.shape[0], self.gate_up.written(grad), self.down.written(grad)
+        h, _ = self._input(x, gate_up, kept.low_gate_up)
+        branch_grad = grad
+        if self.post_norm:
+            branch = self._branch(h, kept, gate_up, down) if kept.mlp_branch is None else kept.mlp_branch
+            branch_grad = self.post_norm.backward(grad, branch)
+            del branch
+        wide, low_down = self.down.extended_gradient(branch_grad, down, self.residual_scale)
+        h_grad = torch.empty_like(x)
+        a_down, lows, b_gate_up = None, [], None
+        for start in range(0, n, self.rows):
+            chunk = slice(start, start + self.rows)
+            both = self.gate_up.forward(h[chunk], gate_up) if kept.gate_up is None else kept.gate_up[chunk]
+            act = gated_backward_(wide[chunk] @ down[:, : self.down.width_in], *both.chunk(2, dim=1), self.activation)
+            if low_down is not None:
+                a_down = _sum(a_down, self.down.gradients_of_a(low_down[chunk], act))
+            del act
+            h_grad[chunk], low = self.gate_up.input_gradient(both, gate_up)
+            if low is not None:
+                lows.append(low)
+                parts = self.gate_up.gradients_of_b(both, kept.low_gate_up[chunk])
+                b_gate_up = parts if b_gate_up is None else [_sum(*pair) for pair in zip(b_gate_up, parts, strict=True)]
+        narrow = h[:, : self.gate_up.width_in]
+        a_gate_up = self.gate_up.gradients_of_a(torch.cat(lows), narrow) if lows else None
+        gradients = _interleaved(self.gate_up, a_gate_up, b_gate_up)
+        if low_down is not None:
+            b_down = self.down.gradients_of_b(wide[:, : self.down.width_out], kept.low_down)
+            gradients += _interleaved(self.down, a_down, b_down)
+        del wide, h, narrow
+        return (self.norm.backward(h_grad, x, grad, out=h_grad) if self.norm else h_grad.add_(grad)), gradients
+
+    def _input(self, x: Tensor, written: Tensor, low: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        h = self.gate_up.new_input(x.shape[0], x)
+        narrow = h[:, : self.gate_up.width_in]
+        self.norm.forward(x, narrow) if self.norm else narrow.copy_(x)
+        return h, self.gate_up.extend(h, written, low)
+
+    def _branch(self, h: Tensor, kept: Kept, gate_up: Tensor, down: Tensor) -> Tensor:
+        """The output of ``down`` again (n, D), which only a post-norm's backward needs."""
+        branch = torch.empty(h.shape[0], self.down.width_out, dtype=h.dtype, device=h.device)
+        for start in range(0, h.shape[0], self.rows):
+            chunk = slice(start, start + self.rows)
+            both = self.gate_up.forward(h[chunk], gate_up) if kept.gate_up is None else kept.gate_up[chunk]
+            act = self.down.new_input(both.shape[0], h)
+            gated_forward(*both.chunk(2, dim=1), self.activation, act[:, : self.down.width_in])
+            self.down.extend(act, down, None if kept.low_down is None else kept.low_down[chunk])
+            self.down.forward(act, down, out=branch[chunk])
+        return branch
+
+
+def _gradients(projection: Projection, low_grad: Tensor | None, x: Tensor, grad: Tensor, low: Tensor | None) -> list[Tensor]:
+    """[dA, dB] of every adapter of a projection, in the order of ``Projection.adapters``."""
+    if low_grad is None:
+        return []
+    return _interleaved(projection, projection.gradients_of_a(low_grad, x), projection.gradients_of_b(grad, low))
+
+
+def _interleaved(projection: Projection, a: Tensor | None, b: list[Tensor] | None) -> list[Tensor]:
+    if a is None:
+        return []
+    ranks = [part.rank for part in projection.parts if part.rank]
+    return [gradient for pair in zip(a.split(ranks), b, strict=True) for gradient in pair]
+
+
+def _sum(total: Tensor | None, more: Tensor) -> Tensor:
+    return more if total is None else total.add_(more)

@@ -1,0 +1,258 @@
+"""A decoder layer of a transformers model run as two fused blocks, or as it stands where they do not cover it.
+
+``layer_class_members`` are the methods of the class that ``accelerate`` gives a decoder layer. In training its forward
+reads the layer's modules as they are at that moment (adapters come and go) into blocks; whatever they do not cover is
+an ``Unfused`` with the reason, and the stock forward runs. The reason is said once a model.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from luthier.adapters.spec import Spec
+from luthier.model.blocks import AttentionBlock, Call, Kept, MlpBlock, Mode, Norm
+from luthier.ops.gated_mlp import ACTIVATIONS
+from luthier.ops.lora_linear import Part, Projection, Workspace
+from luthier.ops.nf4 import quantised
+from luthier.ops.rotary import half_tables
+
+CAPTURES = "transformers.utils.output_capturing"  # hooks that only record outputs, and only when they are asked for
+
+
+class Unfused(Exception):
+    """Why a layer runs its stock forward."""
+
+
+@dataclass
+class Blocks:
+    attention: AttentionBlock
+    mlp: MlpBlock
+
+    def adapters(self) -> list[Tensor]:
+        """A and B of every adapter, in the order in which the backward gives their gradients."""
+        projections = self.attention.qkv, self.attention.o, self.mlp.gate_up, self.mlp.down
+        return [parameter for projection in projections for pair in projection.adapters() for parameter in pair]
+
+
+@dataclass
+class LayerState:
+    """What ``accelerate`` gives a layer besides its class. All layers of a model share the workspace."""
+
+    workspace: Workspace
+    said: set[str]  # reasons that this model has already given
+    mode: Mode | None = None  # None: as the model's gradient checkpointing flag says
+
+
+def layer_class_members(stock: type[nn.Module], spec: Spec) -> dict:
+    """The methods that make a subclass of ``stock`` run fused."""
+
+    def forward(self, hidden_states: Tensor, *args, **kwargs):
+        generates = kwargs.get("past_key_values") is not None and not torch.is_grad_enabled()
+        if self.training and not args and not generates:
+            try:
+                blocks = read_blocks(self, spec, hidden_states, kwargs)
+            except Unfused as reason:
+                _say_once(self, str(reason))
+            else:
+                return run(self, blocks, spec, hidden_states, kwargs)
+        if self.training and self.gradient_checkpointing:
+            kwargs |= {"past_key_values": None, "use_cache": False}
+            return self._gradient_checkpointing_func(partial(stock.forward, self, **kwargs), hidden_states, *args)
+        return stock.forward(self, hidden_states, *args, **kwargs)
+
+    return {"forward": forward, "__call__": nn.Module.__call__}
+
+
+def run(layer: nn.Module, blocks: Blocks, spec: Spec, hidden_states: Tensor, kwargs: dict) -> Tensor:
+    state = layer.luthier_state
+    mode = state.mode
+    if mode is None:
+        mode = Mode.RECOMPUTE if layer.gradient_checkpointing else Mode.KEEP
+    tables = kwargs["position_embeddings"]
+    cos, sin = half_tables(*tables, spec.rotary) if blocks.attention.rotates else tables
+    call = Call(hidden_states.shape[0], cos, sin, kwargs.get("attention_mask"))
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        return _Layer.apply(hidden_states, blocks, call, mode, *blocks.adapters())
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, blocks, call, mode, *adapters):
+        kept = Kept(x.reshape(-1, x.shape[-1]))
+        x2 = blocks.attention.forward(kept.x, call, kept, mode)
+        x3 = blocks.mlp.forward(x2, kept, mode)
+        kept.x2 = x2 if mode >= Mode.ALL_BUT_GATE_UP else None
+        ctx.blocks, ctx.call, ctx.kept = blocks, call, kept
+        return x3.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        if ctx.kept is None:
+            raise RuntimeError(
+                "A fused layer was asked for its backward a second time, but the first one used up what it had kept. "
+                "Compute the loss again, or call luthier.restore(model) before a backward with retain_graph=True."
+            )
+        blocks, call, kept, ctx.kept = ctx.blocks, ctx.call, ctx.kept, None
+        wants_x, dtypes = ctx.needs_input_grad[0], [parameter.dtype for parameter in blocks.adapters()]
+        flat = grad.reshape(-1, grad.shape[-1])
+        x2 = blocks.attention.recompute(call, kept)
+        grad_x2, of_mlp = blocks.mlp.backward(flat, x2, kept)
+        kept.gate_up = kept.mlp_branch = kept.x2 = x2 = None
+        grad_x, of_attention = blocks.attention.backward(grad_x2, call, kept, wants_x)
+        gradients = [gradient.to(dtype) for gradient, dtype in zip(of_attention + of_mlp, dtypes, strict=True)]
+        return (None if grad_x is None else grad_x.view(grad.shape)), None, None, None, *gradients
+
+
+def read_blocks(layer: nn.Module, spec: Spec, hidden_states: Tensor, kwargs: dict) -> Blocks:
+    """The layer's modules, as they are now, as blocks for this call; Unfused where that is not what they compute."""
+    _check_call(layer, hidden_states, kwargs)
+    attention, mlp, workspace = layer.self_attn, layer.mlp, layer.luthier_state.workspace
+    _check_structure(layer, spec)
+    residual_scale = getattr(layer, spec.residual_scale) if spec.residual_scale else 1.0
+    names = ("qkv_proj",) if spec.qkv == "fused" else ("q_proj", "k_proj", "v_proj")
+    qkv = Projection("qkv", [read_part(getattr(attention, name)) for name in names], workspace)
+    o = Projection("o", [read_part(attention.o_proj)], workspace)
+    names = ("gate_up_proj",) if spec.mlp == "fused" else ("gate_proj", "up_proj")
+    gate_up = Projection("gate_up", [read_part(getattr(mlp, name)) for name in names], workspace)
+    down = Projection("down", [read_part(mlp.down_proj)], workspace)
+    width = attention.head_dim
+    heads = o.width_in // width
+    before, after = (read_norm(layer, name, spec) for name in spec.attention_norms)
+    attention_block = AttentionBlock(
+        qkv=qkv,
+        o=o,
+        heads=heads,
+        kv_heads=(qkv.width_out // width - heads) // 2,
+        width=width,
+        scale=attention.scaling,
+        norm=before,
+        post_norm=after,
+        q_norm=read_norm(attention, "q_norm" if spec.qk_norm else None, spec),
+        k_norm=read_norm(attention, "k_norm" if spec.qk_norm else None, spec),
+        rotates=spec.rotary_switch is None or bool(getattr(attention, spec.rotary_switch)),
+        interleaved=spec.rotary.startswith("interleaved"),
+        residual_scale=residual_scale,
+        norm_is_wide=spec.qk_norm == "width",
+    )
+    before, after = (read_norm(layer, name, spec) for name in spec.mlp_norms)
+    return Blocks(attention_block, MlpBlock(gate_up, down, _activation(attention.config), before, after, residual_scale))
+
+
+def read_part(module: nn.Module) -> Part:
+    """A linear layer with the adapter that is active on it now."""
+    _check_hooks(module)
+    if not isinstance(module, LoraLayer):
+        weight, bias = _weight(module)
+        return Part(weight, bias)
+    base = module.get_base_layer()
+    _check_hooks(base)
+    weight, bias = _weight(base)
+    if module.merged and module.disable_adapters:
+        raise Unfused("a merged adapter is disabled")
+    if module.merged or module.disable_adapters:
+        return Part(weight, bias)
+    active = [name for name in module.active_adapters if name in module.lora_A]
+    if len(active) > 1:
+        raise Unfused(f"several adapters are active: {', '.join(active)}")
+    if not active:
+        return Part(weight, bias)
+    name = active[0]
+    if name in module.lora_variant:
+        raise Unfused(f"the adapter {name!r} is a variant of LoRA (DoRA or another)")
+    if module.lora_dropout[name].p if isinstance(module.lora_dropout[name], nn.Dropout) else 0.0:
+        raise Unfused("the adapter has dropout")
+    if module.lora_bias.get(name):
+        raise Unfused("the adapter has a bias of its own")
+    a, b = module.lora_A[name], module.lora_B[name]
+    _check_hooks(a)
+    _check_hooks(b)
+    return Part(weight, bias, a.weight, b.weight, module.scaling[name])
+
+
+def read_norm(owner: nn.Module, name: str | None, spec: Spec) -> Norm | None:
+    if name is None:
+        return None
+    module = getattr(owner, name)
+    _check_hooks(module)
+    if module.weight.requires_grad:
+        raise Unfused("its norms are trained")
+    return Norm(module.weight, module.eps if hasattr(module, "eps") else module.variance_epsilon, spec.norm)
+
+
+def _weight(linear: nn.Module) -> tuple[Tensor | object, Tensor | None]:
+    kind = type(linear).__name__
+    if linear.weight.requires_grad or (linear.bias is not None and linear.bias.requires_grad):
+        raise Unfused("its base weights are trained")
+    if type(linear) is nn.Linear:
+        return linear.weight, linear.bias
+    if kind != "Linear4bit" or getattr(linear.weight, "quant_state", None) is None:
+        raise Unfused(f"it holds a layer of kind {kind}")
+    weight = linear.weight.__dict__.get("luthier_quantised")
+    if weight is None or weight.packed.data_ptr() != linear.weight.data_ptr():
+        weight = linear.weight.luthier_quantised = quantised(linear.weight)
+    if weight.packed.device.type == "cpu" and weight.shape[1] % weight.blocksize:
+        raise Unfused("its width is no multiple of the 4-bit block, where bitsandbytes' CPU kernel takes other scales")
+    return weight, linear.bias
+
+
+def _activation(config) -> str:
+    name = getattr(config, "hidden_activation", None) or config.hidden_act
+    if name not in ACTIVATIONS:
+        raise Unfused(f"its activation is {name}")
+    return ACTIVATIONS[name]
+
+
+def _check_call(layer: nn.Module, hidden_states: Tensor, kwargs: dict) -> None:
+    device, mask = hidden_states.device.type, kwargs.get("attention_mask")
+    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != hidden_states.dtype:
+        raise Unfused(f"autocast to {torch.get_autocast_dtype(device)} over activations in {hidden_states.dtype}")
+    if kwargs.get("past_key_values") is not None and not layer.gradient_checkpointing:
+        raise Unfused("a key-value cache is in use: pass use_cache=False")
+    if kwargs.get("output_attentions"):
+        raise Unfused("attention weights were asked for")
+    if mask is not None and not isinstance(mask, Tensor):
+        raise Unfused(f"its attention mask is a {type(mask).__name__}")
+    if kwargs.get("position_embeddings") is None:
+        raise Unfused("it was called without position embeddings")
+
+
+def _check_structure(layer: nn.Module, spec: Spec) -> None:
+    attention, mlp = layer.self_attn, layer.mlp
+    implementation = attention.config._attn_implementation
+    if implementation != "sdpa":
+        raise Unfused(f"attn_implementation is {implementation!r}")
+    if not attention.is_causal:
+        raise Unfused("its attention is bidirectional")
+    if spec.parallel:
+        raise Unfused("attention and MLP run in parallel")
+    if spec.sinks:
+        raise Unfused("its attention has sinks")
+    if hasattr(mlp, "experts"):
+        raise Unfused("its MLP is a mixture of experts")
+    dropout = attention.attention_dropout if hasattr(attention, "attention_dropout") else attention.dropout
+    if dropout or any(isinstance(child, nn.Dropout) and child.p for child in layer.children()):
+        raise Unfused("it drops activations")
+    for module in (attention, mlp):
+        _check_hooks(module)
+
+
+def _check_hooks(module: nn.Module) -> None:
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values(), *module._backward_hooks.values()]
+    if any(hook.__module__ != CAPTURES for hook in hooks) or "forward" in module.__dict__:
+        raise Unfused(f"hooks are attached to one of its {type(module).__name__}")
+
+
+def _say_once(layer: nn.Module, reason: str) -> None:
+    said = layer.luthier_state.said
+    if reason not in said:
+        said.add(reason)
+        message = f"{type(layer).__name__} runs its stock forward, correctly but slower: {reason}."
+        warnings.warn(message, UserWarning, stacklevel=2)

@@ -1,0 +1,257 @@
+"""Decoder layers as fused blocks: the same loss and gradients as stock, whatever a layer keeps; stock where they do not fit."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from test_accelerate import batch, difference, loss_and_gradients, nf4_model, with_lora
+from tiny import FAMILIES, tiny_model
+
+from luthier.model.accelerate import accelerate, restore
+from luthier.model.blocks import MlpBlock, Mode
+
+UNFUSED = {"cohere2", "mixtral", "qwen3_moe", "gpt_oss"}
+DENSE = [family for family in FAMILIES if family not in UNFUSED]
+
+
+def layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    return [module for module in model.modules() if "luthier_state" in module.__dict__]
+
+
+def fused(model: torch.nn.Module, mode: Mode | None = None) -> torch.nn.Module:
+    """The model accelerated, its layers in one mode, and any fallback an error."""
+    accelerate(model)
+    for layer in layers(model):
+        layer.luthier_state.mode = mode
+    return model
+
+
+@pytest.fixture(autouse=True)
+def fallbacks_are_errors():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*stock forward")
+        yield
+
+
+@pytest.fixture(autouse=True)
+def several_chunks(monkeypatch):
+    """A few rows a chunk, so that small batches go through the loop over chunks too."""
+    monkeypatch.setattr(MlpBlock, "rows", 20)
+    original = MlpBlock.__init__
+    monkeypatch.setattr(MlpBlock, "__init__", lambda self, *args, **kwargs: original(self, *args, **{**kwargs, "rows": 20}))
+
+
+def assert_same(model, inputs, truth):
+    (loss, gradients), (expected, expected_gradients) = loss_and_gradients(model, **inputs), truth
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    assert difference(gradients, expected_gradients) < 2e-5
+
+
+@pytest.mark.parametrize("family", DENSE)
+def test_every_mode_of_a_family_trains_as_stock(family):
+    inputs = batch()
+    truth = loss_and_gradients(with_lora(tiny_model(family)), **inputs)
+    model = fused(with_lora(tiny_model(family)))
+    for mode in Mode:
+        assert_same(fused(model, mode), inputs, truth)
+
+
+@pytest.mark.parametrize("family", DENSE)
+def test_bf16_gradients_are_as_good_as_stock_ones(family):
+    inputs = batch(rows=3, length=40)
+    _, exact = loss_and_gradients(with_lora(tiny_model(family, dtype=torch.bfloat16)).float(), **inputs)
+    stock_model = with_lora(tiny_model(family, dtype=torch.bfloat16))
+    _, stock = loss_and_gradients(stock_model, **inputs)
+    allowed = 2 * difference(stock, exact)
+    for mode in Mode:
+        _, ours = loss_and_gradients(fused(stock_model, mode), **inputs)
+        assert difference(ours, exact) <= allowed
+
+
+@pytest.mark.parametrize("mode", Mode)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj", "v_proj"]},
+        {"target_modules": ["down_proj"]},
+        {"r": 3},
+        {"rank_pattern": {"k_proj": 2, "up_proj": 7}, "alpha_pattern": {"q_proj": 5, "gate_proj": 3}},
+        {"use_rslora": True},
+    ],
+    ids=["q and v", "down", "odd rank", "patterns", "rslora"],
+)
+def test_adapters_of_all_shapes(settings, mode):
+    inputs = batch()
+    truth = loss_and_gradients(with_lora(tiny_model("qwen2"), **settings), **inputs)
+    assert_same(fused(with_lora(tiny_model("qwen2"), **settings), mode), inputs, truth)
+
+
+def attention_bias_model():
+    from tiny import tiny_config
+    from transformers import AutoModelForCausalLM
+
+    config = tiny_config("llama3")
+    config.attention_bias = config.mlp_bias = True
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.normal_(parameter)
+    return with_lora(model.float())
+
+
+@pytest.mark.parametrize("mode", Mode)
+def test_biases_on_every_layer(mode):
+    truth = loss_and_gradients(attention_bias_model(), **batch())
+    assert_same(fused(attention_bias_model(), mode), batch(), truth)
+
+
+@pytest.mark.parametrize("mode", Mode)
+@pytest.mark.parametrize("kind", ["left padding", "packed", "one token", "windows"])
+def test_masks(kind, mode):
+    inputs, family = batch(), "llama3"
+    if kind == "left padding":
+        inputs["attention_mask"] = inputs["attention_mask"].flip(1)
+        inputs["labels"] = inputs["labels"].masked_fill(inputs["attention_mask"] == 0, -100)
+    elif kind == "packed":
+        inputs = {name: value.view(1, -1) for name, value in inputs.items() if name != "attention_mask"}
+        inputs |= {"position_ids": torch.tensor([[*range(10), *range(30), *range(8)]]), "use_cache": False}
+    elif kind == "one token":
+        inputs = {"input_ids": inputs["input_ids"][:, :1], "shift_labels": inputs["input_ids"][:, :1]}
+        inputs["labels"] = inputs["shift_labels"]
+    else:
+        family = "mistral"  # a window of 16 over 24 tokens
+    truth = loss_and_gradients(with_lora(tiny_model(family)), **inputs)
+    assert_same(fused(with_lora(tiny_model(family)), mode), inputs, truth)
+
+
+@pytest.mark.parametrize("mode", Mode)
+def test_a_4_bit_model(tmp_path, mode):
+    model = with_lora(nf4_model(tmp_path, intermediate_size=128))
+    truth = loss_and_gradients(model, **batch())
+    assert_same(fused(model, mode), batch(), truth)
+
+
+def test_only_the_wanted_gradients_come():
+    """The first layer's input needs none; with checkpointing's hook on the embeddings it does."""
+    model = fused(with_lora(tiny_model("llama3")))
+    _, gradients = loss_and_gradients(model, **batch())
+    assert all("lora" in name for name in gradients)
+    truth = loss_and_gradients(with_lora(tiny_model("llama3")), **batch())
+    model.enable_input_require_grads()
+    assert_same(model, batch(), truth)
+
+
+def test_a_trainers_own_checkpointing_does_not_wrap_the_blocks(monkeypatch):
+    model = fused(with_lora(tiny_model("llama3")))
+    truth = loss_and_gradients(model, **batch())
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in layers(model):
+        monkeypatch.setattr(layer, "_gradient_checkpointing_func", None)  # would be called
+    assert_same(model, batch(), truth)
+
+
+def test_without_gradients_it_keeps_nothing():
+    model = fused(with_lora(tiny_model("llama3"))).train()
+    expected = model(**batch()).loss
+    with torch.no_grad():
+        assert torch.equal(model(**batch()).loss, expected)
+
+
+def test_a_second_backward_says_why_it_cannot():
+    loss = fused(with_lora(tiny_model("llama3"))).train()(**batch()).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second time.*restore"):
+        loss.backward()
+
+
+def test_gradients_accumulate():
+    model = fused(with_lora(tiny_model("llama3"))).train()
+    _, once = loss_and_gradients(model, **batch())
+    model.zero_grad()
+    for _ in range(2):
+        model(**batch()).loss.backward()
+    twice = {name: parameter.grad / 2 for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert difference(twice, once) < 1e-6
+
+
+def test_a_disabled_adapter_is_the_base_model():
+    model = fused(with_lora(tiny_model("llama3"))).train()
+    base = tiny_model("llama3").train()(**batch(), use_cache=False).loss
+    with model.disable_adapter():
+        torch.testing.assert_close(model(**batch()).loss, base, rtol=1e-5, atol=0)
+
+
+def test_an_adapter_attached_later_counts():
+    model = fused(tiny_model("llama3")).requires_grad_(False)
+    model.train()(**batch())
+    truth = loss_and_gradients(with_lora(tiny_model("llama3")), **batch())
+    assert_same(with_lora(model), batch(), truth)
+
+
+def test_two_models_side_by_side():
+    left, right = (fused(with_lora(tiny_model(family)), Mode.RECOMPUTE) for family in ("llama3", "qwen3"))
+    truths = [loss_and_gradients(with_lora(tiny_model(family)), **batch()) for family in ("llama3", "qwen3")]
+    losses = [model.train()(**batch()).loss for model in (left, right)]
+    for loss in losses:
+        loss.backward()
+    for model, (_, gradients) in zip((left, right), truths, strict=True):
+        ours = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+        assert difference(ours, gradients) < 2e-5
+
+
+def hooked(model):
+    model.get_base_model().model.layers[0].mlp.up_proj.register_forward_hook(lambda module, args, output: 2 * output)
+    return model
+
+
+FALLBACKS = {
+    "DoRA": (lambda: with_lora(tiny_model("llama3"), use_dora=True), "DoRA"),
+    "a hook": (lambda: hooked(with_lora(tiny_model("llama3"))), "hooks are attached"),
+    "full fine-tuning": (lambda: tiny_model("llama3"), "base weights are trained"),
+    "parallel blocks": (lambda: with_lora(tiny_model("cohere2")), "parallel"),
+    "experts": (lambda: with_lora(tiny_model("mixtral")), "experts"),
+}
+
+
+@pytest.mark.parametrize("case", FALLBACKS)
+@pytest.mark.filterwarnings("default")
+def test_what_does_not_fit_runs_stock_and_says_why_once(case):
+    make, reason = FALLBACKS[case]
+    truth = loss_and_gradients(make(), **batch())
+    model = accelerate(make())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert_same(model, batch(), truth)
+        assert_same(model, batch(), truth)
+    said = [str(warning.message) for warning in caught if "stock forward" in str(warning.message)]
+    assert len(said) == 1 and reason in said[0]
+
+
+def test_several_active_adapters_run_stock():
+    def make():
+        from peft import LoraConfig
+
+        model = with_lora(tiny_model("llama3"))
+        model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+        model.base_model.set_adapter(["default", "other"])
+        return model
+
+    truth = loss_and_gradients(make(), **batch())
+    model = accelerate(make())
+    with pytest.warns(UserWarning, match="several adapters"):
+        loss, _ = loss_and_gradients(model, **batch())
+    torch.testing.assert_close(loss, truth[0])
+
+
+def test_restore_takes_everything_back():
+    model = fused(with_lora(tiny_model("llama3")))
+    loss_and_gradients(model, **batch())
+    restore(model)
+    assert not layers(model)
+    truth = loss_and_gradients(with_lora(tiny_model("llama3")), **batch())
+    again = loss_and_gradients(model, **batch())
+    assert torch.equal(again[0], truth[0]) and all(torch.equal(again[1][name], truth[1][name]) for name in truth[1])
