@@ -72,7 +72,7 @@ def test_rendering_is_the_owners(name):
         expected = json.loads((RENDERINGS / "gemma-4-e4b.json").read_text(encoding="utf-8"))
     for conversation, text in expected.items():
         case = CONVERSATIONS[conversation]
-        settings = {**case.get("kwargs", {}), "eos_token": "</s>", "strftime_now": dated}
+        settings = {**case.get("kwargs", {}), "strftime_now": dated}
         if text is None:
             with pytest.raises(ValueError, match="refuses this conversation"):
                 render(tokenizer, case["messages"], case.get("tools"), **settings)
@@ -386,6 +386,40 @@ def test_a_stop_token_outside_the_vocabulary_is_never_silent():
     for name in ("gemma-2", "zephyr"):
         with pytest.raises(ValueError, match="this tokenizer has none"):
             get_chat_template(bare, name)
+
+
+def test_phi_closes_a_text_with_the_owners_token():
+    tokenizer = tokenizer_with("phi-3")
+    once = render(tokenizer, [USER, ANSWER])
+    assert once.endswith("<|end|>\n</s>") and tokenizer.eos_token == "<|end|>"
+    own = tiny_tokenizer(extra_tokens=("<|end|>", "<|user|>", "<|assistant|>"))  # its EOS is <|endoftext|>, as Phi's
+    for _ in range(2):
+        get_chat_template(own, "phi-3.5")
+        assert render(own, [USER, ANSWER]).endswith("<|end|>\n<|endoftext|>")
+
+
+def test_gemma_4_follows_the_size_of_the_model():
+    """The small models' own template prints no empty block of thoughts, and neither does then ours."""
+    for name, ending in (("gemma-4-e4b", "<|turn>model\n"), ("gemma-4-31b", "<|channel>thought\n<channel|>")):
+        tokenizer = get_chat_template(tokenizer_with(name), "gemma-4")
+        assert render(tokenizer, [USER], add_generation_prompt=True).endswith(ending)
+
+
+def test_a_tool_call_that_nothing_would_stop_warns():
+    tokenizer = tiny_tokenizer(extra_tokens=("<|return|>",))
+    with pytest.warns(UserWarning, match=r"'<\|call\|>'.*ends some tool calls.*add_new_tokens"):
+        get_chat_template(tokenizer, "gpt-oss")
+
+
+def test_a_tokenizer_with_several_templates():
+    tokenizer = tokenizer_with()
+    simple = "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    tokenizer.chat_template = {"default": simple, "tool_use": simple + "{{ tools | length }}"}
+    assert render(tokenizer, [USER]) == "user: Hi</s>"
+    assert render(tokenizer, [USER], CONVERSATIONS["tools"]["tools"]) == "user: Hi</s>1"
+    tokenizer.chat_template = {"other": simple}
+    with pytest.raises(ValueError, match="chat templates other and none named 'default'"):
+        render(tokenizer, [USER])
 
 
 def test_padding_with_the_stop_token_warns():

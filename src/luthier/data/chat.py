@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from luthier.data.render import parts, text_tokenizer
+from luthier.data.render import parts, render, text_tokenizer
 from luthier.data.spans import Parts
 from luthier.errors import unknown
 
@@ -189,7 +189,7 @@ def get_chat_template(
         ValueError: an unknown name, no usable stop token, a ``system_message`` for a template without a place for one.
         FileNotFoundError: a path to nothing.
     """
-    template = _chosen(chat_template)
+    template = _of_this_size(_chosen(chat_template), tokenizer)
     inner = text_tokenizer(tokenizer)
     jinja = template.jinja
     if system_message is not None:
@@ -255,6 +255,15 @@ def _chosen(chat_template: str | Path | tuple[str, str]) -> ChatTemplate:
     return CHAT_TEMPLATES[chat_template]
 
 
+def _of_this_size(template: ChatTemplate, tokenizer: Any) -> ChatTemplate:
+    """Gemma 4 has two templates, by the size of the model: the one that the tokenizer came with tells which."""
+    if template.name == "gemma-4" and "<|turn>" in str(tokenizer.chat_template):
+        prompt = render(tokenizer, [{"role": "user", "content": "Question"}], add_generation_prompt=True)
+        if prompt.endswith(template.assistant_header):
+            return CHAT_TEMPLATES["gemma-4-e4b"]
+    return template
+
+
 def _with_system(jinja: str, template: ChatTemplate, system_message: str) -> str:
     if template.system == "none":
         raise ValueError(
@@ -295,8 +304,19 @@ def _with_stop(jinja: str, template: ChatTemplate, tokenizer: Any, map_eos_token
     if stop == EOS:
         _require_eos(tokenizer, template)
         return jinja
+    for other in template.stop_tokens[1:]:
+        if not _is_token(tokenizer, other):
+            warnings.warn(
+                f"{other!r}, with which the chat template {template.name!r} ends some tool calls, is no token of this "
+                f"vocabulary. If your data has such calls: add_new_tokens(model, tokenizer, {[other]!r}) before "
+                "get_chat_template.",
+                UserWarning,
+                stacklevel=3,
+            )
     if _is_token(tokenizer, stop):
         if map_eos_token:
+            if "eos_token" in jinja and template.own_jinja is None:  # Phi closes a text with the owner's, whatever stops
+                jinja = f"{{%- set eos_token = {ascii(_closing(tokenizer, stop))} -%}}" + jinja
             _set_eos(tokenizer, stop)
         return jinja
     pieces = len(tokenizer(stop, add_special_tokens=False)["input_ids"])
@@ -314,13 +334,19 @@ def _with_stop(jinja: str, template: ChatTemplate, tokenizer: Any, map_eos_token
         UserWarning,
         stacklevel=3,
     )
-    for token in template.stop_tokens:
-        jinja = jinja if _is_token(tokenizer, token) else jinja.replace(token, eos)
-    return jinja
+    return jinja.replace(stop, eos)
+
+
+def _closing(tokenizer: Any, stop: str) -> str:
+    """The token that closes a text: the tokenizer's EOS, unless an earlier call made the stop token its EOS."""
+    if tokenizer.eos_token not in (stop, None):
+        return tokenizer.eos_token
+    return "<|endoftext|>" if _is_token(tokenizer, "<|endoftext|>") else ""
 
 
 def _is_token(tokenizer: Any, text: str) -> bool:
-    return len(tokenizer(text, add_special_tokens=False)["input_ids"]) == 1 and text in tokenizer.get_vocab()
+    token = tokenizer.convert_tokens_to_ids(text)
+    return token not in (None, tokenizer.unk_token_id) and tokenizer(text, add_special_tokens=False)["input_ids"] == [token]
 
 
 def _require_eos(tokenizer: Any, template: ChatTemplate) -> str:
