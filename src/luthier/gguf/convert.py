@@ -20,11 +20,12 @@ from luthier.errors import UnsupportedError
 from luthier.files import atomic_file, require_space
 from luthier.gguf import architectures, mixtures
 from luthier.gguf.architectures import Architecture
+from luthier.gguf.chat import chat_metadata
 from luthier.gguf.imatrix import Importance, check_importance, read_importance, require_importance
 from luthier.gguf.metadata import kv_heads, metadata, rope_tensors
 from luthier.gguf.quantize import encode_in_chunks, require_quantizer
 from luthier.gguf.source import CheckpointSource, MemorySource, TensorSource
-from luthier.gguf.tokenizer import chat_metadata, tokenizer_metadata
+from luthier.gguf.tokenizer import tokenizer_metadata
 from luthier.gguf.types import FileType, file_type
 from luthier.gguf.writer import GGUFWriter, Layout, TensorInfo, Value, plan
 from luthier.terminal import progress

@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from luthier.data.chat import strip_generation_marks
 from luthier.errors import UnsupportedError
 from luthier.gguf.writer import Value
 
@@ -213,34 +212,3 @@ def special_tokens(directory: str | Path) -> dict[str, str]:
                 if key.endswith("_token") and isinstance(content, str):
                     named[key] = content
     return named
-
-
-def chat_templates(directory: str | Path) -> dict[str, str]:
-    """The Jinja chat templates in ``directory`` by name, ``"default"`` first; empty without one."""
-    directory = Path(directory)
-    templates: dict[str, str] = {}
-    config = directory / "tokenizer_config.json"
-    if config.is_file():
-        stored = json.loads(config.read_text("utf8")).get("chat_template")
-        if isinstance(stored, str):
-            templates["default"] = stored
-        elif isinstance(stored, list):
-            templates |= {entry["name"]: entry["template"] for entry in stored}
-    if (directory / "chat_template.jinja").is_file():
-        templates["default"] = (directory / "chat_template.jinja").read_text("utf8")
-    for file in sorted((directory / "additional_chat_templates").glob("*.jinja")):
-        templates[file.stem] = file.read_text("utf8")
-    return templates
-
-
-def chat_metadata(directory: str | Path) -> dict[str, Value]:
-    """The chat templates as they render, without the marks that only training needs."""
-    result: dict[str, Value] = {}
-    templates = chat_templates(directory)
-    for name, jinja in templates.items():
-        key = "tokenizer.chat_template" + ("" if name == "default" else f".{name}")
-        result[key] = strip_generation_marks(jinja)
-    others = [name for name in templates if name != "default"]
-    if others:
-        result["tokenizer.chat_templates"] = others
-    return result
