@@ -284,6 +284,10 @@ def test_what_is_no_dataset_or_empty_is_named():
         standardize_sharegpt([{"messages": CHAT}])
     with pytest.raises(ValueError, match="empty"):
         standardize_sharegpt(Dataset.from_list([]))
+    with pytest.raises(TypeError, match="DatasetDict of the splits train, test: give one of them"):
+        prepare_chat(DatasetDict(train=chats(CHAT), test=chats(CHAT)), tiny_tokenizer())
+    with pytest.raises(TypeError, match="not a stream"):
+        to_sharegpt(chats(CHAT).to_iterable_dataset())
 
 
 # to_sharegpt
@@ -449,9 +453,10 @@ def test_every_format_trains_on_its_answers(row, trained):
 
 def test_text_gets_one_bos_and_one_eos():
     tokenizer = tiny_tokenizer(bos=True)
-    rows = [{"text": "hello"}, {"text": f"{BOS}hello{EOS}"}]
-    dataset, _ = prepare_chat(Dataset.from_list(rows), tokenizer, train_on="all")
-    assert [tokenizer.decode(ids) for ids in dataset["input_ids"]] == [f"{BOS}hello{EOS}"] * 2
+    rows = [{"text": text} for text in ("hello", f"{BOS}hello{EOS}", f"hello{END}\n", " \n")]
+    dataset, ledger = prepare_chat(Dataset.from_list(rows), tokenizer, train_on="all")
+    assert [tokenizer.decode(ids) for ids in dataset["input_ids"]] == [f"{BOS}hello{EOS}"] * 2 + [f"{BOS}hello{END}\n"]
+    assert ledger.dropped == {"empty row": 1}
 
 
 def test_the_ledger_accounts_for_every_row():
@@ -492,6 +497,12 @@ def test_max_length_shorter_than_every_row_names_the_shortest():
     length = len(prepare_chat(chats(CHAT), tiny_tokenizer())[0]["input_ids"][0])
     with pytest.raises(ValueError, match=f"max_length 5 is shorter than every row: the shortest has {length} tokens"):
         prepare_chat(chats(CHAT, [SYSTEM, *CHAT]), tiny_tokenizer(), max_length=5)
+
+
+def test_max_length_that_cuts_off_every_answer_is_named():
+    asked = {"role": "user", "content": "x " * 90}
+    with pytest.raises(ValueError, match=r"max_length 50 cuts off every answer: the rows have (\d+) to \1 tokens"):
+        prepare_chat(chats([asked, SAY], [asked, SAY]), tiny_tokenizer(), 50, too_long="truncate")
 
 
 @pytest.mark.parametrize("ids", [False, True])

@@ -99,6 +99,12 @@ def test_packed_rows_are_masked_conversation_by_conversation(tmp_path, make):
     assert torch.isfinite(torch.tensor(trainer.train().training_loss))
 
 
+def test_a_packing_that_cuts_answers_warns(tmp_path):
+    trainer = raw_trainer(tmp_path, texts(), packing=True, packing_strategy="wrapped", max_length=40)
+    with pytest.warns(UserWarning, match="'wrapped' cuts conversations"):
+        train_on_responses_only(trainer)
+
+
 def test_rows_without_an_answer_are_dropped_and_counted(tmp_path):
     trainer = raw_trainer(tmp_path, texts("no chat at all"), eval_dataset={"a": texts(), "b": texts("none")})
     train_on_responses_only(trainer)

@@ -14,7 +14,7 @@ from datasets import Dataset
 
 from luthier.data.conversation import Message, row_messages, row_tools
 from luthier.data.formats import find_format, keeps_keys
-from luthier.data.masks import IGNORED, ResponseMask
+from luthier.data.masks import IGNORED, ResponseMask, stop_tokens
 from luthier.data.render import encode
 from luthier.data.rows import Row, shown
 
@@ -29,7 +29,8 @@ def encoder_for(dataset: Dataset, columns: list[str], tokenizer: Any, everything
         known = everything or any(name in columns for name in ("labels", *MASK_COLUMNS))
         return partial(_encode_ids, mask=None if known else ResponseMask(tokenizer))
     if "text" in columns:
-        return partial(_encode_text, tokenizer=tokenizer, mask=None if everything else _text_mask(tokenizer))
+        mask = None if everything else _text_mask(tokenizer)
+        return partial(_encode_text, tokenizer=tokenizer, mask=mask, stops=tuple(stop_tokens(_inner(tokenizer))))
     source = find_format(columns)
     assert source is not None  # there is neither text nor input_ids
     if source == ("prompt", "completion") and isinstance(dataset[0]["prompt"], str):
@@ -58,10 +59,14 @@ def _encode_ids(row: Row, mask: ResponseMask | None) -> Encoded:
     return ids, [label if all(bits) else IGNORED for label, *bits in zip(labels, *masks, strict=True)]
 
 
-def _encode_text(row: Row, tokenizer: Any, mask: ResponseMask | None) -> Encoded:
+def _encode_text(row: Row, tokenizer: Any, mask: ResponseMask | None, stops: tuple[str, ...]) -> Encoded:
+    """A text that a stop token does not end gets the EOS token; an empty one stays empty."""
     ids, _ = _tokens(row["text"], "text", tokenizer)
-    stops = mask.stop_tokens if mask else ()
-    ids = _with_eos(ids, tokenizer) if not row["text"].rstrip().endswith(tuple(stops)) else ids
+    text = row["text"].rstrip()
+    if not text:
+        return [], []
+    if not text.endswith(stops):
+        ids = _with_eos(ids, tokenizer)
     return ids, mask(ids) if mask else ids
 
 

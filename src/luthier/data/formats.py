@@ -119,6 +119,8 @@ def to_sharegpt(
         ValueError: unmatched brackets, an unknown column, a missing value or answer, an extension by no or too many rows.
     """
     columns = column_names(dataset)
+    if isinstance(dataset, IterableDataset):
+        raise TypeError("to_sharegpt needs all rows at once, not a stream: give a datasets.Dataset.")
     if not merged_prompt and "instruction" not in columns:
         raise ValueError(f"merged_prompt is needed: name in braces the columns that make the question. Columns: {columns}.")
     parts = parse_merged_prompt(merged_prompt or "{instruction}" + "[[\n\n{input}]]" * ("input" in columns))

@@ -90,20 +90,17 @@ class ResponseMask:
         self.last_response_only = last_response_only
         if (instruction_part is None) != (response_part is None):
             raise ValueError("Give both instruction_part and response_part, or neither.")
-        stops, more = [self.tokenizer.eos_token], Habits()
+        more = Habits()
         if response_part is None:
             parts = template_parts(self.tokenizer)
             instruction_part, response_part = parts.instruction_part, parts.response_part
-            stops += parts.stop_tokens
             more = template_habits(self.tokenizer, parts)
-        else:
-            stops += _stop_tokens(self.tokenizer, instruction_part, response_part)
         if not instruction_part.strip() or not response_part.strip() or instruction_part == response_part:
             raise ValueError(
                 f"instruction_part {instruction_part!r} and response_part {response_part!r} must be two different texts."
             )
         self.instruction_part, self.response_part = instruction_part, response_part
-        self.stop_tokens = tuple(dict.fromkeys(filter(None, stops)))
+        self.stop_tokens = stop_tokens(self.tokenizer, instruction_part, response_part)
         self.pieces = Pieces(self.tokenizer)
         headers = "|".join([self._marker(response_part), *map(re.escape, more.other_headers)])
         opened = "|".join([EMPTY_THOUGHTS.pattern, *map(re.escape, more.openings)])
@@ -160,14 +157,16 @@ def template_habits(tokenizer: Any, parts: Parts) -> Habits:
     return Habits((header,) * other, (opening,) * bool(opening), (end,) * bool(end))
 
 
-def _stop_tokens(tokenizer: Any, *markers: str) -> Sequence[str]:
-    """The stop tokens of the tokenizer's template; where none shows them, any special token that is not in a marker."""
+def stop_tokens(tokenizer: Any, *markers: str) -> list[str]:
+    """What ends an answer: EOS, and the stop tokens of the tokenizer's template; where it shows none, any special token
+    that is not in one of the ``markers``."""
+    eos = [tokenizer.eos_token] if tokenizer.eos_token else []
     if tokenizer.chat_template:
         with contextlib.suppress(ValueError):  # the parts were given, so they need not be derivable
-            return template_parts(tokenizer).stop_tokens
+            return eos + [token for token in template_parts(tokenizer).stop_tokens if token not in eos]
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    beside = (tokenizer.bos_token, tokenizer.pad_token, tokenizer.unk_token)
-    return [token for token in special if token not in beside and not any(token in marker for marker in markers)]
+    beside = (*eos, tokenizer.bos_token, tokenizer.pad_token, tokenizer.unk_token)
+    return eos + [token for token in special if token not in beside and not any(token in marker for marker in markers)]
 
 
 def count_trained(labels: Sequence[int]) -> int:

@@ -112,16 +112,22 @@ def _too_long(lengths: list[int], max_length: int, count: int) -> ValueError:
 
 
 def _nothing_left(rows: Dataset, reasons: list[str], tokenizer: Any, max_length: int | None) -> ValueError:
-    if NO_TRAINED_TOKEN in reasons:
-        masked = rows[reasons.index(NO_TRAINED_TOKEN)]["input_ids"]
-        return nothing_trains("the dataset", tokenizer, masked, _looked_for(tokenizer))
-    if TOO_LONG in reasons:
-        lengths = [length for length, reason in zip(rows["length_in"], reasons, strict=True) if reason == TOO_LONG]
+    counts = Counter(reasons)
+    lengths = rows["length_in"][:]
+    if counts[TOO_LONG] == len(rows):
         return ValueError(
             f"max_length {max_length} is shorter than every row: the shortest has {min(lengths)} tokens, the longest "
             f"{max(lengths)}. Set max_length to at least {min(lengths)}, or too_long='truncate'."
         )
-    return ValueError(f"No row is left to train on: {', '.join(f'{n} x {why}' for why, n in Counter(reasons).items())}.")
+    if counts[NO_TRAINED_TOKEN]:
+        row = rows[reasons.index(NO_TRAINED_TOKEN)]
+        if row["length"] < row["length_in"]:
+            return ValueError(
+                f"max_length {max_length} cuts off every answer: the rows have {min(lengths)} to {max(lengths)} tokens. "
+                f"Raise max_length to {max(lengths)}, or as far as the memory allows."
+            )
+        return nothing_trains("the dataset", tokenizer, row["input_ids"], _looked_for(tokenizer))
+    return ValueError(f"No row is left to train on: {', '.join(f'{count} x {why}' for why, count in counts.items())}.")
 
 
 def _looked_for(tokenizer: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import chain
@@ -50,6 +51,14 @@ def train_on_responses_only(
         return partial(_batch_labels, mask=mask)
     if trainer.train_dataset is None:
         raise ValueError("The trainer has no train_dataset to mask.")
+
+    if getattr(trainer.args, "packing", False) and getattr(trainer.args, "packing_strategy", "bfd") == "wrapped":
+        warnings.warn(
+            "packing_strategy='wrapped' cuts conversations in two, and the rest of an answer cannot be told from other "
+            "text: it will not train. packing_strategy='bfd' keeps conversations whole.",
+            UserWarning,
+            stacklevel=2,
+        )
 
     # everything is masked before anything is changed: after an error the trainer is what it was
     evaluation = trainer.eval_dataset
