@@ -13,7 +13,7 @@ from tiny import BOS, END, EOS, PAD, START, tiny_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from luthier.data.chat import CHAT_TEMPLATES, get_chat_template
+from luthier.data.chat import CHAT_TEMPLATES, get_chat_template, template_parts
 from luthier.data.masks import IGNORED, ResponseMask
 from luthier.data.pieces import Pieces
 from luthier.data.render import encode
@@ -184,11 +184,14 @@ CONVERSATIONS = {
 
 
 @pytest.mark.parametrize("name", list(dict.fromkeys(template.name for template in CHAT_TEMPLATES.values())))
-def test_finds_in_the_text_what_every_template_marks(name):
+@pytest.mark.parametrize("given_parts", [False, True])
+def test_finds_in_the_text_what_every_template_marks(name, given_parts):
     """Text that was rendered before loses nothing against messages: the marks of the template are found by the parts."""
     stops = set(CHAT_TEMPLATES[name].stop_tokens) - {"eos_token", END}
     tokenizer = get_chat_template(tiny_tokenizer(extra_tokens=tuple(sorted(stops))), name)
-    mask, compared = ResponseMask(tokenizer), 0
+    parts = template_parts(tokenizer)
+    given = (parts.instruction_part, parts.response_part) if given_parts else ()
+    mask, compared = ResponseMask(tokenizer, *given), 0
     for messages in CONVERSATIONS.values():
         with contextlib.suppress(ValueError):  # the template refuses a system message or tools
             encoded, trained = encode(tokenizer, messages)

@@ -90,11 +90,13 @@ class ResponseMask:
         self.last_response_only = last_response_only
         if (instruction_part is None) != (response_part is None):
             raise ValueError("Give both instruction_part and response_part, or neither.")
-        more = Habits()
+        own = None
+        with contextlib.nullcontext() if response_part is None else contextlib.suppress(ValueError):
+            own = template_parts(self.tokenizer)
         if response_part is None:
-            parts = template_parts(self.tokenizer)
-            instruction_part, response_part = parts.instruction_part, parts.response_part
-            more = template_habits(self.tokenizer, parts)
+            instruction_part, response_part = own.instruction_part, own.response_part
+        is_own = own is not None and own.response_part.strip() == response_part.strip()
+        more = template_habits(self.tokenizer, own) if is_own else Habits()
         if not instruction_part.strip() or not response_part.strip() or instruction_part == response_part:
             raise ValueError(
                 f"instruction_part {instruction_part!r} and response_part {response_part!r} must be two different texts."

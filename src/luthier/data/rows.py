@@ -25,9 +25,8 @@ class BadRow(ValueError):
 def column_names(dataset: Dataset | IterableDataset) -> list[str]:
     """The columns of a dataset; those of its first row where a stream does not know them."""
     if isinstance(dataset, Mapping):
-        raise TypeError(
-            f"The dataset is a {type(dataset).__name__} of the splits {', '.join(map(str, dataset))}: give one of them."
-        )
+        splits = ", ".join(map(str, dataset))
+        raise TypeError(f"The dataset is a {type(dataset).__name__} of the splits {splits}: give one of them.")
     if not isinstance(dataset, (Dataset, IterableDataset)):
         raise TypeError(
             f"The dataset is a {type(dataset).__name__}, but must be a datasets.Dataset: "
