@@ -7,13 +7,17 @@ import json
 import os
 import shutil
 import signal
+import socket
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from runs import losses, nf4_model, token_rows, trainer, with_lora
 from safetensors.torch import load_file
 from tiny import save_tiny, tiny_model
+from torch.testing import assert_close
 from transformers import TrainerCallback
 
 from luthier.training.checkpoints import faults, find_checkpoint, list_checkpoints
@@ -173,6 +177,8 @@ def test_what_is_no_checkpoint_is_refused_with_a_list_of_those_there_are(output,
         with pytest.raises(ValueError, match="is not a checkpoint to resume from") as error:
             run.train(resume_from_checkpoint=str(wrong))
         assert both in str(error.value)
+    with pytest.raises(ValueError, match="is not a checkpoint to resume from"):
+        run.train(resume_from_checkpoint="")
     with pytest.raises(TypeError, match="must be a path"):
         run.train(resume_from_checkpoint=2)
     empty = trainer(loras(), tmp_path / "empty", max_steps=3)
@@ -232,16 +238,28 @@ def test_too_little_space_is_seen_before_anything_is_written(tmp_path, monkeypat
     assert list_checkpoints(tmp_path) == []
 
 
+def start(work) -> int:
+    """Run ``work`` in a copy of this process; gives its process id."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+            os._exit(0)
+        finally:  # whatever happens, the copy does not go on with the tests
+            os._exit(1)
+    return child
+
+
 @pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth"])
 def test_kill_9_while_saving_then_resume_equals_the_uninterrupted_run(name, tmp_path, monkeypatch):
     whole = trainer(loras(), tmp_path / "whole", max_steps=4, **SAVING)
     whole.train()
-    child = os.fork()
-    if child == 0:  # everything below happens in a process that does not survive it
+
+    def be_killed():
         fail_at(monkeypatch, name, None)
         trainer(loras(), tmp_path / "killed", max_steps=4, **SAVING).train()
-        os._exit(0)
-    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+    assert os.WTERMSIG(os.waitpid(start(be_killed), 0)[1]) == signal.SIGKILL
     assert list((tmp_path / "killed").glob(".checkpoint-2.*.tmp"))
     assert [path.name for path in list_checkpoints(tmp_path / "killed")] == ["checkpoint-1"]
 
@@ -250,6 +268,40 @@ def test_kill_9_while_saving_then_resume_equals_the_uninterrupted_run(name, tmp_
     assert losses(resumed) == losses(whole)
     assert all(torch.equal(tensor, trained(resumed)[key]) for key, tensor in trained(whole).items())
     assert not list((tmp_path / "killed").glob(".*"))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_two_processes_train_as_one_and_write_one_checkpoint(tmp_path):
+    """Data parallel over gloo, a row each, against one process with both rows."""
+    changes = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 3, "save_strategy": "steps", "save_steps": 3}
+    alone = trainer(loras(), tmp_path / "alone", **changes)
+    alone.train()
+    port = free_port()
+
+    def train_as(rank: int):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in place.items()})
+        AcceleratorState._reset_state(reset_partial_state=True)
+        run = trainer(loras(), tmp_path / "both", **changes | {"per_device_train_batch_size": 1})
+        run.train()
+        if rank == 0:
+            (tmp_path / "losses.json").write_text(json.dumps(losses(run)))
+        torch.distributed.destroy_process_group()
+
+    children = [start(partial(train_as, rank)) for rank in range(2)]
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    assert_close(json.loads((tmp_path / "losses.json").read_text()), losses(alone))
+    checkpoint = tmp_path / "both" / "checkpoint-3"
+    assert faults(checkpoint) == [] and not list((tmp_path / "both").glob(".*"))
+    assert {path.name for path in checkpoint.glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}
+    one, two = (load_file(tmp_path / name / "checkpoint-3" / "adapter_model.safetensors") for name in ("alone", "both"))
+    for name, tensor in one.items():
+        assert_close(tensor, two[name])
 
 
 def test_what_a_checkpoint_holds(output):

@@ -240,6 +240,14 @@ WRONG_USES = {
     "an empty table": ({"train_dataset": Dataset.from_dict({"text": []})}, ValueError, "train_dataset has no rows"),
     "a path": ({"train_dataset": "data.jsonl"}, TypeError, "train_dataset must be a datasets.Dataset.*not str"),
     "a list of text": ({"train_dataset": ["one", "two"]}, TypeError, "rows that are dicts of columns, but holds 'one'"),
+    "several sets": ({"train_dataset": {"train": [], "test": []}}, TypeError, "not dict .choose one of 'train', 'test'"),
+    "an unknown token": (
+        {"train_dataset": [{"input_ids": [5, 480], "labels": [5, 480]}]},
+        ValueError,
+        "token id 480, but the model knows only 480",
+    ),
+    "no tokenizer": ({"tokenizer": None}, TypeError, "processing_class must be the model's tokenizer or processor, not None"),
+    "two tokenizers": ({"processing_class": tiny_tokenizer()}, TypeError, "two names of one argument"),
     "an unknown format": ({"train_dataset": [{"x": 1}]}, ValueError, r"columns are \['x'\]"),
     "all masked": (
         {"train_dataset": [{"input_ids": [5, 6], "labels": [-100, -100]}]},

@@ -133,7 +133,7 @@ class CheckpointMixin:
         if self.args.should_save:
             for leftover in Path(self.args.output_dir).glob(".checkpoint-*.tmp"):  # of a run killed while it saved
                 shutil.rmtree(leftover)
-        if resume_from_checkpoint:
+        if resume_from_checkpoint not in (None, False):
             checkpoint = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
             require_fit(checkpoint, self.accelerator.unwrap_model(self.model))
             say(f"Resuming from {checkpoint}")

@@ -87,6 +87,8 @@ def settle_padding(args: TrainingArguments, model: PreTrainedModel, has_collator
         raise UnsupportedError("packing_strategy='wrapped' cuts rows in the middle: use 'bfd', which keeps every row whole.")
     if wanted and has_collator:
         raise UnsupportedError(f"{wanted}=True builds its own batches: leave out data_collator, or {wanted}.")
+    if args.padding_free is None and args.per_device_train_batch_size == 1:
+        args.padding_free = False  # one row has nothing to be padded to
     if has_collator or (args.padding_free is False and not args.packing):
         args.padding_free = False
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 from transformers import DataCollator, PreTrainedTokenizerBase, ProcessorMixin
 
@@ -38,7 +39,8 @@ def as_dataset(rows: Any, name: str, raw: bool = False) -> AnyDataset:
     if rows is None:
         raise ValueError(f"{name} is missing: give a datasets.Dataset or a list of rows")
     if not isinstance(rows, list | Dataset | IterableDataset):
-        raise TypeError(f"{name} must be a datasets.Dataset, a stream or a list of rows, not {type(rows).__name__}")
+        choose = f" (choose one of {', '.join(map(repr, rows))})" if isinstance(rows, Mapping) else ""
+        raise TypeError(f"{name} must be a datasets.Dataset, a stream or a list of rows, not {type(rows).__name__}{choose}")
     if not isinstance(rows, IterableDataset) and len(rows) == 0:
         raise ValueError(f"{name} has no rows")
     if not isinstance(rows, list):
@@ -78,6 +80,17 @@ def prepare_rows(
     elif args.completion_only_loss is False and {"prompt", "completion"} <= set(columns):
         train_on = "all"
     return prepare_chat(dataset, tokenizer, max_length, train_on, args.too_long)
+
+
+def require_known_tokens(rows: Dataset, known: int) -> None:
+    """Raise ``ValueError`` for a token id that the model has no embedding for; a GPU would only say "device-side assert"."""
+    for batch in rows.with_format("arrow").iter(batch_size=1000):
+        largest = pc.max(pc.list_flatten(batch["input_ids"])).as_py()
+        if largest >= known:
+            raise ValueError(
+                f"The dataset holds the token id {largest}, but the model knows only {known} tokens. Load it with "
+                "resize_model_vocab, or add the tokens with add_new_tokens before get_peft_model."
+            )
 
 
 def formatted(dataset: Dataset, formatting_func: FormattingFunction) -> Dataset:

@@ -24,7 +24,7 @@ from luthier.training.arguments import TrainingArguments, fit_arguments, warn_co
 from luthier.training.collate import pack_rows, settle_padding
 from luthier.training.common import TrainerMixin, trainable_weights_kept
 from luthier.training.head import adapted_head_allowed
-from luthier.training.inputs import as_dataset, prepare_rows, prepare_stream, takes_raw_rows
+from luthier.training.inputs import as_dataset, prepare_rows, prepare_stream, require_known_tokens, takes_raw_rows
 
 
 class Trainer(TrainerMixin, SFTTrainer):
@@ -55,6 +55,11 @@ class Trainer(TrainerMixin, SFTTrainer):
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a loaded model (FastLanguageModel.from_pretrained), not {model!r}")
+        if tokenizer is not None and processing_class is not None:
+            raise TypeError("processing_class and tokenizer are two names of one argument: give one")
+        processing_class = tokenizer if processing_class is None else processing_class
+        if not isinstance(processing_class, PreTrainedTokenizerBase | ProcessorMixin):
+            raise TypeError(f"processing_class must be the model's tokenizer or processor, not {processing_class!r}")
         settings = {name: trl_arguments.pop(name) for name in list(trl_arguments) if name in _setting_names()}
         _refuse_unknown(trl_arguments)
         args = _arguments(args, settings, model)
@@ -75,6 +80,7 @@ class Trainer(TrainerMixin, SFTTrainer):
         if trl_arguments.get("compute_metrics") and args.eval_packing is None:
             args.eval_packing = False  # so that predictions come row by row
 
+        self.known_tokens = model.config.get_text_config().vocab_size
         self.ledger: Ledger | None = None  # None for a stream and for images, which are prepared as they come
         self.max_length = args.max_length or getattr(getattr(model, "luthier", None), "max_seq_length", None)
         args.max_length = self.max_length if args.packing else None  # rows are measured before TRL sees them
@@ -85,7 +91,7 @@ class Trainer(TrainerMixin, SFTTrainer):
                 data_collator=data_collator,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
-                processing_class=processing_class or tokenizer,
+                processing_class=processing_class,
                 **trl_arguments,
             )
         self.args.max_length = self.max_length
@@ -97,6 +103,7 @@ class Trainer(TrainerMixin, SFTTrainer):
         if isinstance(dataset, IterableDataset):
             return self._prepare_stream(dataset, processing_class, args, packing, formatting_func, dataset_name)
         rows, ledger = prepare_rows(dataset, processing_class, args, self.max_length, formatting_func)
+        require_known_tokens(rows, self.known_tokens)
         if dataset_name == "train":
             self.ledger = ledger
         if args.should_log:
