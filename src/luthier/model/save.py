@@ -16,6 +16,7 @@ from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, 
 from luthier.data.chat import strip_generation_marks
 from luthier.errors import unknown
 from luthier.files import atomic_directory, require_space
+from luthier.model.checkpoint import HUB_NAME
 from luthier.model.merge import BASES, Base, Merge
 from luthier.model.shards import parse_size, room_for, write_shards
 from luthier.ops.nf4 import dequantise, quantised
@@ -45,9 +46,12 @@ def save_pretrained_merged(
 
     ``merged_16bit``: ``W + scale * B @ A`` in fp32, rounded once. ``merged_4bit``: the same in fp32, quantised once to NF4,
     and the gap printed. ``lora``: the adapter alone. ``base`` says what is merged onto: the original checkpoint's weights
-    ("16bit") or those that were trained against ("nf4").
+    ("16bit") or those that were trained against ("nf4"). ``push_to_hub`` uploads it under the directory's name.
     """
     directory = Path(directory)
+    repo_id = str(directory) if HUB_NAME.fullmatch(str(directory)) else directory.name
+    if push_to_hub:
+        require_hub_name(repo_id)
     _check(model, directory, save_method, base, max_shard_size)
     if tokenizer is None:
         warnings.warn(f"No tokenizer was given: {directory} will have none. Pass it to save it too.", UserWarning, stacklevel=2)
@@ -56,7 +60,7 @@ def save_pretrained_merged(
     else:
         _save_merged(model, directory, tokenizer, save_method, base, max_shard_size)
     if push_to_hub:
-        upload(directory, str(directory), token, private)
+        upload(directory, repo_id, token, private)
     return directory
 
 
@@ -71,10 +75,16 @@ def push_to_hub_merged(
     private: bool | None = None,
 ) -> str:
     """``save_pretrained_merged`` into a Hub repository, made if it is not there -> the address of the commit."""
+    require_hub_name(repo_id)
     with tempfile.TemporaryDirectory(prefix="luthier-") as place:
         directory = Path(place) / "upload"
         save_pretrained_merged(model, directory, tokenizer, save_method, base, max_shard_size)
         return upload(directory, repo_id, token, private)
+
+
+def require_hub_name(repo_id: str) -> None:
+    if not HUB_NAME.fullmatch(repo_id):
+        raise ValueError(f"{repo_id!r} is not a Hub name. Give one such as 'you/your-model'.")
 
 
 def upload(directory: Path, repo_id: str, token: str | bool | None = None, private: bool | None = None) -> str:
@@ -85,8 +95,6 @@ def upload(directory: Path, repo_id: str, token: str | bool | None = None, priva
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         return api.upload_folder(repo_id=repo_id, folder_path=directory, commit_message="Upload from Luthier").commit_url
-    except errors.HFValidationError as error:
-        raise ValueError(f"{repo_id!r} is not a Hub name. Give one such as 'you/your-model'.") from error
     except errors.HfHubHTTPError as error:
         if error.response is not None and error.response.status_code in (401, 403):
             raise PermissionError(
