@@ -288,8 +288,10 @@ def _decode(
     ends = Ends(tokenizer, width, limits, stop_ids, params.stop)
     recorder = LogProbRecorder(params.logprobs, tokenizer) if params.logprobs is not None else None
     config = GenerationConfig(
-        max_new_tokens=max(limits), do_sample=not params.greedy, top_k=0, use_cache=True, pad_token_id=pad, disable_compile=True
+        max_new_tokens=max(limits), do_sample=not params.greedy, use_cache=True, pad_token_id=pad, disable_compile=True
     )
+    if not params.greedy:
+        config.top_k = 0  # transformers' own default is 50
     with _seeded(_row_seed(params, rows), device):
         sequences = model.generate(
             input_ids=input_ids,
