@@ -111,6 +111,7 @@ def save_adapter(model: nn.Module, directory: Path, tokenizer: Tokenizer | None 
     with atomic_directory(directory) as place:
         # True where the vocabulary grew and is not trained whole: peft would otherwise ask the Hub
         model.save_pretrained(place, save_embedding_layers=_grown_vocabulary(model))
+        (place / "README.md").unlink()  # an empty form, with a local path in it that the Hub refuses
         _save_tokenizer(tokenizer, place)
 
 
