@@ -9,8 +9,9 @@ import torch
 from test_accelerate import batch, difference, loss_and_gradients, nf4_model, with_lora
 from tiny import FAMILIES, tiny_model
 
-from luthier.model.accelerate import accelerate, restore
+from luthier.model.accelerate import accelerate, dial_of, restore
 from luthier.model.blocks import MlpBlock, Mode
+from luthier.model.dial import LayerPlan
 
 UNFUSED = {"cohere2", "mixtral", "qwen3_moe", "gpt_oss"}
 DENSE = [family for family in FAMILIES if family not in UNFUSED]
@@ -20,11 +21,14 @@ def layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     return [module for module in model.modules() if "luthier_state" in module.__dict__]
 
 
-def fused(model: torch.nn.Module, mode: Mode | None = None) -> torch.nn.Module:
-    """The model accelerated, its layers in one mode, and any fallback an error."""
-    accelerate(model)
-    for layer in layers(model):
-        layer.luthier_state.mode = mode
+def fused(model: torch.nn.Module, mode: Mode | None = None, offload: bool = False) -> torch.nn.Module:
+    """The model accelerated, all its layers in one mode."""
+    dial = dial_of(accelerate(model))
+    dial.follow_flag()
+    if offload:
+        dial.set_offload()
+    if mode is not None:
+        dial.set_plan([LayerPlan(mode, offload)] * dial.layers)
     return model
 
 
@@ -38,7 +42,6 @@ def fallbacks_are_errors():
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch):
     """A few rows a chunk, so that small batches go through the loop over chunks too."""
-    monkeypatch.setattr(MlpBlock, "rows", 20)
     original = MlpBlock.__init__
     monkeypatch.setattr(MlpBlock, "__init__", lambda self, *args, **kwargs: original(self, *args, **{**kwargs, "rows": 20}))
 
@@ -133,6 +136,21 @@ def test_a_4_bit_model(tmp_path, mode):
     model = with_lora(nf4_model(tmp_path, intermediate_size=128))
     truth = loss_and_gradients(model, **batch())
     assert_same(fused(model, mode), batch(), truth)
+
+
+@pytest.mark.parametrize("mode", [Mode.RECOMPUTE, Mode.ATTENTION, Mode.ALL_BUT_GATE_UP])
+def test_what_waits_in_host_memory_comes_back(mode):
+    inputs = batch()
+    del inputs["attention_mask"]
+    truth = loss_and_gradients(with_lora(tiny_model("llama3")), **inputs)
+    model = fused(with_lora(tiny_model("llama3")), mode, offload=True)
+    assert_same(model, inputs, truth)
+    losses = [model(**inputs).loss for _ in range(2)]  # two graphs alive at a time, backwards in another order
+    model.zero_grad()
+    losses[0].backward()
+    losses[1].backward()
+    twice = {name: parameter.grad / 2 for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert difference(twice, truth[1]) < 2e-5
 
 
 def test_only_the_wanted_gradients_come():

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from luthier import adapters
 from luthier.adapters.spec import Spec
+from luthier.model.dial import Dial
 from luthier.model.fused_layer import LayerState, layer_class_members
 from luthier.model.head import training_forward
 from luthier.ops.lora_linear import Workspace
@@ -39,10 +40,10 @@ def accelerate(model: nn.Module) -> nn.Module:
             f"{type(base).__name__} says it is {base.config.model_type!r}, but holds none of the layers of that architecture: "
             f"{', '.join(sorted(spec.layer_classes))}. Load it with transformers' own class, or train it without accelerate()."
         )
-    workspace, said = Workspace(), set()
-    for layer in layers:
-        if not hasattr(type(layer), "_luthier_stock"):
-            layer.__dict__["luthier_state"] = LayerState(workspace, said)
+    if not any("luthier_state" in layer.__dict__ for layer in layers):
+        workspace, dial, said = Workspace(), Dial(len(layers)), set()
+        for index, layer in enumerate(layers):
+            layer.__dict__["luthier_state"] = LayerState(index, workspace, dial, said)
             _swap(layer, _layer_class(type(layer), spec))
     if base.get_output_embeddings() is not None and "logits_to_keep" in inspect.signature(type(base).forward).parameters:
         _swap(base, _head_class(_stock_class(base), spec))
@@ -61,6 +62,12 @@ def restore(model: nn.Module) -> nn.Module:
 def is_accelerated(model: nn.Module) -> bool:
     base = base_model(model)
     return _stock_class(base) is not type(base)
+
+
+def dial_of(model: nn.Module) -> Dial | None:
+    """The memory dial of an accelerated model; None for a stock one."""
+    states = (module.__dict__.get("luthier_state") for module in base_model(model).modules())
+    return next((state.dial for state in states if state is not None), None)
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:

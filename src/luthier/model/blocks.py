@@ -72,6 +72,8 @@ class Kept:
     x2: Tensor | None = None
     gate_up: Tensor | None = None
     mlp_branch: Tensor | None = None
+    parked: object = None  # dial.Parked: what of it waits in host memory
+    before: object = None  # a weak reference to what the layer before keeps
 
 
 @dataclass

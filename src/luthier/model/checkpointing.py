@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from luthier.errors import unknown
-from luthier.model.accelerate import base_model
+from luthier.model.accelerate import base_model, dial_of
 
 MODES = ("auto", "offload", "unsloth", "True", "False")
 
@@ -24,18 +23,29 @@ def checkpointing_mode(mode: bool | str) -> bool | str:
     raise unknown("use_gradient_checkpointing", mode, MODES)
 
 
-def set_checkpointing(model: nn.Module, mode: bool | str = "auto") -> nn.Module:
-    """Choose what a training step of ``model`` recomputes; gives the model back.
+def set_checkpointing(model: nn.Module, mode: bool | str = "auto", memory_budget: float | None = None) -> nn.Module:
+    """Choose what a training step of ``model`` computes again instead of keeping it; gives the model back.
 
-    True: every decoder layer keeps its input only. "offload": and that input waits in pinned host memory (on a CPU-only
-    machine there is nothing to offload to: True). False: nothing is recomputed. "auto": as True.
+    "auto": as little as ``memory_budget`` (GiB on the device; None: what is free) allows. True: every layer keeps only
+    its input. False: nothing is computed again. "offload": layers keep what they can in pinned host memory. The loss and
+    the gradients are the same. Layers that run stock are checkpointed by transformers, unless the mode is False.
     """
     mode = checkpointing_mode(mode)
-    base = base_model(model)
+    if memory_budget is not None and (isinstance(memory_budget, bool) or memory_budget <= 0):
+        raise ValueError(
+            f"memory_budget={memory_budget} must be a number of GiB above 0, or None for what the device has free."
+        )
+    base, dial = base_model(model), dial_of(model)
     if base.is_gradient_checkpointing:
         base.gradient_checkpointing_disable()
-    if mode is False or not base.supports_gradient_checkpointing:
-        return model
-    offload = mode == "offload" and next(base.parameters()).is_cuda and torch.cuda.is_available()
-    base.gradient_checkpointing_enable({"use_reentrant": False}, **({"offload": True} if offload else {}))
+    if dial is not None:
+        dial.follow_flag()
+        if mode == "auto":
+            dial.trainable = sum(parameter.numel() for parameter in base.parameters() if parameter.requires_grad)
+            dial.set_automatic(memory_budget)
+        elif mode == "offload":
+            dial.set_offload()
+    if mode is not False and base.supports_gradient_checkpointing:
+        stock_offload = mode == "offload" and dial is None and next(base.parameters()).is_cuda
+        base.gradient_checkpointing_enable({"use_reentrant": False}, **({"offload": True} if stock_offload else {}))
     return model

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from luthier.adapters.spec import Spec
 from luthier.model.blocks import AttentionBlock, Call, Kept, MlpBlock, Mode, Norm
+from luthier.model.dial import Dial, Shape
 from luthier.ops.gated_mlp import ACTIVATIONS
 from luthier.ops.lora_linear import Part, Projection, Workspace
 from luthier.ops.nf4 import quantised
@@ -40,14 +41,23 @@ class Blocks:
         projections = self.attention.qkv, self.attention.o, self.mlp.gate_up, self.mlp.down
         return [parameter for projection in projections for pair in projection.adapters() for parameter in pair]
 
+    def shape(self, x: Tensor) -> Shape:
+        """The widths from which the dial computes what this layer keeps."""
+        attention, mlp = self.attention, self.mlp
+        low = sum(projection.rank for projection in (attention.qkv, attention.o, mlp.gate_up, mlp.down))
+        extra = x.shape[-1] if attention.post_norm else 0
+        widths = attention.qkv.width_out, attention.o.width_in, mlp.down.width_in
+        return Shape(x.shape[-1], *widths, low, x.element_size(), extra)
+
 
 @dataclass
 class LayerState:
-    """What ``accelerate`` gives a layer besides its class. All layers of a model share the workspace."""
+    """What ``accelerate`` gives a layer besides its class. All layers of a model share all but the index."""
 
+    index: int
     workspace: Workspace
+    dial: Dial
     said: set[str]  # reasons that this model has already given
-    mode: Mode | None = None  # None: as the model's gradient checkpointing flag says
 
 
 def layer_class_members(stock: type[nn.Module], spec: Spec) -> dict:
@@ -72,24 +82,25 @@ def layer_class_members(stock: type[nn.Module], spec: Spec) -> dict:
 
 def run(layer: nn.Module, blocks: Blocks, spec: Spec, hidden_states: Tensor, kwargs: dict) -> Tensor:
     state = layer.luthier_state
-    mode = state.mode
-    if mode is None:
-        mode = Mode.RECOMPUTE if layer.gradient_checkpointing else Mode.KEEP
+    rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+    plan = state.dial.of_layer(state.index, blocks.shape(hidden_states), rows, layer.gradient_checkpointing)
     tables = kwargs["position_embeddings"]
     cos, sin = half_tables(*tables, spec.rotary) if blocks.attention.rotates else tables
     call = Call(hidden_states.shape[0], cos, sin, kwargs.get("attention_mask"))
     with torch.autocast(hidden_states.device.type, enabled=False):
-        return _Layer.apply(hidden_states, blocks, call, mode, *blocks.adapters())
+        return _Layer.apply(hidden_states, blocks, call, state, plan, *blocks.adapters())
 
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, blocks, call, mode, *adapters):
+    def forward(ctx, x, blocks, call, state, plan, *adapters):
         kept = Kept(x.reshape(-1, x.shape[-1]))
-        x2 = blocks.attention.forward(kept.x, call, kept, mode)
-        x3 = blocks.mlp.forward(x2, kept, mode)
-        kept.x2 = x2 if mode >= Mode.ALL_BUT_GATE_UP else None
-        ctx.blocks, ctx.call, ctx.kept = blocks, call, kept
+        x2 = blocks.attention.forward(kept.x, call, kept, plan.mode)
+        x3 = blocks.mlp.forward(x2, kept, plan.mode)
+        kept.x2 = x2 if plan.mode >= Mode.ALL_BUT_GATE_UP else None
+        ctx.blocks, ctx.call, ctx.kept, ctx.offload = blocks, call, kept, state.dial.offload
+        if ctx.offload is not None and any(ctx.needs_input_grad):
+            ctx.offload.park(state.index, kept, plan.offload)
         return x3.view(x.shape)
 
     @staticmethod
@@ -103,12 +114,14 @@ class _Layer(torch.autograd.Function):
         blocks, call, kept, ctx.kept = ctx.blocks, ctx.call, ctx.kept, None
         wants_x, dtypes = ctx.needs_input_grad[0], [parameter.dtype for parameter in blocks.adapters()]
         flat = grad.reshape(-1, grad.shape[-1])
+        if ctx.offload is not None:
+            ctx.offload.fetch(kept)
         x2 = blocks.attention.recompute(call, kept)
         grad_x2, of_mlp = blocks.mlp.backward(flat, x2, kept)
         kept.gate_up = kept.mlp_branch = kept.x2 = x2 = None
         grad_x, of_attention = blocks.attention.backward(grad_x2, call, kept, wants_x)
         gradients = [gradient.to(dtype) for gradient, dtype in zip(of_attention + of_mlp, dtypes, strict=True)]
-        return (None if grad_x is None else grad_x.view(grad.shape)), None, None, None, *gradients
+        return (None if grad_x is None else grad_x.view(grad.shape)), None, None, None, None, *gradients
 
 
 def read_blocks(layer: nn.Module, spec: Spec, hidden_states: Tensor, kwargs: dict) -> Blocks:

@@ -72,7 +72,7 @@ def launch_forward(gate: Tensor, up: Tensor, activation: str, out: Tensor) -> Te
     rows, width = gate.shape
     strides = gate.stride(0), up.stride(0), out.stride(0)
     grid = (rows, triton.cdiv(width, BLOCK))
-    _forward[grid](gate, up, out, width, *strides, KIND=KINDS.index(activation), BLOCK=BLOCK, num_warps=4)
+    _gated_forward[grid](gate, up, out, width, *strides, KIND=KINDS.index(activation), BLOCK=BLOCK, num_warps=4)
     return out
 
 
@@ -80,7 +80,7 @@ def launch_backward_(grad: Tensor, gate: Tensor, up: Tensor, activation: str) ->
     rows, width = gate.shape
     strides = grad.stride(0), gate.stride(0), up.stride(0)
     grid = (rows, triton.cdiv(width, BLOCK))
-    _backward[grid](grad, gate, up, width, *strides, KIND=KINDS.index(activation), BLOCK=BLOCK, num_warps=4)
+    _gated_backward[grid](grad, gate, up, width, *strides, KIND=KINDS.index(activation), BLOCK=BLOCK, num_warps=4)
     return grad
 
 
@@ -101,7 +101,7 @@ def _activation(x, KIND: tl.constexpr):
 
 
 @jit
-def _forward(GATE, UP, OUT, width, stride_gate, stride_up, stride_out, KIND: tl.constexpr, BLOCK: tl.constexpr):
+def _gated_forward(GATE, UP, OUT, width, stride_gate, stride_up, stride_out, KIND: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
@@ -112,7 +112,7 @@ def _forward(GATE, UP, OUT, width, stride_gate, stride_up, stride_out, KIND: tl.
 
 
 @jit
-def _backward(GRAD, GATE, UP, width, stride_grad, stride_gate, stride_up, KIND: tl.constexpr, BLOCK: tl.constexpr):
+def _gated_backward(GRAD, GATE, UP, width, stride_grad, stride_gate, stride_up, KIND: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width

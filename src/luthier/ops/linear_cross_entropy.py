@@ -124,7 +124,7 @@ def launch_(raw: Tensor, target: Tensor, softcap: float | None, scale: float) ->
     """The losses (n,) in fp32; ``raw`` (n, V) becomes their gradient. Two reads and one write of raw."""
     losses = torch.empty(raw.shape[0], dtype=torch.float32, device=raw.device)
     constants = {"V": raw.shape[1], "BLOCK": min(8192, power_of_2(raw.shape[1])), "CAPPED": softcap is not None}
-    _kernel[(raw.shape[0],)](raw, target, losses, raw.stride(0), softcap or 1.0, scale, **constants, num_warps=16)
+    _cross_entropy_kernel[(raw.shape[0],)](raw, target, losses, raw.stride(0), softcap or 1.0, scale, **constants, num_warps=16)
     return losses
 
 
@@ -146,7 +146,9 @@ def _shaped(LOGITS, column, softcap, scale, V: tl.constexpr, CAPPED: tl.constexp
 
 
 @jit
-def _kernel(RAW, TARGET, LOSS, stride, softcap, scale, V: tl.constexpr, BLOCK: tl.constexpr, CAPPED: tl.constexpr):
+def _cross_entropy_kernel(
+    RAW, TARGET, LOSS, stride, softcap, scale, V: tl.constexpr, BLOCK: tl.constexpr, CAPPED: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(TARGET + row)
     logits = RAW + row * stride

@@ -80,7 +80,7 @@ def launch(weight: Quantised, out: Tensor) -> Tensor:
     per_program = max(1, TILE // weight.blocksize)
     nested = weight.nested_absmax is not None
     scales = (weight.nested_absmax, weight.nested_code, weight.offset) if nested else (weight.absmax,) * 3
-    _kernel[(triton.cdiv(blocks, per_program),)](
+    _nf4_kernel[(triton.cdiv(blocks, per_program),)](
         weight.packed, weight.absmax, weight.code, *scales, out, rows * columns, columns, out.stride(0),
         NESTED=weight.nested_blocksize if nested else 0, SIZE=weight.blocksize, BLOCKS=per_program,
         WHOLE=columns % weight.blocksize == 0, num_warps=4, enable_fp_fusion=False,
@@ -89,7 +89,7 @@ def launch(weight: Quantised, out: Tensor) -> Tensor:
 
 
 @jit
-def _kernel(
+def _nf4_kernel(
     PACKED, ABSMAX, CODE, NESTED_ABSMAX, NESTED_CODE, OFFSET, OUT, total, columns, stride,
     NESTED: tl.constexpr, SIZE: tl.constexpr, BLOCKS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip

@@ -74,7 +74,7 @@ def launch_forward(x: Tensor, weight: Tensor, eps: float, flavour: str, out: Ten
     tile = max(1, TILE // block)
     grid = (triton.cdiv(rows, tile),)
     constants = {"D": width, "BLOCK": block, "TILE": tile, "FLAVOUR": FLAVOURS.index(flavour)}
-    _forward[grid](x, weight, out, rows, x.stride(0), out.stride(0), eps, **constants, num_warps=warps_for(tile * block))
+    _norm_forward[grid](x, weight, out, rows, x.stride(0), out.stride(0), eps, **constants, num_warps=warps_for(tile * block))
     return out
 
 
@@ -93,7 +93,7 @@ def launch_backward(
     constants |= {"RESIDUAL": residual is not None, "WEIGHT": wants_weight}
     other = grad if residual is None else residual
     strides = grad.stride(0), x.stride(0), other.stride(0), out.stride(0)
-    _backward[(programs,)](
+    _norm_backward[(programs,)](
         grad, x, weight, other, out, partial, rows, *strides, eps, **constants, num_warps=warps_for(tile * block)
     )
     return (out, partial.sum(0)) if wants_weight else out
@@ -110,7 +110,7 @@ def _normal(X, stride, row, column, inside, eps, D: tl.constexpr, CENTRED: tl.co
 
 
 @jit
-def _forward(
+def _norm_forward(
     X, W, OUT, rows, stride_x, stride_out, eps, D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, FLAVOUR: tl.constexpr
 ):  # fmt: skip
     row = (tl.program_id(0) * TILE + tl.arange(0, TILE)).to(tl.int64)
@@ -127,7 +127,7 @@ def _forward(
 
 
 @jit
-def _backward(
+def _norm_backward(
     GRAD, X, W, RESIDUAL_GRAD, OUT, PARTIAL, rows, stride_grad, stride_x, stride_residual, stride_out, eps,
     D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, FLAVOUR: tl.constexpr,
     RESIDUAL: tl.constexpr, WEIGHT: tl.constexpr,

@@ -63,7 +63,7 @@ def launch(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, out: Tensor, 
     constants = {"HEADS": heads, "HEAD_BLOCK": power_of_2(heads), "HALF": half, "HALF_BLOCK": power_of_2(half)}
     constants |= {"REST": rest, "REST_BLOCK": power_of_2(max(rest, 1)), "INTERLEAVED": interleaved, "INVERSE": inverse}
     warps = min(8, warps_for(constants["HEAD_BLOCK"] * constants["HALF_BLOCK"]))
-    _kernel[(batch * tokens,)](x, out, cos, sin, tokens, *strides, **constants, num_warps=warps)
+    _rotary_kernel[(batch * tokens,)](x, out, cos, sin, tokens, *strides, **constants, num_warps=warps)
     return out
 
 
@@ -72,7 +72,7 @@ def _broadcast(table: Tensor) -> tuple[int, int, int]:
 
 
 @jit
-def _kernel(
+def _rotary_kernel(
     X, OUT, COS, SIN, tokens, x_batch, x_token, x_head, out_batch, out_token, out_head,
     cos_batch, cos_token, cos_pair, sin_batch, sin_token, sin_pair,
     HEADS: tl.constexpr, HEAD_BLOCK: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr,

@@ -1,0 +1,119 @@
+"""Random models of real shapes, made on the GPU in seconds: properly quantised normal weights, as a checkpoint has them.
+
+Zeros or NaN would run faster than any trained model does (the card is power-limited), so they are of no use for timing.
+"""
+
+from __future__ import annotations
+
+import bitsandbytes as bnb
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+LLAMA_8B = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    "tie_word_embeddings": False,
+}
+CHECK = {**LLAMA_8B, "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 2}
+CHECK |= {"num_attention_heads": 16, "num_key_value_heads": 4}
+SHAPES = {
+    "llama-8b": LLAMA_8B,
+    "check": CHECK,
+    "qwen3-8b": {**LLAMA_8B, "model_type": "qwen3", "vocab_size": 151936, "intermediate_size": 12288, "num_hidden_layers": 36},
+    "mistral-7b": {**LLAMA_8B, "model_type": "mistral", "vocab_size": 32768, "sliding_window": None},
+    "gemma3-4b": {
+        **LLAMA_8B,
+        "model_type": "gemma3_text",
+        "vocab_size": 262208,
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "num_hidden_layers": 34,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "sliding_window": 1024,
+        "query_pre_attn_scalar": 256,
+        "rope_parameters": None,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+def random_model(
+    shape: str, device: str = "cuda", four_bit: bool = True, seed: int = 0, layers: int | None = None
+) -> nn.Module:
+    """A bf16 model of ``shape`` on ``device`` whose decoder's linear layers are NF4 with double quantisation."""
+    settings = {key: value for key, value in SHAPES[shape].items() if value is not None}
+    settings |= {"num_hidden_layers": layers} if layers else {}
+    config = AutoConfig.for_model(**settings)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    generator = torch.Generator(device).manual_seed(seed)
+    for module in list(model.model.layers.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear) and four_bit:
+                setattr(module, name, _nf4_linear(child, generator, device))
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                setattr(
+                    module, name, nn.Parameter(_random(name, module, parameter.shape, generator, device), requires_grad=False)
+                )
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta:  # Gemma's embedding scale
+            owner, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+            setattr(owner, leaf, torch.tensor(config.hidden_size**0.5, device=device))
+    model.tie_weights()
+    model.is_loaded_in_4bit = four_bit
+    return model.requires_grad_(False)
+
+
+def with_lora(model: nn.Module, r: int = 16) -> nn.Module:
+    """fp32 adapters on all seven linear layers, B away from zero as after some training."""
+    torch.manual_seed(1)
+    model = get_peft_model(model, LoraConfig(r=r, lora_alpha=r, target_modules="all-linear"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.01)
+    return model
+
+
+def dequantised(model: nn.Module) -> nn.Module:
+    """The same model with its 4-bit weights written out in fp32, and everything else in fp32 too."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, bnb.nn.Linear4bit):
+                linear = nn.Linear(child.in_features, child.out_features, bias=False, device="meta")
+                weight = bnb.functional.dequantize_4bit(child.weight.data, child.weight.quant_state)
+                linear.weight = nn.Parameter(weight.float(), requires_grad=False)
+                setattr(module, name, linear)
+    model.is_loaded_in_4bit = False
+    return model.float()
+
+
+def _nf4_linear(linear: nn.Linear, generator: torch.Generator, device: str) -> nn.Module:
+    weight = torch.randn(linear.weight.shape, dtype=torch.bfloat16, device=device, generator=generator).mul_(0.02)
+    with torch.device("meta"):
+        new = bnb.nn.Linear4bit(
+            linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
+        )
+    new.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True).to(device)
+    return new
+
+
+def _random(module: nn.Module, shape: torch.Size, generator: torch.Generator, device: str) -> torch.Tensor:
+    if len(shape) == 1:  # a norm; Gemma's scale is one plus its weight
+        return torch.full(shape, float("Gemma" not in type(module).__name__), dtype=torch.bfloat16, device=device)
+    return torch.randn(shape, dtype=torch.bfloat16, device=device, generator=generator).mul_(0.02)

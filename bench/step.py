@@ -1,0 +1,275 @@
+"""One QLoRA training step beside its peers: correct first, then tokens per second and peak memory.
+
+    python bench/step.py --shapes 2x2048,8x2048,1x8192 --peers hf,liger,luthier
+
+A step is ``model(input_ids, attention_mask, labels).loss.backward(); AdamW(fused).step(); zero_grad()`` on fresh random
+tokens, median after warm-up. Every peer runs in a process of its own. Luthier's rows are the settings of its memory dial.
+Nothing is timed unless its gradients are as good as stock transformers + peft (at most twice its bf16 error).
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+LUTHIER = {  # row -> arguments of set_checkpointing
+    "luthier offload": {"mode": "offload"},
+    "luthier recompute": {"mode": True},
+    "luthier 40 GiB": {"mode": "auto", "memory_budget": 40},
+    "luthier keep": {"mode": False},
+}
+GROUPS = {  # what a kernel's name holds -> the row of the profile
+    "attention": ("flash", "fmha", "cudnn_generated", "sdpa", "attention"),
+    "products": ("gemm", "cutlass", "cublas", "nvjet", "xmma", "sm90_", "sm80_"),
+    "dequantisation": ("nf4", "dequant"),
+    "copies": ("memcpy", "copy", "memset", "fill"),
+    "element-wise": ("elementwise", "vectorized", "reduce", "softmax", "_norm_", "_gated_", "_rotary_", "_cross_entropy_"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="llama-8b", help="a shape of bench/models.py")
+    parser.add_argument("--shapes", default="2x2048,8x2048,1x8192", help="batch x tokens, comma separated")
+    parser.add_argument("--peers", default="hf,liger,luthier")
+    parser.add_argument("--rows", default=",".join(LUTHIER), help="which of Luthier's rows to time")
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--layers", type=int, help="fewer layers than the shape has, for a quick look")
+    parser.add_argument("--profile", action="store_true", help="also where the time of one step goes, in the first shape")
+    parser.add_argument("--out", type=Path, help="JSON file (default bench/results/<card>-<date>.json)")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        worker(arguments)
+        return
+    check = run_worker(arguments, "check")
+    print_check(check)
+    if not check["passed"]:
+        sys.exit("The gradients are wrong: nothing is timed.")
+    rows = {}
+    names = [peer for peer in arguments.peers.split(",") if peer != "luthier"]
+    names += [row for row in arguments.rows.split(",") if "luthier" in arguments.peers]
+    for name in names:
+        rows[name] = run_worker(arguments, name)
+        print_row(name, rows[name])
+    write(arguments, check, rows)
+
+
+def run_worker(arguments: argparse.Namespace, name: str) -> dict:
+    command = [sys.executable, __file__, "--worker", name, "--model", arguments.model, "--shapes", arguments.shapes]
+    command += ["--steps", str(arguments.steps), "--warmup", str(arguments.warmup)]
+    command += ["--layers", str(arguments.layers)] if arguments.layers else []
+    command += ["--profile"] if arguments.profile else []
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not lines:
+        return {"failed": f"exit code {done.returncode}", "passed": False}
+    return json.loads(lines[-1])
+
+
+def worker(arguments: argparse.Namespace) -> None:
+    if arguments.worker == "check":
+        print(json.dumps(correctness()))
+        return
+    import torch
+    from models import random_model, with_lora
+
+    started = time.perf_counter()
+    model = prepared(arguments.worker, with_lora(random_model(arguments.model, layers=arguments.layers)))
+    result = {"build_seconds": round(time.perf_counter() - started, 1), "shapes": {}}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
+    for shape in arguments.shapes.split(","):
+        batch, tokens = map(int, shape.split("x"))
+        try:
+            result["shapes"][shape] = timed(model, optimizer, batch, tokens, arguments.warmup, arguments.steps)
+        except torch.OutOfMemoryError as error:
+            result["shapes"][shape] = {"failed": str(error).split(".")[0]}
+            optimizer.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+    if arguments.profile:
+        batch, tokens = map(int, arguments.shapes.split(",")[0].split("x"))
+        result["profile"] = profiled(model, optimizer, batch, tokens)
+    print(json.dumps(result))
+
+
+def prepared(name: str, model):
+    """The model as a user of that library would train it."""
+    model.train()
+    if name in LUTHIER:
+        from luthier.model.accelerate import accelerate
+        from luthier.model.checkpointing import set_checkpointing
+
+        return set_checkpointing(accelerate(model), **LUTHIER[name])
+    if name == "liger":
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+        _apply_liger_kernel_to_instance(model.get_base_model())
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def timed(model, optimizer, batch: int, tokens: int, warmup: int, steps: int) -> dict:
+    import torch
+
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    times, losses = [], []
+    for index in range(warmup + steps):
+        inputs = random_batch(model, batch, tokens, index)
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        losses.append(step(model, optimizer, inputs))
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    seconds = statistics.median(times[warmup:])
+    return {
+        "tokens_per_second": round(batch * tokens / seconds),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "spread": round(max(times[warmup:]) / min(times[warmup:]), 3),
+        "first_step_seconds": round(times[0], 2),
+        "loss": round(float(losses[-1]), 4),
+    }
+
+
+def step(model, optimizer, inputs):
+    loss = model(**inputs).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
+
+
+def random_batch(model, batch: int, tokens: int, seed: int) -> dict:
+    import torch
+
+    generator = torch.Generator("cuda").manual_seed(seed)
+    ids = torch.randint(model.config.vocab_size, (batch, tokens), device="cuda", generator=generator)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+def profiled(model, optimizer, batch: int, tokens: int) -> dict:
+    """Milliseconds of one step by group of kernels, and the ten longest kernels."""
+    import torch
+
+    inputs = random_batch(model, batch, tokens, 99)
+    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as profile:
+        step(model, optimizer, inputs)
+        torch.cuda.synchronize()
+    kernels: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            kernels[event.name][0] += 1
+            kernels[event.name][1] += event.device_time / 1000
+    groups: dict[str, float] = defaultdict(float)
+    for name, (_, milliseconds) in kernels.items():
+        groups[group_of(name)] += milliseconds
+    longest = sorted(kernels.items(), key=lambda item: -item[1][1])[:25]
+    return {
+        "groups": {name: round(value, 1) for name, value in sorted(groups.items(), key=lambda item: -item[1])},
+        "kernels": [[name[:90], count, round(milliseconds, 2)] for name, (count, milliseconds) in longest],
+    }
+
+
+def group_of(kernel: str) -> str:
+    lowered = kernel.lower()
+    return next((group for group, words in GROUPS.items() if any(word.lower() in lowered for word in words)), "other")
+
+
+def correctness() -> dict:
+    """Loss and adapter gradients of two layers of real kernels' widths: each setting's error beside stock bf16's own."""
+    import torch
+    from models import dequantised, random_model, with_lora
+
+    from luthier.model.accelerate import accelerate, dial_of
+    from luthier.model.blocks import Mode
+    from luthier.model.dial import LayerPlan
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    inputs = None
+
+    def gradients(model) -> tuple[float, dict]:
+        model.train().zero_grad()
+        loss = model(**inputs).loss
+        loss.backward()
+        return loss.item(), {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
+
+    def error(ours: dict, truth: dict) -> float:
+        squares = sum((ours[name] - truth[name]).square().sum() for name in truth)
+        return float((squares / sum(value.square().sum() for value in truth.values())).sqrt())
+
+    exact_model = with_lora(dequantised(random_model("check")))
+    inputs = random_batch(exact_model, 2, 1024, 0)
+    exact_loss, exact = gradients(exact_model)
+    del exact_model
+    model = with_lora(random_model("check"))
+    stock_loss, stock = gradients(model)
+    allowed = 2 * error(stock, exact)
+    rows = {"stock": {"loss": stock_loss, "gradient_error": allowed / 2}}
+    dial = dial_of(accelerate(model))
+    for mode in Mode:
+        for offload in (False, True):
+            dial.follow_flag()
+            if offload:
+                dial.set_offload()
+            dial.set_plan([LayerPlan(mode, offload)] * dial.layers)
+            loss, ours = gradients(model)
+            name = f"luthier {mode.name.lower()}{' offload' if offload else ''}"
+            rows[name] = {"loss": loss, "gradient_error": error(ours, exact)}
+    passed = all(row["gradient_error"] <= allowed and abs(row["loss"] - exact_loss) < 0.01 for row in rows.values())
+    return {"exact_loss": exact_loss, "allowed": allowed, "rows": rows, "passed": passed}
+
+
+def print_check(check: dict) -> None:
+    for name, row in check.get("rows", {}).items():
+        print(f"{name:38} loss {row['loss']:.5f}   relative error of the adapters' gradients {row['gradient_error']:.4%}")
+    print(
+        f"exact loss {check.get('exact_loss')}, allowed error {check.get('allowed')}: {'passed' if check['passed'] else 'FAILED'}"
+    )
+
+
+def print_row(name: str, row: dict) -> None:
+    cells = []
+    for shape, cell in row.get("shapes", {"": row}).items():
+        if "failed" in cell:
+            cells.append(f"{shape}: {cell['failed']}")
+        else:
+            cells.append(f"{shape}: {cell['tokens_per_second']} tok/s {cell['peak_gib']} GiB")
+    print(f"{name:18} " + " | ".join(cells), flush=True)
+    if "profile" in row:
+        print(f"{'':18} " + ", ".join(f"{group} {ms} ms" for group, ms in row["profile"]["groups"].items()))
+
+
+def write(arguments: argparse.Namespace, check: dict, rows: dict) -> None:
+    import importlib.metadata
+
+    import torch
+
+    card = torch.cuda.get_device_name()
+    packages = ("torch", "triton", "transformers", "peft", "bitsandbytes")
+    result = {
+        "card": card,
+        "driver": torch.cuda.driver_version() if hasattr(torch.cuda, "driver_version") else None,
+        "date": datetime.date.today().isoformat(),
+        "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "model": arguments.model,
+        "check": check,
+        "rows": rows,
+    }
+    path = arguments.out or Path(__file__).parent / "results" / f"{card.replace(' ', '-')}-{result['date']}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()
