@@ -17,6 +17,7 @@ import json
 import platform
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig
+from transformers.vision_utils import get_vision_position_ids
 
 from luthier.demo.text_images import MAX_CHARACTERS, PRINT, draw, random_text
 from luthier.files import atomic_file
@@ -233,37 +235,59 @@ class Speller(nn.Module):
         return F.ctc_loss(scores, text.clamp(min=0), steps, lengths, blank=self.blank, zero_infinity=True)
 
 
+@dataclass(frozen=True)
+class Layout:
+    """What pictures of one size share: the tokens before their text, and the positions in tower and decoder."""
+
+    head: Tensor  # int64 (1, S + 2): <|vision_start|>, S times <|image_pad|>, <|vision_end|>
+    grid: Tensor  # int64 (1, 3)
+    patch_positions: Tensor  # int64 (4 S, 2)
+    positions: Tensor  # int64 (3, 1, S + 2 + MAX_CHARACTERS + 1)
+
+
 class Reader:
-    """The model with what a batch of one canvas size shares: token layout and positions, worked out once a size."""
+    """The model on pictures of one size, without the stock model's loops over them: ``<|vision_start|>``, the picture's
+    tokens, ``<|vision_end|>`` and the text."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.layouts = model, {}
 
-    def inputs(self, pictures: Tensor, tokens: Tensor) -> dict[str, Tensor]:
-        """Model inputs for ``<|vision_start|> picture <|vision_end|> tokens``."""
-        count, height, width, _ = pictures.shape
-        config = self.model.config
-        grid = torch.tensor([[1, height // PATCH, width // PATCH]], device=pictures.device)
-        squares = int(grid.prod()) // MERGE**2
-        head = [config.vision_start_token_id, *[config.image_token_id] * squares, config.vision_end_token_id]
-        ids = torch.cat([torch.tensor(head, device=tokens.device).expand(count, -1), tokens.clamp(min=0)], dim=1)
-        if (height, width, ids.shape[1]) not in self.layouts:
-            types = (ids[:1] == config.image_token_id).int()
-            positions, _ = self.model.model.get_rope_index(ids[:1], types, image_grid_thw=grid)
-            self.layouts[height, width, ids.shape[1]] = positions
-        return {
-            "input_ids": ids,
-            "position_ids": self.layouts[height, width, ids.shape[1]].expand(3, count, -1),
-            "pixel_values": patches(pictures),
-            "image_grid_thw": grid.expand(count, -1),
-            # Every block attends to its whole picture, so the window order is free: leave the patches where they are.
-            "window_index": torch.arange(count * squares, device=ids.device),
-            "cu_window_seqlens": torch.arange(count + 1, device=ids.device, dtype=torch.int32),
-        }
+    def layout(self, height: int, width: int, device: torch.device) -> Layout:
+        """The layout for pictures of ``height`` and ``width`` pixels; worked out once."""
+        if (height, width) not in self.layouts:
+            config = self.model.config
+            grid = torch.tensor([[1, height // PATCH, width // PATCH]], device=device)
+            squares = int(grid.prod()) // MERGE**2
+            head = [config.vision_start_token_id, *[config.image_token_id] * squares, config.vision_end_token_id]
+            ids = torch.tensor([head + [0] * (MAX_CHARACTERS + 1)], device=device)
+            types = (ids == config.image_token_id).int()
+            positions, _ = self.model.model.get_rope_index(ids, types, image_grid_thw=grid)
+            self.layouts[height, width] = Layout(ids[:, : len(head)], grid, get_vision_position_ids(grid, MERGE), positions)
+        return self.layouts[height, width]
 
     def logits(self, pictures: Tensor, tokens: Tensor) -> Tensor:
-        """float (B, T, vocabulary): the prediction of each of the (B, T) ``tokens`` from those before it."""
-        states = self.model.model(**self.inputs(pictures, tokens)).last_hidden_state
+        """float (B, T, vocabulary): the prediction of each of the (B, T) ``tokens`` from the picture and those before it.
+
+        ``pictures``: uint8 (B, H, W, 3); T is at most ``MAX_CHARACTERS + 1``.
+        """
+        count, height, width, _ = pictures.shape
+        layout = self.layout(height, width, pictures.device)
+        squares = layout.head.shape[1] - 2
+        seen = self.model.model.visual(
+            patches(pictures),
+            grid_thw=layout.grid.expand(count, -1),
+            position_ids=layout.patch_positions.repeat(count, 1),
+            # Every block attends to its whole picture, so the order of windows is free: leave the patches where they are.
+            window_index=torch.arange(count * squares, device=pictures.device),
+            cu_window_seqlens=torch.arange(count + 1, device=pictures.device, dtype=torch.int32),
+        ).pooler_output
+        ids = torch.cat([layout.head.expand(count, -1), tokens.clamp(min=0)], dim=1)
+        states = self.model.get_input_embeddings()(ids)
+        states[:, 1 : squares + 1] = seen.view(count, squares, -1).to(states.dtype)
+        positions = layout.positions[:, :, : ids.shape[1]].expand(-1, count, -1)
+        states = self.model.model.language_model(
+            inputs_embeds=states, position_ids=positions, use_cache=False
+        ).last_hidden_state
         return self.model.lm_head(states[:, -tokens.shape[1] - 1 : -1])
 
     @torch.no_grad()

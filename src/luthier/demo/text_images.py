@@ -33,17 +33,19 @@ class Style:
 PRINT = Style(
     canvases=((32, 96), (32, 128), (32, 160), (48, 128), (48, 160)),
     font_sizes=(13, 24),
-    noise=8.0,
+    noise=10.0,
+    rotation=2.0,
+    blur=0.3,
     light_on_dark=0.3,
 )
-"""Straight and clear, on light or dark paper: what the base learned to read."""
+"""A clean scan, on light or dark paper: what the base learned to read."""
 
 SIGN = Style(
     canvases=((48, 128),),
     font_sizes=(15, 22),
-    noise=30.0,
-    rotation=9.0,
-    blur=0.9,
+    noise=25.0,
+    rotation=8.0,
+    blur=0.8,
     light_on_dark=0.8,
     contrast=(90, 160),
 )
