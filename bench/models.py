@@ -67,9 +67,8 @@ def random_model(
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:
-                setattr(
-                    module, name, nn.Parameter(_random(name, module, parameter.shape, generator, device), requires_grad=False)
-                )
+                values = _random(module, parameter.shape, generator, device)
+                setattr(module, name, nn.Parameter(values, requires_grad=False))
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     for name, buffer in model.named_buffers():
         if buffer.is_meta:  # Gemma's embedding scale

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -327,6 +331,21 @@ def test_lora_linear_is_what_peft_computes():
     a, b = layer.lora_A.default.weight, layer.lora_B.default.weight
     ours = lora_linear_reference(x, layer.base_layer.weight, layer.base_layer.bias, a, b, layer.scaling["default"])
     torch.testing.assert_close(ours, layer(x))
+
+
+SHARED_MEMORY = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227}  # KiB a block may use
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+def test_kernels_compile_for_every_card(capability):
+    """With Triton's own compiler and ptxas, which need no GPU."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(__file__).parent / "compile_kernels.py"), str(capability)]
+    done = subprocess.run(command, env={**environment, "PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    shared = json.loads(done.stdout)
+    assert shared and max(shared.values()) <= SHARED_MEMORY[capability] * 1024
 
 
 def test_powers_and_warps():

@@ -1,0 +1,79 @@
+"""Compile every kernel ahead of time for one GPU architecture, without a GPU: ``python compile_kernels.py 90``.
+
+A process of its own, because Triton decides at import whether it interprets or compiles. Each kernel is built for the
+shapes of a real model; its shared memory is printed so that the test can hold it against what the card has.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from luthier.ops import gated_mlp, linear_cross_entropy, nf4, rms_norm, rotary
+
+
+def kernels(dtype: str) -> dict[str, tuple]:
+    """name -> (kernel, types of its leading arguments, its constants, warps), activations in ``dtype``."""
+    x = f"*{dtype}"
+    norm = {"D": 4096, "BLOCK": 4096, "TILE": 1, "FLAVOUR": 0}
+    head_norm = {"D": 128, "BLOCK": 128, "TILE": 32, "FLAVOUR": 2}
+    table = {"HEADS": 32, "HEAD_BLOCK": 32, "HALF": 64, "HALF_BLOCK": 64, "REST": 0, "REST_BLOCK": 1, "INTERLEAVED": False}
+    partial = {**table, "HALF": 48, "REST": 32, "REST_BLOCK": 32, "INTERLEAVED": True}
+    forward = [x, x, x, "i32", "i64", "i64", "fp32"]
+    backward = [x, x, x, x, x, "*fp32", "i32", "i64", "i64", "i64", "i64", "fp32"]
+    rotation = [x, x, x, x, "i32", *["i64"] * 12]
+    weights = ["*fp32", "*fp32", "*fp32", "*fp32", x, "i32", "i32", "i64"]
+    blocks = {"SIZE": 64, "BLOCKS": 32}
+    head = [x, "*i64", "*fp32", "i64", "fp32", "fp32"]
+    return {
+        "norm": (rms_norm._norm_forward, forward, norm, 16),
+        "norm of heads": (rms_norm._norm_forward, forward, head_norm, 16),
+        "norm backward": (rms_norm._norm_backward, backward, {**norm, "RESIDUAL": True, "WEIGHT": False}, 16),
+        "norm of heads backward": (rms_norm._norm_backward, backward, {**head_norm, "RESIDUAL": False, "WEIGHT": True}, 16),
+        "rotary": (rotary._rotary_kernel, rotation, {**table, "INVERSE": False}, 8),
+        "rotary, part of a head": (rotary._rotary_kernel, rotation, {**partial, "INVERSE": True}, 8),
+        **{
+            f"{kind} {name}": (kernel, [x] * 3 + ["i32"] + ["i64"] * 3, {"KIND": number, "BLOCK": 1024}, 4)
+            for number, kind in enumerate(gated_mlp.KINDS)
+            for name, kernel in (("forward", gated_mlp._gated_forward), ("backward", gated_mlp._gated_backward))
+        },
+        "nf4": (
+            nf4._nf4_kernel,
+            ["*u8", "*u8", *scales, "*fp32", x, "i32", "i32", "i64"],
+            {"NESTED": 256, "WHOLE": True} | blocks,
+            4,
+        ),
+        "nf4, plain scales": (
+            nf4._nf4_kernel,
+            ["*u8", "*fp32", *scales, "*fp32", x, "i32", "i32", "i64"],
+            {"NESTED": 0, "WHOLE": False} | blocks,
+            4,
+        ),
+        "cross-entropy": (linear_cross_entropy._cross_entropy_kernel, head, {"V": 128256, "BLOCK": 8192, "CAPPED": True}, 16),
+    }
+
+
+def build(kernel, types: list[str], constants: dict, warps: int, target: GPUTarget) -> int:
+    """Bytes of shared memory that the compiled kernel uses."""
+    names = kernel.arg_names
+    signature = dict(zip(names, types, strict=False)) | {name: "constexpr" for name in constants}
+    assert set(signature) == set(names), f"{sorted(set(names) ^ set(signature))} of {names}"
+    constexprs = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature, constexprs)
+    return triton.compile(source, target=target, options={"num_warps": warps}).metadata.shared
+
+
+def main(capability: int) -> None:
+    target, result = GPUTarget("cuda", capability, 32), {}
+    for dtype in ("fp16",) if capability < 80 else ("fp16", "bf16"):
+        for name, arguments in kernels(dtype).items():
+            result[f"{name}, {dtype}"] = build(*arguments, target)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
