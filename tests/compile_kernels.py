@@ -41,18 +41,8 @@ def kernels(dtype: str) -> dict[str, tuple]:
             for number, kind in enumerate(gated_mlp.KINDS)
             for name, kernel in (("forward", gated_mlp._gated_forward), ("backward", gated_mlp._gated_backward))
         },
-        "nf4": (
-            nf4._nf4_kernel,
-            ["*u8", "*u8", *scales, "*fp32", x, "i32", "i32", "i64"],
-            {"NESTED": 256, "WHOLE": True} | blocks,
-            4,
-        ),
-        "nf4, plain scales": (
-            nf4._nf4_kernel,
-            ["*u8", "*fp32", *scales, "*fp32", x, "i32", "i32", "i64"],
-            {"NESTED": 0, "WHOLE": False} | blocks,
-            4,
-        ),
+        "nf4": (nf4._nf4_kernel, ["*u8", "*u8", *weights], {"NESTED": 256, "WHOLE": True, **blocks}, 4),
+        "nf4, plain scales": (nf4._nf4_kernel, ["*u8", "*fp32", *weights], {"NESTED": 0, "WHOLE": False, **blocks}, 4),
         "cross-entropy": (linear_cross_entropy._cross_entropy_kernel, head, {"V": 128256, "BLOCK": 8192, "CAPPED": True}, 16),
     }
 
