@@ -7,11 +7,12 @@ a Python list, is left out there.
 
 import functools
 import json
+import urllib.request
 import warnings
 from pathlib import Path
 
 import pytest
-from tiny import tiny_tokenizer
+from tiny import save_tiny, tiny_tokenizer
 
 from luthier.data import chat
 from luthier.data.chat import CHAT_TEMPLATES, TABLE, get_chat_template, strip_generation_marks, template_parts
@@ -526,6 +527,48 @@ def test_stripped_templates_render_the_same_bytes(name):
         except ValueError:
             continue
         assert render(plain, case["messages"], case.get("tools"), **settings) == expected
+
+
+# ---- llama.cpp, which renders the exported template with a jinja of its own
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory):
+    pytest.importorskip("xllamacpp")
+    from luthier.gguf import convert_to_gguf
+
+    place = tmp_path_factory.mktemp("gguf")
+    return convert_to_gguf(save_tiny("llama3", place / "model"), place / "model.gguf", "f16")[0]
+
+
+def in_llama_cpp(gguf: Path, jinja: str, messages: list[dict], **settings) -> str:
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path, params.chat_template, params.use_jinja = str(gguf), jinja, True
+    params.n_ctx, params.cpuparams.n_threads, params.warmup, params.port = 64, 1, False, 0
+    server = xllamacpp.Server(params)
+    body = json.dumps({"messages": messages, "chat_template_kwargs": settings}).encode()
+    request = urllib.request.Request(server.listening_address + "/apply-template", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.load(answer)["prompt"]
+
+
+@pytest.mark.parametrize("name", sorted({template.file or template.name for template in TABLE}))
+def test_llama_cpp_renders_the_same(name, gguf):
+    plain = unmarked(name)
+    settings = {"enable_thinking": False, "date_string": "1 Jan 2025"}
+    tokens = {"bos_token": "<|bos|>", "eos_token": "<|endoftext|>"}  # those of the file
+    messages = CONVERSATIONS["prompt after turns"]["messages"][1:]
+    expected = render(plain, messages, add_generation_prompt=True, **tokens, **settings)
+    prompt = in_llama_cpp(gguf, plain.chat_template, messages, **settings)
+    assert prompt.removeprefix("<|bos|>") == expected.removeprefix("<|bos|>")  # which it adds itself
+
+
+def test_llama_cpp_knows_what_goes_before_a_template(gguf):
+    tokenizer = get_chat_template(tokenizer_with(), "qwen-2.5", mapping=SHAREGPT, system_message='It\'s "so"\n\\n 🎻')
+    expected = render(tokenizer, [USER], add_generation_prompt=True)
+    assert in_llama_cpp(gguf, strip_generation_marks(tokenizer.chat_template), [USER]) == expected
 
 
 # ---- documentation

@@ -270,7 +270,7 @@ def _with_system(jinja: str, template: ChatTemplate, system_message: str) -> str
             f"The chat template {template.name!r} has no place for a system message (its owner's refuses one), so "
             f"system_message={system_message!r} cannot be shown. Leave it out, or put it into the first question."
         )
-    system = f"{{'role': 'system', 'content': {ascii(system_message)}}}"
+    system = f"{{'role': 'system', 'content': {_literal(system_message)}}}"
     return (
         "{%- if not messages or messages[0].role not in ['system', 'developer'] -%}"
         f"{{%- set messages = [{system}] + messages -%}}"
@@ -284,18 +284,25 @@ def _with_mapping(jinja: str, mapping: Mapping[str, str]) -> str:
     for key in mapping:
         if key not in usual:
             raise unknown("key in mapping", key, usual, "A mapping goes from the usual name to that in the data.")
-    role, content = ascii(mapping.get("role", "role")), ascii(mapping.get("content", "content"))
-    roles = {mapping[name]: name for name in usual[2:] if name in mapping}
+    role, content = _literal(mapping.get("role", "role")), _literal(mapping.get("content", "content"))
+    roles = ", ".join(f"{_literal(mapping[name])}: {_literal(name)}" for name in usual[2:] if name in mapping)
     return (
         "{%- set renamed = namespace(messages=[]) -%}"
         "{%- for message in messages -%}"
         f"{{%- set role = message[{role}] if {role} in message else message.role -%}}"
         f"{{%- set content = message[{content}] if {content} in message else message.content -%}}"
-        f"{{%- set named = dict(message, role={ascii(roles)}.get(role, role), content=content) -%}}"
+        f"{{%- set named = dict(message, role={{{roles}}}.get(role, role), content=content) -%}}"
         "{%- set renamed.messages = renamed.messages + [named] -%}"
         "{%- endfor -%}"
         "{%- set messages = renamed.messages -%}" + jinja
     )
+
+
+def _literal(text: str) -> str:
+    """A jinja string, with no other escapes than every jinja knows (llama.cpp's has no \\u)."""
+    for character, escape in (("\\", "\\\\"), ("'", "\\'"), ("\n", "\\n"), ("\r", "\\r"), ("\t", "\\t")):
+        text = text.replace(character, escape)
+    return f"'{text}'"
 
 
 def _with_stop(jinja: str, template: ChatTemplate, tokenizer: Any, map_eos_token: bool) -> str:
@@ -316,7 +323,7 @@ def _with_stop(jinja: str, template: ChatTemplate, tokenizer: Any, map_eos_token
     if _is_token(tokenizer, stop):
         if map_eos_token:
             if "eos_token" in jinja and template.own_jinja is None:  # Phi closes a text with the owner's, whatever stops
-                jinja = f"{{%- set eos_token = {ascii(_closing(tokenizer, stop))} -%}}" + jinja
+                jinja = f"{{%- set eos_token = {_literal(_closing(tokenizer, stop))} -%}}" + jinja
             _set_eos(tokenizer, stop)
         return jinja
     pieces = len(tokenizer(stop, add_special_tokens=False)["input_ids"])
