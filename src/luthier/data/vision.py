@@ -109,20 +109,21 @@ class VisionDataCollator:
         image_root: str | Path | None = None,
     ) -> None:
         if getattr(processor, "image_processor", None) is None:
-            raise TypeError(
-                f"VisionDataCollator needs the processor that FastVisionModel returned, not {type(processor).__name__}"
-            )
+            raise TypeError(f"processor must be what FastVisionModel.from_pretrained gave, not {type(processor).__name__}")
         if too_long not in TOO_LONG_POLICIES:
             raise unknown("too_long", too_long, TOO_LONG_POLICIES)
+        if max_seq_length is not None and max_seq_length < 2:
+            raise ValueError(f"max_seq_length is {max_seq_length}: it must be at least 2 tokens, or None for the model's")
         check_resize(resize)
         loaded = getattr(model, "luthier", None)
-        self.max_seq_length = max_seq_length or (loaded and loaded.max_seq_length)
+        self.max_seq_length = max_seq_length or (loaded.max_seq_length if loaded else None)
         self.processor, self.formatting_func, self.resize = processor, formatting_func, resize
         self.ignore_index, self.pad_to_multiple_of, self.too_long = ignore_index, pad_to_multiple_of, too_long
         self.responses_only = train_on_responses_only or response_part is not None or instruction_part is not None
         self.completion_only_loss = completion_only_loss
         self.mask = ResponseMask(processor, instruction_part, response_part) if instruction_part or response_part else None
         self.side = default_side(model.config)
+        self.one_kind = model.config.model_type == "mllama"  # cross-attention: all rows of a batch have pictures, or none
         self.vision_tokens = _vision_tokens(model.config, processor)
         self.image_root = Path(image_root) if image_root is not None else None
         self.dropped: Counter[str] = Counter()
@@ -201,7 +202,7 @@ class VisionDataCollator:
     def _process(self, examples: list[Example]) -> tuple[BatchFeature, list[Tokens]]:
         """What the processor makes of the examples, unpadded, and their tokens."""
         images = [example.images for example in examples]
-        if any(images) and not all(images) and self.processor.__class__.__name__ == "MllamaProcessor":
+        if self.one_kind and any(images) and not all(images):
             raise UnsupportedError(
                 "Llama 3.2 Vision cannot mix rows with and without images in a batch: train on one kind, or with batch size 1"
             )

@@ -192,7 +192,7 @@ def _answer(
         padding_side="left",
         add_special_tokens=not (bos and texts[0].startswith(bos)),
         return_tensors="pt",
-    ).to(model.device)
+    ).to(model.device, model.dtype)
     generated = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     new = generated[:, inputs["input_ids"].shape[1] :].tolist()
     stops = model.generation_config.eos_token_id
