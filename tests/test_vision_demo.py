@@ -74,5 +74,5 @@ def test_the_demo_goes_from_pictures_to_a_merged_model(base, tmp_path, monkeypat
     monkeypatch.setattr(vision, "HELD_OUT", 4)
     monkeypatch.setitem(vision.SMALL, "max_steps", 2)
     rates = vision.run(tmp_path / "out")
-    assert set(rates) == {"before", "after", "merged"}
+    assert set(rates) == {"base", "adapter", "merged, in plain transformers"}
     assert (tmp_path / "out/merged_16bit/model.safetensors").exists()

@@ -29,23 +29,23 @@ LARGE = {"learning_rate": 2e-4, "max_steps": 60, "per_device_train_batch_size": 
 
 
 def run(output: str | Path = "outputs/demo-vision", model: str | None = None) -> dict[str, float]:
-    """Fine-tune the embedded base, or ``model``; gives the word error rates "before", "after" and "merged"."""
+    """Fine-tune the embedded base, or ``model``; gives the word error rate on held-out signs, by stage."""
     output = Path(output)
     base = model or str(BASE)
-
-    # 1. Signs and what is written on them: pictures and rows as a user would have them
     train = write_rows(output / "data", "train", ROWS, SEED)
     test = write_rows(output / "data", "test", HELD_OUT, SEED + 1)
     signs = read_dataset(test)
+    reports: dict[str, OCRReport] = {}
 
-    def score(model, processor) -> OCRReport:
+    def read(model, processor) -> OCRReport:
         return ocr(model, processor, signs, max_new_tokens=24, batch_size=25, image_root=test.parent)
 
-    # 2. What the base makes of them
-    say(f"Reading {HELD_OUT} signs with {base}, in NF4")
-    before = score(*FastVisionModel.from_pretrained(base, max_seq_length=256))
+    # 1. What the base can do, in NF4
+    say(f"1. {base} reads {HELD_OUT} signs")
+    reports["base"] = read(*FastVisionModel.from_pretrained(base, max_seq_length=256))
 
-    # 3. The same run as `luthier vision` makes of a recipe
+    # 2. The same run as `luthier vision` makes of a recipe
+    say(f"2. It is fine-tuned on {ROWS} other signs")
     recipe = VisionRecipe(
         model=base,
         data=str(train),
@@ -59,17 +59,17 @@ def run(output: str | Path = "outputs/demo-vision", model: str | None = None) ->
     )
     written = vision.run(recipe)
 
-    # 4. The adapter over the base, then the merged model in plain transformers
-    after = score(*FastVisionModel.from_pretrained(str(written["adapter"]), max_seq_length=256))
-    merged = score(
-        AutoModelForImageTextToText.from_pretrained(written["merged_16bit"], device_map="auto"),
+    # 3. What was written, each read back: the adapter, and the merged model in plain transformers
+    say("3. What was written is read back")
+    reports["adapter"] = read(*FastVisionModel.from_pretrained(str(written["adapter"]), max_seq_length=256))
+    reports["merged, in plain transformers"] = read(
+        AutoModelForImageTextToText.from_pretrained(written["merged_16bit"], dtype="auto", device_map="auto"),
         AutoProcessor.from_pretrained(written["merged_16bit"]),
     )
-    reports = {"before": before, "after": after, "merged": merged}
+
+    example = reports["base"].samples[0].reference
     rows = [(name, f"{report.wer:.0%}", f"{report.cer:.0%}", report.samples[0].answer) for name, report in reports.items()]
-    table(
-        f"Reading {HELD_OUT} held-out signs", ("", "word errors", "character errors", f"{before.samples[0].reference!r}"), rows
-    )
+    table("Held-out signs", ("model", "word errors", "character errors", f"reads {example!r} as"), rows)
     for kind, path in {"data": test.parent, **written}.items():
         say(f"{kind}: {path}")
     return {name: report.wer for name, report in reports.items()}
