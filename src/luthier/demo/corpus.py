@@ -9,14 +9,13 @@ from __future__ import annotations
 import ast
 import builtins
 import keyword
+import pydoc_data.topics
 import random
 import re
 import sysconfig
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-
-import pydoc_data.topics
 
 IDENTIFIER = re.compile(r"\b[A-Za-z_][A-Za-z_0-9]{2,}\b")
 KEPT_WORDS = {*keyword.kwlist, *dir(builtins), "self", "cls"}

@@ -65,8 +65,11 @@ def locate(
     cache_dir: str | Path | None = None,
     force_download: bool = False,
     local_files_only: bool = False,
+    with_weights: bool = True,
 ) -> Path:
     """The directory of a local checkpoint, or of the downloaded (or cached) files of a Hub repository.
+
+    ``with_weights=False`` downloads config and tokenizer alone.
 
     Raises ``FileNotFoundError`` for a name that is neither, ``NotADirectoryError`` for a file, ``PermissionError`` for a
     gated or private repository, ``ConnectionError`` when a Hub name is not in the local cache and the Hub is out of reach.
@@ -85,7 +88,7 @@ def locate(
     options = {"revision": revision, "token": token, "cache_dir": cache_dir}
     options |= {"force_download": force_download, "local_files_only": local_files_only}
     directory = _download(str(name), SMALL_FILES, options)
-    weights = _weight_names(directory)
+    weights = _weight_names(directory) if with_weights else []
     return _download(str(name), weights, options) if weights else directory
 
 

@@ -1,0 +1,62 @@
+"""``--dry-run``: everything that can be wrong with a recipe, its rows and its memory, without loading weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from luthier.config import GRPORecipe, SFTRecipe, TrainRecipe
+from luthier.data.prepare import prepare_chat
+from luthier.data.read import read_dataset
+from luthier.gguf.convert import output_paths
+from luthier.model import memory
+from luthier.rl.prompts import check_prompts
+from luthier.rl.rewards import load_reward
+from luthier.terminal import table
+from luthier.training.arguments import TrainingArguments
+from luthier.training.grpo import GRPOConfig
+from luthier.workflows.common import newest_checkpoint, training_arguments
+from luthier.workflows.inspect import config_of, tokenizer_of
+
+
+def dry_run(recipe: TrainRecipe) -> dict[str, Any]:
+    """Check the recipe as the run would; shows and gives the ledger of its rows (SFT) and the estimate of its memory."""
+    recipe.require("model", "data")
+    newest_checkpoint(recipe)
+    training_arguments(recipe, GRPOConfig if isinstance(recipe, GRPORecipe) else TrainingArguments)
+    if recipe.gguf:
+        output_paths(recipe.output, "model", recipe.gguf)
+    rows = read_dataset(recipe.data, recipe.split)
+    result: dict[str, Any] = {"rows": len(rows)}
+    hub = {"revision": recipe.revision} if recipe.revision else {}
+    config = config_of(recipe.model, recipe.trust_remote_code, **hub)
+
+    if isinstance(recipe, SFTRecipe):
+        tokenizer = tokenizer_of(recipe.model, recipe.chat_template, **hub)
+        _, ledger = prepare_chat(rows, tokenizer, recipe.max_seq_length, recipe.train_on, recipe.too_long)
+        ledger.table(f"Data: {recipe.data}")
+        result["ledger"] = ledger.to_dict()
+    if isinstance(recipe, GRPORecipe):
+        recipe.require("rewards")
+        check_prompts(rows)
+        result["rewards"] = [load_reward(reference).__name__ for reference in recipe.rewards]
+
+    estimate = memory.estimate(
+        config,
+        precision=_precision(recipe),
+        r=recipe.r,
+        target_modules=recipe.target_modules,
+        modules_to_save=recipe.modules_to_save,
+        batch_tokens=recipe.max_seq_length * recipe.per_device_train_batch_size,
+        use_gradient_checkpointing=recipe.checkpointing(),
+        memory_budget=recipe.memory_budget,
+        optim=recipe.optim,
+    )
+    table("Memory on the device", ("what", "size"), estimate.rows())
+    result["memory"] = estimate.to_dict()
+    return result
+
+
+def _precision(recipe: TrainRecipe) -> str:
+    chosen = {"full": recipe.full_finetuning, "16bit": recipe.load_in_16bit, "int8": recipe.load_in_8bit}
+    return next((name for name, on in chosen.items() if on), "nf4")
+

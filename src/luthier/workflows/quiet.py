@@ -1,0 +1,20 @@
+"""Libraries that talk over a command's own output, told to be quiet."""
+
+from __future__ import annotations
+
+import logging
+
+import datasets
+import transformers
+
+from luthier.model.torchvision_repair import repair_torchvision
+
+
+def quiet_libraries() -> None:
+    """Errors only; progress bars of loading and tokenising off."""
+    repair_torchvision()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    for name in ("bitsandbytes", "httpx", "huggingface_hub", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)
