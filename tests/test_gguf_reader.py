@@ -76,6 +76,15 @@ def test_a_tensor_that_never_arrives_is_an_error(tmp_path):
             pass
 
 
+def test_a_disk_that_loses_a_byte_is_found(tmp_path):
+    with pytest.raises(OSError, match="does not give back late as it was written"):
+        with GGUFWriter(tmp_path / "x.gguf", plan({}, [TensorInfo("late", (1, 8), F32)])) as writer:
+            writer.write("late", torch.ones(1, 32, dtype=torch.uint8))
+            with open(tmp_path / "x.gguf", "r+b") as file:
+                file.seek(-1, 2)
+                file.write(b"\0")
+
+
 def test_offsets_beyond_32_bits(tmp_path):
     """A sparse file of 6 GB: only the small tensors, which stand behind the large ones, are written."""
     path = tmp_path / "x.gguf"
@@ -114,9 +123,9 @@ def write_sparse(config, directory, weights, path):
     """Like ``write_gguf`` in f32, but zeros stay holes."""
     original = GGUFWriter._write
 
-    def skip_zeros(self, offset, data):
+    def skip_zeros(self, what, offset, data):
         if len(data) < 1 << 20 or np.frombuffer(data, np.uint8).any():
-            original(self, offset, data)
+            original(self, what, offset, data)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GGUFWriter, "_write", skip_zeros)

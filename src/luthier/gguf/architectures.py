@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from luthier.errors import UnsupportedError
 
@@ -190,17 +191,18 @@ ARCHITECTURES = {
 
 def find(config: object) -> Architecture:
     """The row of a configuration, or an ``UnsupportedError`` that says what is not covered, before any work is done."""
-    classes = getattr(config, "architectures", None) or ["none"]
-    row = ARCHITECTURES.get(classes[0])
+    named = getattr(config, "architectures", None) or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)]
+    name = named[0] or config.model_type
+    row = ARCHITECTURES.get(name)
     if row is None:
         raise UnsupportedError(
-            f"GGUF export does not cover the architecture {classes[0]}. Covered: {', '.join(ARCHITECTURES)}. "
+            f"GGUF export does not cover the architecture {name}. Covered: {', '.join(ARCHITECTURES)}. "
             "Save with save_pretrained_merged instead."
         )
     broken = [what for what, holds in row.fixed if not holds(config)]
     if broken:
         raise UnsupportedError(
-            f"llama.cpp computes {classes[0]} in one way only and this checkpoint differs: {'; '.join(broken)}. "
+            f"llama.cpp computes {name} in one way only and this checkpoint differs: {'; '.join(broken)}. "
             "Its GGUF file would give wrong answers. Save with save_pretrained_merged instead."
         )
     return row

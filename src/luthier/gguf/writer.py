@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import struct
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from luthier.gguf.types import TensorType
 MAGIC = b"GGUF"
 VERSION = 3
 ALIGNMENT = 32
+READ_BACK = 1 << 24  # bytes at a time
 
 # value type ids of the format
 UINT8, INT8, UINT16, INT16, UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY, UINT64, INT64, FLOAT64 = range(13)
@@ -97,27 +99,32 @@ def plan(metadata: Mapping[str, Value], tensors: Sequence[TensorInfo]) -> Layout
 class GGUFWriter:
     """Write a planned file: ``with GGUFWriter(path, layout) as writer: writer.write(name, rows)``.
 
-    Leaving the block normally checks that every byte of every tensor was written.
+    Leaving the block normally checks that every byte of every tensor was written, and reads it back: ``ValueError`` for a
+    tensor that did not arrive, ``OSError`` for bytes that the disk does not give back as they were written.
     """
 
     def __init__(self, path: str | Path, layout: Layout) -> None:
         self.layout = layout
         self._missing = {name: info.size for name, info in layout.tensors.items()}
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+        self._written: list[tuple[str, int, int, int]] = []  # what, offset, size, checksum
+        self._path = path
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         os.truncate(self._file, 0)
         os.truncate(self._file, layout.size)
-        self._write(0, layout.header)
+        self._write("the header", 0, layout.header)
 
     def write(self, name: str, data: torch.Tensor, first_row: int = 0) -> None:
         """Write encoded rows, uint8 ``[rows, bytes of a row]``, of the tensor ``name`` from row ``first_row`` on."""
         info = self.layout.tensors[name]
         rows, width = data.shape
         assert width == info.row_bytes and first_row + rows <= info.rows, (info, data.shape, first_row)
-        self._write(len(self.layout.header) + info.offset + first_row * width, memoryview(data.contiguous().numpy()).cast("B"))
+        place = len(self.layout.header) + info.offset + first_row * width
+        self._write(name, place, memoryview(data.contiguous().numpy()).cast("B"))
         self._missing[name] -= rows * width
 
-    def _write(self, offset: int, data: bytes | memoryview) -> None:
+    def _write(self, what: str, offset: int, data: bytes | memoryview) -> None:
         view = memoryview(data)
+        self._written.append((what, offset, len(view), zlib.crc32(view)))
         while view:
             done = os.pwrite(self._file, view[: 1 << 30], offset)
             offset, view = offset + done, view[done:]
@@ -126,10 +133,22 @@ class GGUFWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        os.close(self._file)
+        try:
+            if kind is None:
+                self._check()
+        finally:
+            os.close(self._file)
+
+    def _check(self) -> None:
         unfinished = [name for name, size in self._missing.items() if size]
-        if kind is None and unfinished:
+        if unfinished:
             raise ValueError(f"These tensors were announced but did not arrive whole: {', '.join(unfinished[:5])}.")
+        for what, offset, size, checksum in self._written:
+            found = 0
+            for place in range(offset, offset + size, READ_BACK):
+                found = zlib.crc32(os.pread(self._file, min(READ_BACK, offset + size - place), place), found)
+            if found != checksum:
+                raise OSError(f"{self._path}: the disk does not give back {what} as it was written. Try another disk.")
 
 
 def _aligned(size: int) -> int:

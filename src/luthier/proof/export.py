@@ -1,0 +1,401 @@
+"""The proof of export: a GGUF file, read back and computed, says what the trained model says.
+
+The file is computed by `GGUFModel` and its tokenizer rebuilt by `GGUFTokenizer`, both from the file alone, and compared
+with transformers' model and tokenizer: logits, tokens, template, stop tokens; weights, where a directory is compared with.
+The result stands beside the file as ``<file>.proof.json``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import tempfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from luthier.data.chat import strip_generation_marks
+from luthier.data.render import render
+from luthier.files import atomic_file, make_directory
+from luthier.gguf import architectures, convert
+from luthier.gguf.chat import load_tokenizer, stop_tokens
+from luthier.gguf.convert import output_paths, plan_tensors, read_config
+from luthier.gguf.dequantize import dequantize, load_tensor
+from luthier.gguf.imatrix import read_importance
+from luthier.gguf.metadata import metadata, rope_tensors
+from luthier.gguf.quantize import encode
+from luthier.gguf.reader import GGUFFile
+from luthier.gguf.source import CheckpointSource, TensorSource
+from luthier.gguf.types import FILE_TYPES
+from luthier.model import gguf_export
+from luthier.model.load import load_model
+from luthier.model.merge import Base, Merge
+from luthier.model.save import save_adapter
+from luthier.proof.gguf_model import GGUFModel
+from luthier.proof.gguf_tokenizer import GGUFTokenizer
+from luthier.terminal import table
+
+LONGEST = 128  # tokens of a prompt
+TEXTS = (
+    "A luthier builds and repairs lutes, violins and guitars; the word comes from the French for lute.",
+    "def area(radius):\n    return 3.14159 * radius ** 2\n\nprint(area(2))  # 12.56636\n",
+    "In 1644 the workshop sold 27 instruments, at 1,250 lire each; what did it earn, less 15% for wood?",
+    "Die Straße führt über die Brücke. ¿Qué hora es? 你好,世界。Привет, мир! 🎻",
+    "  two spaces,\ttab,\n\nblank line; it's we'll they've DON'T\r\n",
+)
+QUESTIONS = ("What does a luthier do?", "Name three instruments with strings.")
+
+# file type -> KL divergence from the trained model that is still allowed, mean over positions, in nats. Five times what the
+# embedded base model of 7 million parameters loses (docs/gguf.md): larger models lose less.
+THRESHOLDS = {
+    "f32": 1e-8, "f16": 1e-4, "bf16": 2e-3, "q8_0": 1e-3, "q6_k": 8e-3, "q5_k_m": 0.02, "q5_k_s": 0.02, "q4_k_m": 0.06,
+    "q4_k_s": 0.07, "q3_k_l": 0.17, "q3_k_m": 0.2, "q3_k_s": 0.36, "q2_k": 0.9, "q2_k_s": 1.5, "q5_1": 0.025, "q5_0": 0.03,
+    "q4_1": 0.1, "q4_0": 0.12,
+}  # fmt: skip
+F32_GAP = 1e-4  # largest difference of a logit, as a share of the largest logit, in an F32 file
+ROUGH_REFERENCE = 5e-3  # what a reference in 16 bits adds to the divergence
+DAMAGE = 0.05  # fewer blocks than this differ: not another rounding of the weights, but damage
+SPACES = "llama.cpp puts a space behind special tokens where the tokenizer puts none"
+WORSE = 1.5  # times the error of a plain quantisation
+
+
+class ExportProofError(RuntimeError):
+    """An exported file does not say what the model says."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the trained model says: prompts as token ids, and its logits float32 ``[length, vocabulary]`` for each."""
+
+    config: Any
+    tokenizer: Any
+    template: str | None
+    sequences: list[list[int]]
+    logits: list[torch.Tensor]
+    exact: bool  # computed in 32 bits
+
+
+@dataclass
+class Proof:
+    """The outcome of one file's proof; ``failures`` is empty where it holds."""
+
+    file: str
+    file_type: str
+    divergence: float = 0.0
+    allowed_divergence: float = 0.0
+    largest_gap: float = 0.0
+    top1_agreement: float = 0.0
+    positions: int = 0
+    texts: int = 0
+    stop_tokens: list[str] = field(default_factory=list)
+    weights: str = "not compared"
+    notes: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    checksums: dict[str, int] = field(default_factory=dict)  # CRC-32 of the header and of every tensor
+
+    def show(self) -> None:
+        """Print a table of what was compared."""
+        rows = [
+            ("divergence (KL)", f"{self.divergence:.2e}, allowed {self.allowed_divergence:.0e}"),
+            ("largest logit gap", f"{self.largest_gap:.2e}"),
+            ("same first choice", f"{self.top1_agreement:.1%} of {self.positions} positions"),
+            ("weights", self.weights),
+            ("tokens", f"equal in {self.texts} texts"),
+            ("stop tokens", " ".join(self.stop_tokens)),
+            *(("note", note) for note in self.notes),
+            *(("FAILED", failure) for failure in self.failures),
+        ]
+        table(f"Proof of {self.file}", ["what", "result"], rows)
+
+
+def reference_of(model: Any, tokenizer: Any, prompts: Sequence[str] | None = None) -> Reference:
+    """What ``model`` says to ``prompts``, by default a few texts and questions in its chat template."""
+    tokenizer = load_tokenizer(tokenizer)
+    texts = list(prompts) if prompts else [*TEXTS, *_conversations(tokenizer)]
+    sequences = [ids for text in texts if (ids := tokenizer(text, add_special_tokens=False)["input_ids"][:LONGEST])]
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        logits = [model(torch.tensor([ids], device=device)).logits[0].float().cpu() for ids in sequences]
+    model.train(training)
+    exact = all(parameter.dtype == torch.float32 for parameter in model.parameters() if parameter.is_floating_point())
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
+    return Reference(model.config, tokenizer, template, sequences, logits, exact)
+
+
+def prove(path: str | Path, reference: Reference) -> Proof:
+    """Compare the file with what the trained model says; never raises for a difference, see ``Proof.failures``.
+
+    ``ValueError`` for a file that cannot be read, ``UnsupportedError`` for one of an architecture without a graph.
+    """
+    file = GGUFFile(path)
+    ids = {kind.id: name for name, kind in FILE_TYPES.items()}
+    proof = Proof(Path(path).name, ids.get(file.metadata.get("general.file_type"), "unknown"))
+    proof.checksums = checksums(file)
+    _compare_numbers(file, reference.config, proof)
+    _compare_logits(file, reference, proof)
+    _compare_tokens(file, reference.tokenizer, proof)
+    _compare_chat(file, reference, proof)
+    return proof
+
+
+def verify(
+    path: str | Path,
+    against: str | Path,
+    prompts: Sequence[str] | None = None,
+    imatrix: str | Path | Mapping[str, torch.Tensor] | None = None,
+) -> Proof:
+    """Compare any GGUF file with the model in the directory ``against``: everything `prove` does, and every weight."""
+    config = read_config(against)
+    file = GGUFFile(path)
+    source = CheckpointSource(against)
+    model = AutoModelForCausalLM.from_pretrained(against, dtype=_dtype_that_fits(source), local_files_only=True)
+    proof = prove(path, reference_of(model, against, prompts))
+    proof.failures += stored_damage(file)
+    compare_weights(file, config, source, proof, imatrix)
+    return proof
+
+
+def require(proof: Proof) -> None:
+    """Show the proof; ``ExportProofError`` where it does not hold."""
+    proof.show()
+    if proof.failures:
+        raise ExportProofError(f"{proof.file} does not say what the model says: {'; '.join(proof.failures)}.")
+
+
+def write_proof(path: str | Path, proof: Proof) -> Path:
+    """Write ``<path>.proof.json``."""
+    target = Path(f"{path}.proof.json")
+    with atomic_file(target) as place:
+        place.write_text(json.dumps(asdict(proof), indent=1), encoding="utf8")
+    return target
+
+
+def checksums(file: GGUFFile) -> dict[str, int]:
+    """CRC-32 of every tensor, and of the header under the empty name."""
+    header = zlib.crc32(b"".join(key.encode() + value.data for key, value in file.encoded.items()))
+    return {"": header} | {name: zlib.crc32(file.data(name)) for name in file.tensors}
+
+
+def stored_damage(file: GGUFFile) -> list[str]:
+    """What has changed in a file since the proof beside it was written."""
+    beside = Path(f"{file.path}.proof.json")
+    if not beside.is_file():
+        return []
+    stored, found = json.loads(beside.read_text("utf8"))["checksums"], checksums(file)
+    changed = [name or "its metadata" for name in found if stored.get(name) != found[name]]
+    return [f"changed since its proof was written: {', '.join(changed[:5])}"] if changed else []
+
+
+def _conversations(tokenizer: Any) -> list[str]:
+    if not tokenizer.chat_template:
+        return []
+    return [render(tokenizer, [{"role": "user", "content": text}], add_generation_prompt=True) for text in QUESTIONS]
+
+
+def _dtype_that_fits(source: CheckpointSource) -> torch.dtype:
+    """32 bits for a model of up to two billion weights."""
+    return torch.float32 if sum(torch.Size(shape).numel() for shape in source.shapes.values()) < 2e9 else torch.bfloat16
+
+
+def _compare_numbers(file: GGUFFile, config: Any, proof: Proof) -> None:
+    """The sizes, norms and rotary embedding that the file names, and the tensors computed from them."""
+    wanted = metadata(architectures.find(config), config, "")
+    for key, value in wanted.items():
+        found = file.metadata.get(key, value)
+        if not key.endswith("context_length") and found != value and not _close(found, value):
+            proof.failures.append(f"{key} is {found} in the file and {value} in the model")
+    for name, tensor in rope_tensors(config).items():
+        if name not in file.tensors or not torch.allclose(load_tensor(file, name), tensor, rtol=1e-5):
+            proof.failures.append(f"{name} is not the model's")
+
+
+def _close(found: Any, wanted: Any) -> bool:
+    return isinstance(found, int | float) and isinstance(wanted, int | float) and math.isclose(found, wanted, rel_tol=1e-6)
+
+
+def _compare_logits(file: GGUFFile, reference: Reference, proof: Proof) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = GGUFModel(file, device).logits(reference.sequences)
+    pairs = [(wanted, got[:, : wanted.shape[-1]]) for wanted, got in zip(reference.logits, found, strict=True)]
+    proof.positions = sum(len(wanted) for wanted, _ in pairs)
+    proof.divergence = sum(_divergence(*pair) * len(pair[0]) for pair in pairs) / proof.positions
+    proof.largest_gap = max(float((wanted - got).abs().max()) for wanted, got in pairs)
+    same = sum(int((wanted.argmax(-1) == got.argmax(-1)).sum()) for wanted, got in pairs)
+    proof.top1_agreement = same / proof.positions
+    proof.allowed_divergence = THRESHOLDS.get(proof.file_type, THRESHOLDS["q2_k_s"])
+    if not reference.exact:
+        proof.allowed_divergence += ROUGH_REFERENCE
+        proof.notes.append("the model was computed in 16 bits")
+    if not proof.divergence <= proof.allowed_divergence:
+        proof.failures.append(f"its logits diverge by {proof.divergence:.2e}, allowed {proof.allowed_divergence:.0e}")
+    largest = max(float(wanted.abs().max()) for wanted, _ in pairs)
+    if proof.file_type == "f32" and reference.exact and not proof.largest_gap <= F32_GAP * max(1.0, largest):
+        proof.failures.append(f"a logit is off by {proof.largest_gap:.2e}")
+
+
+def _divergence(wanted: torch.Tensor, found: torch.Tensor) -> float:
+    p, q = wanted.double().log_softmax(-1), found.double().log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def _compare_tokens(file: GGUFFile, tokenizer: Any, proof: Proof) -> None:
+    rebuilt = GGUFTokenizer(file)
+    plain = [(text, tokenizer(text)["input_ids"], rebuilt.encode(text)) for text in TEXTS]
+    # what prints its own BOS gets no second one from the programs that read GGUF
+    chats = [(text, tokenizer(text, add_special_tokens=False)["input_ids"], rebuilt.encode(text, special=False))
+             for text in _conversations(tokenizer)]  # fmt: skip
+    for text, wanted, found in plain + chats:
+        if wanted == found:
+            proof.texts += 1
+        elif rebuilt.kind == "llama" and rebuilt.spaceless(wanted) == rebuilt.spaceless(found):
+            proof.notes.append(SPACES)
+        else:
+            place = next((i for i, (a, b) in enumerate(zip(wanted, found, strict=False)) if a != b), -1)
+            names = [rebuilt.tokens[ids[place]] for ids in (found, wanted)]
+            proof.failures.append(f"token {place} of {text[:24]!r} is {names[0]!r} instead of {names[1]!r}")
+    proof.notes = list(dict.fromkeys(proof.notes))
+    known = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    for i, (wanted, found) in enumerate(zip(known, rebuilt.tokens, strict=False)):
+        if wanted is not None and wanted.replace("▁", " ") != found.replace("▁", " "):
+            proof.failures.append(f"token {i} is {found!r} in the file and {wanted!r} in the tokenizer")
+            return
+
+
+def _compare_chat(file: GGUFFile, reference: Reference, proof: Proof) -> None:
+    embedded = file.metadata.get("tokenizer.chat_template")
+    if reference.template is not None and embedded != strip_generation_marks(reference.template):
+        proof.failures.append("its chat template is not the tokenizer's" if embedded else "it has no chat template")
+    tokens = file.metadata["tokenizer.ggml.tokens"]
+    ends = [file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    known = {tokens[i] for i in ends if i is not None and i < len(tokens)}
+    proof.stop_tokens = list(stop_tokens(reference.tokenizer))
+    lost = [token for token in proof.stop_tokens[:3] if token not in known]
+    if lost:
+        proof.failures.append(f"it does not stop at {', '.join(lost)}")
+
+
+def compare_weights(
+    file: GGUFFile,
+    config: Any,
+    source: TensorSource,
+    proof: Proof,
+    imatrix: str | Path | Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Compare every tensor of the file with the checkpoint's, encoded the same way: damage and swaps are named."""
+    planned = plan_tensors(architectures.find(config), config, source.shapes)
+    importance = read_importance(imatrix)
+    missing = [name for name in planned.shapes if name not in file.tensors]
+    if missing:
+        proof.failures.append(f"it lacks {', '.join(missing[:5])}")
+        return
+    identical = compared = 0
+    for name, tensor in source:
+        for piece in planned.pieces[name]:
+            values = piece.transform(tensor)
+            values = values.reshape(-1, values.shape[-1])
+            first = 0 if piece.expert is None else len(values) * piece.expert
+            verdict = _compare_tensor(file, piece.name, values, first, importance.get(piece.name))
+            compared += 1
+            identical += verdict == ""
+            if verdict:
+                proof.failures.append(f"{piece.name} {verdict}")
+    proof.weights = f"{identical} of {compared} tensors are identical"
+
+
+def _compare_tensor(file: GGUFFile, name: str, values: torch.Tensor, first: int, importance: torch.Tensor | None) -> str | None:
+    """What is wrong with rows of a tensor: "" if they are identical, None if they are as good as another rounding."""
+    info = file.tensors[name]
+    if info.shape[-1] != values.shape[-1] or first + len(values) > info.rows:
+        return f"has the shape {info.shape}"
+    stored = torch.from_numpy(file.data(name)[first : first + len(values)].copy())
+    weights = None if importance is None else importance.float().reshape(-1, values.shape[-1])[:1].expand(values.shape)
+    wanted = encode(values, info.type, weights)
+    if torch.equal(stored, wanted):
+        return ""
+    share = float((stored != wanted).view(-1, info.type.size).any(1).float().mean())
+    if share < DAMAGE:
+        return f"differs from the model's in {int((stored != wanted).sum())} bytes: it is damaged"
+    exact = values.float()
+    errors = [float((dequantize(data, info.type) - exact).square().mean().sqrt()) for data in (stored, wanted)]
+    rounding = float(exact.square().mean().sqrt()) * 2.0**-8  # of a model that was rounded to 16 bits on the way
+    if not errors[0] <= WORSE * errors[1] + rounding:
+        return f"is not the model's: its error is {errors[0]:.2e}, where {errors[1]:.2e} is usual"
+    return None
+
+
+def save_pretrained_gguf(
+    model: Any,
+    directory: str | Path,
+    tokenizer: Any,
+    quantization_method: str | Sequence[str] = "q8_0",
+    imatrix: str | Path | Mapping[str, torch.Tensor] | None = None,
+    save_method: str | None = None,
+    base: Base = "16bit",
+    prompts: Sequence[str] | None = None,
+) -> list[Path]:
+    """`luthier.model.gguf_export.save_pretrained_gguf`, proved: files appear under their names once their proof holds.
+
+    The model says what it says over the chosen ``base``: for ``"16bit"`` under a model that was trained in 4 bits, the
+    adapter is loaded over the original checkpoint for it. ``prompts``: held-out texts of the user's own to compare on.
+    Raises ``ExportProofError`` where a proof fails; nothing is left behind then.
+    """
+    if save_method is not None:
+        return gguf_export.save_pretrained_gguf(model, directory, tokenizer, quantization_method, imatrix, save_method, base)
+    directory = Path(directory)
+    make_directory(directory)
+    with tempfile.TemporaryDirectory(prefix=".luthier-", dir=directory) as place:
+        place = Path(place) / directory.resolve().name  # the name that the files get
+        gguf_export.save_pretrained_gguf(model, place, tokenizer, quantization_method, imatrix, None, base)
+        with _over_base(model, tokenizer, base) as trained:
+            reference = reference_of(trained, tokenizer, prompts)
+        return _publish_proved(place, directory, reference)
+
+
+def convert_to_gguf(
+    model_dir: str | Path,
+    out: str | Path,
+    quantization_method: str | Sequence[str] = "bf16",
+    imatrix: str | Path | Mapping[str, torch.Tensor] | None = None,
+    prompts: Sequence[str] | None = None,
+) -> list[Path]:
+    """`luthier.gguf.convert_to_gguf`, proved; see `save_pretrained_gguf` here."""
+    out = Path(out)
+    outputs = list(output_paths(out, Path(model_dir).resolve().name, quantization_method))
+    make_directory(outputs[0].parent)
+    with tempfile.TemporaryDirectory(prefix=".luthier-", dir=outputs[0].parent) as place:
+        single = Path(place) / outputs[0].name if out.suffix == ".gguf" else Path(place)
+        convert.convert_to_gguf(model_dir, single, quantization_method, imatrix)
+        source = CheckpointSource(model_dir)
+        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=_dtype_that_fits(source), local_files_only=True)
+        return _publish_proved(Path(place), outputs[0].parent, reference_of(model, model_dir, prompts))
+
+
+def _publish_proved(place: Path, directory: Path, reference: Reference) -> list[Path]:
+    """Prove every GGUF file in ``place``, then move everything in it to ``directory``."""
+    files = sorted(place.glob("*.gguf"))
+    for file in files:
+        proof = prove(file, reference)
+        require(proof)
+        write_proof(file, proof)
+    for path in place.iterdir():
+        path.replace(directory / path.name)
+    return [directory / file.name for file in files]
+
+
+@contextlib.contextmanager
+def _over_base(model: Any, tokenizer: Any, base: Base) -> Iterator[Any]:
+    """The model whose weights are exported: itself, or its adapter over the original checkpoint."""
+    if Merge(model, base).source is None:
+        yield model
+        return
+    with tempfile.TemporaryDirectory(prefix="luthier-") as place:
+        save_adapter(model, Path(place) / "adapter", tokenizer)
+        yield load_model(Path(place) / "adapter", load_in_16bit=True)[0]

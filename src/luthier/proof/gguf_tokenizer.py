@@ -1,0 +1,129 @@
+"""The tokenizer in a GGUF file, rebuilt from the file alone, as llama.cpp reads it."""
+
+from __future__ import annotations
+
+import heapq
+import re
+from collections.abc import Callable
+
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+from luthier.errors import UnsupportedError
+from luthier.gguf.reader import GGUFFile
+
+NORMAL, CONTROL, USER_DEFINED, BYTE = 1, 3, 4, 6
+SPACE = "▁"
+
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+CL100K = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+WORD = rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+{{0}}|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*{{0}}"
+SLASHED = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+# what tokenizer.ggml.pre stands for in llama.cpp
+CUTS = {
+    "gpt-2": (GPT2,),
+    "smollm": (r"\p{N}", GPT2),
+    "llama-bpe": (CL100K,),
+    "dbrx": (CL100K,),
+    "qwen2": (CL100K.replace("{1,3}", ""),),
+    "gpt-4o": (WORD.replace("{0}", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?") + r"|\p{N}{1,3}" + SLASHED,),
+    "tekken": (WORD.replace("{0}", "") + r"|\p{N}" + SLASHED,),
+}
+
+
+class GGUFTokenizer:
+    """``GGUFTokenizer(file).encode(text)``: control tokens in the text are parsed, BOS and EOS added if the file says so."""
+
+    def __init__(self, file: GGUFFile) -> None:
+        self.file = file
+        self.tokens: list[str] = file.metadata["tokenizer.ggml.tokens"]
+        self.types = file.metadata["tokenizer.ggml.token_type"].tolist()
+        self.ids = {token: i for i, token in reversed(list(enumerate(self.tokens)))}
+        whole = [token for token, kind in zip(self.tokens, self.types, strict=True) if kind in (CONTROL, USER_DEFINED)]
+        self._whole = re.compile("|".join(map(re.escape, sorted(whole, key=len, reverse=True)))) if whole else None
+        self.kind = file.metadata["tokenizer.ggml.model"]
+        if self.kind not in ("gpt2", "llama"):
+            raise UnsupportedError(f"The proof cannot read a tokenizer of the kind {self.kind!r}.")
+        self._pieces = self._byte_level() if self.kind == "gpt2" else self._sentencepiece()
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Token ids of ``text``; ``special``: with BOS and EOS where the file says so."""
+        result: list[int] = []
+        after_special = True
+        for part, is_token in self._split(text):
+            result += [self.ids[part]] if is_token else self._pieces(part, after_special)
+            after_special = is_token
+        metadata = self.file.metadata
+        if special and metadata.get("tokenizer.ggml.add_bos_token"):
+            result = [metadata["tokenizer.ggml.bos_token_id"], *result]
+        if special and metadata.get("tokenizer.ggml.add_eos_token"):
+            result = [*result, metadata["tokenizer.ggml.eos_token_id"]]
+        return result
+
+    def spaceless(self, ids: list[int]) -> str:
+        """The text of tokens, less its spaces."""
+        return "".join(self.tokens[i] for i in ids).replace(SPACE, "").replace(" ", "")
+
+    def _split(self, text: str) -> list[tuple[str, bool]]:
+        """Text cut at the tokens that are always taken whole: (part, whether it is such a token)."""
+        parts, place = [], 0
+        for match in self._whole.finditer(text) if self._whole else ():
+            parts += [(text[place : match.start()], False), (match[0], True)]
+            place = match.end()
+        return [part for part in (*parts, (text[place:], False)) if part[0]]
+
+    def _byte_level(self) -> Callable[[str, bool], list[int]]:
+        name = self.file.metadata.get("tokenizer.ggml.pre", "default")
+        if name not in CUTS:
+            raise UnsupportedError(f"The proof does not know the pre-tokenizer {name!r}.")
+        merges = [tuple(merge.split(" ")) for merge in self.file.metadata["tokenizer.ggml.merges"]]
+        tokenizer = Tokenizer(models.BPE(self.ids, merges, ignore_merges=name == "llama-bpe"))
+        cuts = [pre_tokenizers.Split(Regex(cut), "isolated") for cut in CUTS[name]]
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, byte_level])
+        return lambda text, after_special: tokenizer.encode(text, add_special_tokens=False).ids
+
+    def _sentencepiece(self) -> Callable[[str, bool], list[int]]:
+        scores = self.file.metadata["tokenizer.ggml.scores"].tolist()
+        prefix = self.file.metadata.get("tokenizer.ggml.add_space_prefix", True)
+
+        def encode(text: str, after_special: bool) -> list[int]:
+            text = (" " if prefix and after_special else "") + text
+            return [i for piece in self._merge(list(text.replace(" ", SPACE)), scores) for i in self._with_bytes(piece)]
+
+        return encode
+
+    def _merge(self, pieces: list[str], scores: list[float]) -> list[str]:
+        """Join the neighbours that make the token of best score, the leftmost of equal ones, until none is left."""
+        after = list(range(1, len(pieces) + 1))
+        before = list(range(-1, len(pieces) - 1))
+        heap: list[tuple[float, int, str]] = []
+
+        def offer(left: int) -> None:
+            if 0 <= left and after[left] < len(pieces):
+                joined = pieces[left] + pieces[after[left]]
+                if joined in self.ids:
+                    heapq.heappush(heap, (-scores[self.ids[joined]], left, joined))
+
+        for i in range(len(pieces)):
+            offer(i)
+        while heap:
+            _, left, joined = heapq.heappop(heap)
+            right = after[left]
+            if not pieces[left] or right >= len(pieces) or pieces[left] + pieces[right] != joined:
+                continue  # one of the two has been joined with another since
+            pieces[left], pieces[right] = joined, ""
+            after[left] = after[right]
+            if after[left] < len(pieces):
+                before[after[left]] = left
+            offer(before[left])
+            offer(left)
+        return [piece for piece in pieces if piece]
+
+    def _with_bytes(self, piece: str) -> list[int]:
+        i = self.ids.get(piece)
+        return [i] if i is not None else [self.ids[f"<0x{byte:02X}>"] for byte in piece.encode()]

@@ -1,0 +1,232 @@
+"""The proof of export: its own two readers against llama.cpp, and planted faults, each of which it must find."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from gguf_tokenizers import byte_level, difficult_lines, sentencepiece
+from llama_oracle import Llama
+from test_gguf_convert import IDS, MODELS, save
+from test_gguf_tokenizer import export as export  # noqa: PLC0414  (a fixture)
+from transformers import AutoModelForCausalLM
+
+from luthier.gguf import GGUFFile, convert_to_gguf
+from luthier.gguf.writer import GGUFWriter, TensorInfo, plan
+from luthier.model.load import load_model
+from luthier.model.lora import get_peft_model
+from luthier.proof.export import (
+    ExportProofError,
+    prove,
+    reference_of,
+    require,
+    save_pretrained_gguf,
+    verify,
+    write_proof,
+)
+from luthier.proof.export import convert_to_gguf as proved_conversion
+from luthier.proof.gguf_model import GGUFModel
+from luthier.proof.gguf_tokenizer import GGUFTokenizer
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_our_reading_of_a_file_is_that_of_llama_cpp(name, tmp_path, monkeypatch):
+    directory = save(monkeypatch, tmp_path / "model", *MODELS[name])
+    (file,) = convert_to_gguf(directory, tmp_path / "x.gguf", "f32")
+    first, second = GGUFModel(GGUFFile(file)).logits([IDS, IDS[:5]])
+    with Llama(file, context=128) as llama:
+        assert np.abs(first.numpy() - llama.logits(IDS)).max() < (1e-2 if name.startswith("gemma") else 1e-4)
+    assert torch.allclose(first[:5], second, atol=1e-5)
+
+
+TOKENIZERS = {
+    **{pre: lambda pre=pre: byte_level(pre) for pre in ("gpt-2", "smollm", "llama-bpe", "qwen2", "gpt-4o", "tekken")},
+    "whole words": lambda: byte_level("llama-bpe", ignore_merges=True, bos=True),
+    **{style: lambda style=style: sentencepiece(style) for style in ("llama", "mistral", "gemma")},
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_our_reading_of_a_tokenizer_is_that_of_llama_cpp(name, export):
+    file = export(TOKENIZERS[name]())
+    rebuilt = GGUFTokenizer(GGUFFile(file))
+    with Llama(file) as llama:
+        assert [line for line in difficult_lines() if rebuilt.encode(line) != llama.tokenize(line)] == []
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A model directory, and its GGUF files f32, bf16 and q4_0 by name."""
+    place = tmp_path_factory.mktemp("proof")
+    directory = tiny.save_tiny("llama3.1", place / "model", dtype=torch.bfloat16)
+    files = convert_to_gguf(directory, place / "files", ["f32", "bf16", "q4_0"])
+    return directory, dict(zip(("f32", "bf16", "q4_0"), files, strict=True))
+
+
+@pytest.mark.parametrize("quant", ["f32", "bf16", "q4_0"])
+def test_a_good_file_is_proved(quant, models, tmp_path):
+    directory, files = models
+    proof = verify(files[quant], directory)
+    assert proof.failures == [] and proof.divergence < proof.allowed_divergence and proof.texts == 7
+    assert proof.weights == "20 of 20 tensors are identical" and proof.stop_tokens == ["<|im_end|>", "<|endoftext|>"]
+    require(proof)
+    stored = json.loads(write_proof(tmp_path / "x.gguf", proof).read_text())
+    assert stored["file_type"] == quant and stored["failures"] == [] and len(stored["checksums"]) == 1 + 21
+
+
+def rewrite(source, target, metadata=None, tensors=None):
+    """A copy of a GGUF file with some metadata and tensors (uint8 rows) replaced; None drops a key."""
+    file = GGUFFile(source)
+    entries = {key: value for key, value in {**file.encoded, **(metadata or {})}.items() if value is not None}
+    layout = plan(entries, [TensorInfo(name, info.shape, info.type) for name, info in file.tensors.items()])
+    with GGUFWriter(target, layout) as writer:
+        for name in file.tensors:
+            writer.write(name, torch.from_numpy((tensors or {}).get(name, file.data(name)).copy()))
+    return target
+
+
+def unpermuted(file, name):
+    """Rows of a query matrix as transformers has them."""
+    rows = file.data(name)
+    return rows.reshape(4, -1, 2, rows.shape[1]).transpose(0, 2, 1, 3).reshape(rows.shape)
+
+
+def shifted(file):
+    tokens = file.metadata["tokenizer.ggml.tokens"]
+    return [*tokens[:300], tokens[301], tokens[300], *tokens[302:]]
+
+
+FAULTS = {
+    "queries not reordered": (
+        lambda file: {"tensors": {"blk.0.attn_q.weight": unpermuted(file, "blk.0.attn_q.weight")}},
+        "blk.0.attn_q.weight is not the model's",
+    ),
+    "swapped tensors": (
+        lambda file: {"tensors": {"blk.1.ffn_up.weight": file.data("blk.1.ffn_gate.weight")}},
+        "blk.1.ffn_up.weight is not the model's",
+    ),
+    "wrong rotary base": (
+        lambda file: {"metadata": {"llama.rope.freq_base": 10000.0}},
+        "llama.rope.freq_base is 10000.0 in the file",
+    ),
+    "wrong rotary scaling": (
+        lambda file: {"tensors": {"rope_freqs.weight": np.ones(8, np.float32).view(np.uint8)[None]}},
+        "rope_freqs.weight is not the model's",
+    ),
+    "lost stop token": (lambda file: {"metadata": {"tokenizer.ggml.eot_token_id": None}}, "does not stop at <|im_end|>"),
+    "shifted vocabulary": (lambda file: {"metadata": {"tokenizer.ggml.tokens": shifted(file)}}, "token 300 is"),
+    "other pre-tokenizer": (lambda file: {"metadata": {"tokenizer.ggml.pre": "llama-bpe"}}, "token .* of .* is .* instead of"),
+    "doubled BOS": (lambda file: {"metadata": {"tokenizer.ggml.add_bos_token": True}}, "token 0 of"),
+    "changed template": (lambda file: {"metadata": {"tokenizer.chat_template": "{{ messages }}"}}, "chat template is not"),
+    "lost template": (lambda file: {"metadata": {"tokenizer.chat_template": None}}, "no chat template"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("quant", ["f32", "q4_0"])
+def test_planted_faults_are_found(quant, fault, models, tmp_path):
+    directory, files = models
+    plant, message = FAULTS[fault]
+    file = rewrite(files[quant], tmp_path / "x.gguf", **plant(GGUFFile(files[quant])))
+    proof = verify(file, directory)
+    with pytest.raises(ExportProofError, match=message):
+        require(proof)
+
+
+@pytest.mark.parametrize("fault", ["wrong rotary base", "wrong rotary scaling", "queries not reordered", "swapped tensors"])
+def test_what_is_wrong_shows_in_the_logits_too(fault, models, tmp_path):
+    """Nothing but the computed file and the model: what holds for a mistake that our own tables make, too."""
+    directory, files = models
+    file = rewrite(files["f32"], tmp_path / "x.gguf", **FAULTS[fault][0](GGUFFile(files["f32"])))
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    assert any("its logits diverge" in failure for failure in prove(file, reference_of(model, directory)).failures)
+
+
+@pytest.mark.parametrize("quant", ["f32", "bf16", "q4_0"])
+def test_one_flipped_bit_is_found(quant, models, tmp_path):
+    directory, files = models
+    data = GGUFFile(files[quant]).data("blk.1.ffn_down.weight").copy()
+    data[7, 21] ^= 1
+    file = rewrite(files[quant], tmp_path / "x.gguf", tensors={"blk.1.ffn_down.weight": data})
+    assert any(
+        "blk.1.ffn_down.weight differs from the model's in 1 bytes" in failure for failure in verify(file, directory).failures
+    )
+
+
+def test_damage_after_the_proof_is_found_without_the_weights(models, tmp_path):
+    """Where the model was rounded on the way, bytes cannot be compared; the checksums of the proof can."""
+    directory, files = models
+    file = rewrite(files["q4_0"], tmp_path / "x.gguf")
+    write_proof(file, prove(file, reference_of(tiny.tiny_model("llama3.1"), directory)))
+    content = bytearray(file.read_bytes())
+    content[-40] ^= 16
+    file.write_bytes(content)
+    assert any("changed since its proof was written: " in failure for failure in verify(file, directory).failures)
+
+
+def test_a_truncated_file_is_refused(models, tmp_path):
+    directory, files = models
+    (tmp_path / "x.gguf").write_bytes(files["bf16"].read_bytes()[:-100])
+    with pytest.raises(ValueError, match="truncated"):
+        verify(tmp_path / "x.gguf", directory)
+
+
+def test_a_file_made_from_unrounded_weights_is_no_failure(models, tmp_path):
+    """A merge is exported in 32 bits and saved in 16: the two files differ in their last bits only."""
+    directory, _ = models
+    exact = tmp_path / "exact"
+    tiny.save_tiny("llama3.1", exact, dtype=torch.float32)
+    for quant in ("q8_0", "q4_0", "bf16"):
+        (file,) = convert_to_gguf(exact, tmp_path / f"{quant}.gguf", quant)
+        assert verify(file, directory).failures == []
+
+
+def test_another_model_is_no_match(models, tmp_path):
+    directory, _ = models
+    (file,) = convert_to_gguf(tiny.save_tiny("llama3.1", tmp_path / "other", seed=5), tmp_path / "x.gguf", "bf16")
+    failures = verify(file, directory).failures
+    assert any("its logits diverge" in failure for failure in failures)
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A model loaded in 4 bits with an adapter that changes it, and its tokenizer."""
+    directory = tiny.save_tiny("llama3.1", tmp_path / "base", dtype=torch.bfloat16)
+    model, tokenizer = load_model(directory, load_in_4bit=True, dtype=torch.float32)
+    model = get_peft_model(model, r=4, lora_alpha=8)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+    return model, tokenizer
+
+
+@pytest.mark.parametrize("base", ["16bit", "nf4"])
+def test_an_adapter_is_exported_with_its_proof(base, trained, tmp_path):
+    model, tokenizer = trained
+    files = save_pretrained_gguf(model, tmp_path / "lute", tokenizer, ["f32", "q8_0"], base=base)
+    assert [file.name for file in files] == ["lute-F32.gguf", "lute-Q8_0.gguf"]
+    names = {file.name for file in (tmp_path / "lute").iterdir()}
+    assert names == {name + end for name in ("lute-F32.gguf", "lute-Q8_0.gguf") for end in ("", ".proof.json")} | {
+        "Modelfile-lute-F32",
+        "Modelfile-lute-Q8_0",
+    }
+    proof = json.loads((tmp_path / "lute" / "lute-F32.gguf.proof.json").read_text())
+    assert proof["divergence"] < 1e-8 and proof["failures"] == []
+
+
+def test_a_failed_proof_leaves_nothing(trained, tmp_path, monkeypatch):
+    model, tokenizer = trained
+    monkeypatch.setattr("luthier.gguf.convert._rope_order", lambda *args: None)  # queries are written as they are
+    with pytest.raises(ExportProofError, match="its logits diverge"):
+        save_pretrained_gguf(model, tmp_path / "lute", tokenizer, "q8_0", base="nf4")
+    assert list((tmp_path / "lute").iterdir()) == []
+
+
+def test_a_directory_is_converted_with_its_proof(models, tmp_path):
+    directory, _ = models
+    assert proved_conversion(directory, tmp_path / "x.gguf", "q8_0") == [tmp_path / "x.gguf"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["x.gguf", "x.gguf.proof.json"]
+    files = proved_conversion(directory, tmp_path / "out", ["bf16", "q8_0"], prompts=["A prompt of my own."])
+    assert [file.name for file in files] == ["model-BF16.gguf", "model-Q8_0.gguf"]
