@@ -1,4 +1,4 @@
-"""Compile every kernel ahead of time for one GPU architecture, without a GPU: ``python compile_kernels.py 90``.
+"""Compile every kernel ahead of time for GPU architectures, without a GPU: ``python compile_kernels.py 80 90``.
 
 A process of its own, because Triton decides at import whether it interprets or compiles. Each kernel is built for the
 shapes of a real model; its shared memory is printed so that the test can hold it against what the card has.
@@ -57,13 +57,15 @@ def build(kernel, types: list[str], constants: dict, warps: int, target: GPUTarg
     return triton.compile(source, target=target, options={"num_warps": warps}).metadata.shared
 
 
-def main(capability: int) -> None:
-    target, result = GPUTarget("cuda", capability, 32), {}
-    for dtype in ("fp16",) if capability < 80 else ("fp16", "bf16"):
-        for name, arguments in kernels(dtype).items():
-            result[f"{name}, {dtype}"] = build(*arguments, target)
+def main(capabilities: list[int]) -> None:
+    """Print {capability: {kernel: bytes of shared memory}}; bf16 where the card has it."""
+    result = {}
+    for capability in capabilities:
+        target = GPUTarget("cuda", capability, 32)
+        built = kernels("fp16" if capability < 80 else "bf16")
+        result[capability] = {name: build(*arguments, target) for name, arguments in built.items()}
     print(json.dumps(result))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main([int(argument) for argument in sys.argv[1:]])

@@ -58,10 +58,10 @@ def dequantise_reference(weight: Quantised, dtype: torch.dtype | None = None) ->
     if weight.nested_absmax is not None:
         scales = weight.nested_absmax.repeat_interleave(weight.nested_blocksize)[: absmax.numel()]
         absmax = weight.nested_code[absmax.long()] * scales + weight.offset
-    nibbles = torch.stack((weight.packed >> 4, weight.packed & 15), dim=1).reshape(-1)
-    scales = absmax.float().repeat_interleave(weight.blocksize)[: nibbles.numel()]
-    values = weight.code[nibbles.long()] * scales
-    return values[: weight.shape.numel()].to(dtype or weight.dtype).view(weight.shape)
+    pairs = torch.cartesian_prod(weight.code, weight.code)  # row b: what the two nibbles of byte b stand for
+    values = pairs.index_select(0, weight.packed.int()).reshape(-1)
+    scales = absmax.float().repeat_interleave(weight.blocksize)[: values.numel()]
+    return values.mul_(scales)[: weight.shape.numel()].to(dtype or weight.dtype).view(weight.shape)
 
 
 def dequantise(weight: Quantised, out: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:

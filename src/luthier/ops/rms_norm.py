@@ -37,11 +37,18 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, flavour: str) -> T
 def rms_norm_backward_reference(
     grad: Tensor, x: Tensor, weight: Tensor, eps: float, flavour: str, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """grad, x (..., D) -> (gradient of x plus ``residual``, fp32 gradient of weight), by autograd of the reference."""
-    with torch.enable_grad():
-        leaves = x.detach().float().requires_grad_(), weight.detach().float().requires_grad_()
-        grads = torch.autograd.grad(rms_norm_reference(*leaves, eps, flavour), leaves, grad.float())
-    return (grads[0] if residual is None else grads[0] + residual).to(x.dtype), grads[1]
+    """grad, x (..., D) -> (gradient of x plus ``residual``, fp32 gradient of weight)."""
+    wide, outer = x.float(), grad.float()
+    if flavour == "layer_norm":
+        wide = wide - wide.mean(-1, keepdim=True)
+    inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    normal = wide * inverse
+    grad_weight = (outer * normal).flatten(0, -2).sum(0)
+    outer = outer * (1.0 + weight.float() if flavour == "one_plus_scale" else weight.float())
+    if flavour == "layer_norm":
+        outer = outer - outer.mean(-1, keepdim=True)
+    grad_x = inverse * (outer - normal * (outer * normal).mean(-1, keepdim=True))
+    return (grad_x if residual is None else grad_x + residual).to(x.dtype), grad_weight
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, flavour: str = "cast_then_scale") -> Tensor:
