@@ -124,7 +124,7 @@ def test_a_resumed_run_goes_by_its_own_intervals(tmp_path):
 def test_a_second_run_in_a_directory_of_checkpoints_says_so(tmp_path):
     trainer(loras(), tmp_path, max_steps=2, **SAVING).train()
     with pytest.warns(UserWarning, match="already holds checkpoint-1, checkpoint-2 of another run"):
-        trainer(loras(), tmp_path, max_steps=1).train()
+        trainer(loras(), tmp_path, max_steps=1, **SAVING).train()
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -227,6 +227,20 @@ def test_a_full_disk_leaves_no_half_checkpoint(name, tmp_path, monkeypatch):
     run = trainer(loras(), tmp_path, max_steps=3, **SAVING)
     with pytest.raises(OSError, match="checkpoint-2: the disk is full: free some space"):
         run.train()
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1", "README.md"}
+
+
+def test_a_full_disk_that_torch_does_not_name(tmp_path, monkeypatch):
+    """What torch.save says on a full disk: "[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"."""
+    fail_at(monkeypatch, "optimizer.pt", RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"))
+    run = trainer(loras(), tmp_path, max_steps=3, **SAVING)
+    with pytest.raises(RuntimeError, match="unexpected pos"):  # the disk is not full: it is something else
+        run.train()
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1", "README.md"}
+    free = iter([10**9, 10**9, 100])  # at the first checkpoint, before the second, and after it failed
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, next(free)))
+    with pytest.raises(OSError, match="checkpoint-2: the disk is full: free some space"):
+        trainer(loras(), tmp_path, max_steps=3, **SAVING).train()
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1", "README.md"}
 
 

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+import transformers
 from datasets import Dataset, IterableDataset
 from runs import arguments, token_rows, trainer, with_lora
 from tiny import END, EOS, START, tiny_model, tiny_tokenizer
@@ -189,6 +190,18 @@ def test_a_raw_config_that_contradicts_the_model_warns(tmp_path):
     assert not model.is_gradient_checkpointing
 
 
+def test_transformers_own_arguments_will_do(tmp_path):
+    """As older scripts give them; their gradient_checkpointing=False is no choice, and leaves the model as it was loaded."""
+    model = loras()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.get_base_model().luthier = loaded(max_seq_length=64)
+    config = transformers.TrainingArguments(str(tmp_path), use_cpu=True, max_steps=1, save_strategy="no")
+    run = Trainer(model, config, train_dataset=token_rows(4), tokenizer=tiny_tokenizer(), too_long="truncate")
+    assert (run.max_length, run.args.too_long) == (64, "truncate") and model.is_gradient_checkpointing
+    run.train()
+    assert model.is_gradient_checkpointing
+
+
 def test_settings_may_be_given_directly(tmp_path):
     run = Trainer(
         loras(), tokenizer=tiny_tokenizer(), train_dataset=FORMATS["messages"], args=arguments(tmp_path, max_steps=1),
@@ -285,7 +298,7 @@ def test_wrong_uses(name, tmp_path):
 
 
 def test_a_model_that_trains_nothing_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="No parameter of the model is trainable: call get_peft_model"):
+    with pytest.raises(ValueError, match="No parameter of the model trains: call get_peft_model"):
         trainer(tiny_model("llama3").requires_grad_(False), tmp_path)
 
 

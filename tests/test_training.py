@@ -327,6 +327,10 @@ def test_progress_is_a_bar_on_a_terminal_and_is_taken_down_after_an_error(tmp_pa
     text = screen.getvalue()
     assert "Training" in text and "4/4" in text and "tokens/s" in text and "Evaluating" in text and "eval_loss" in text
 
+    screen.truncate(0)
+    trainer(with_lora(tiny_model("llama3")), tmp_path, eval_dataset=token_rows(4)).evaluate()
+    assert "Evaluating" in screen.getvalue() and "eval_loss" in screen.getvalue() and "Training" not in screen.getvalue()
+
     run = trainer(poisoned(with_lora(tiny_model("llama3"))), tmp_path)
     with pytest.raises(FloatingPointError):
         run.train()

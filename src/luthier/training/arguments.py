@@ -12,16 +12,15 @@ from dataclasses import dataclass
 from numbers import Real
 
 import torch
+import transformers
 from transformers import PreTrainedModel
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 
+from luthier.data.prepare import TOO_LONG_POLICIES, TRAIN_ON
 from luthier.errors import missing_extra, unknown
-
-TRAIN_ON = ("responses", "all")
-TOO_LONG = ("drop", "truncate", "raise")
 
 # field: (type, what is allowed in words, test); None is allowed where it is the field's default
 NUMBERS: dict[str, tuple[type, str, Callable[[float], bool]]] = {
@@ -75,8 +74,6 @@ class SharedArguments:
     """Mixed precision in bfloat16; None: where the device has it and the model is not in float32 or float16."""
     report_to: None | str | list[str] = "none"
     """Where metrics go besides the terminal: tensorboard, wandb, trackio, ..., or a list of them."""
-    logging_nan_inf_filter: bool = False
-    """Must stay False: a loss that is not finite stops the run."""
 
     def __new__(cls, *args: object, **kwargs: object):
         """Refuse unknown names with the nearest valid one."""
@@ -133,13 +130,13 @@ class TrainingArguments(SharedArguments, SFTConfig):
     def __post_init__(self) -> None:
         if self.train_on not in TRAIN_ON:
             raise unknown("train_on", self.train_on, TRAIN_ON)
-        if self.too_long not in TOO_LONG:
-            raise unknown("too_long", self.too_long, TOO_LONG)
+        if self.too_long not in TOO_LONG_POLICIES:
+            raise unknown("too_long", self.too_long, TOO_LONG_POLICIES)
         super().__post_init__()
 
     @classmethod
-    def from_trl(cls, config: SFTConfig) -> TrainingArguments:
-        """Our arguments with the values of a TRL config, all of which count as chosen by the user."""
+    def from_trl(cls, config: transformers.TrainingArguments) -> TrainingArguments:
+        """Our arguments with the values of a config of TRL's or transformers', which count as chosen by the user."""
         values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.init}
         return cls(**values)
 
@@ -151,10 +148,11 @@ def fit_arguments(args: SharedArguments, model: PreTrainedModel) -> SharedArgume
     the trainer switch it on for every layer.
     """
     args = copy.copy(args)
-    if args.precision_is_automatic and args.bf16 and model.dtype in (torch.float32, torch.float16):
-        args.bf16 = False
-        args.fp16 = model.dtype == torch.float16
-        args.mixed_precision = "fp16" if args.fp16 else "no"
+    if args.precision_is_automatic and not args.use_cpu:
+        trained = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+        args.bf16 = args.bf16 and model.dtype == torch.bfloat16
+        args.fp16 = model.dtype == torch.float16 and torch.float16 not in trained  # a scaler cannot scale fp16 gradients
+        args.mixed_precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
     if args.gradient_checkpointing is None:
         args.gradient_checkpointing = False  # for transformers: leave the model alone
     elif not args.gradient_checkpointing and model.is_gradient_checkpointing:
@@ -162,26 +160,27 @@ def fit_arguments(args: SharedArguments, model: PreTrainedModel) -> SharedArgume
     return args
 
 
-def warn_contradictions(config: SFTConfig, model: PreTrainedModel) -> SFTConfig:
-    """A copy of a raw TRL ``config`` in which a model loaded by Luthier keeps its recomputation plan.
+def warn_contradictions(config: transformers.TrainingArguments, model: PreTrainedModel) -> transformers.TrainingArguments:
+    """A copy of a raw ``config`` of TRL's or transformers' that goes with a model loaded by Luthier; any other is untouched.
 
-    TRL's defaults (``gradient_checkpointing=True``, ``max_length=1024``) cannot be told from a choice of the user's. Warns
-    about each that contradicts the model, and says which of the two stands.
+    ``gradient_checkpointing`` at the class's own default counts as not chosen: the plan that the model was loaded with
+    stands. ``max_length`` is honoured. Warns where one contradicts the model.
     """
     config = copy.copy(config)
     info = getattr(model, "luthier", None)
     if info is None:
         return config
     kind = type(config).__name__
-    if config.gradient_checkpointing:
-        config.gradient_checkpointing = None
-        if not model.is_gradient_checkpointing:
+    default = next(field.default for field in dataclasses.fields(config) if field.name == "gradient_checkpointing")
+    if config.gradient_checkpointing == default:
+        if default and not model.is_gradient_checkpointing:
             warnings.warn(
                 f"{kind}(gradient_checkpointing=True) contradicts the model, which was loaded to recompute nothing: the "
                 "model's setting stands. Use luthier.TrainingArguments, or load with use_gradient_checkpointing=True.",
                 UserWarning,
                 stacklevel=4,
             )
+        config.gradient_checkpointing = None
     limit = getattr(config, "max_length", None)
     if limit is not None and limit != info.max_seq_length:
         warnings.warn(

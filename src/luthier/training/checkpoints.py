@@ -7,12 +7,14 @@ checkpoint's name is complete wherever the run was killed.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -21,8 +23,8 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_callback import ExportableState, TrainerControl
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
 
 from luthier.files import atomic_directory, require_space
 from luthier.terminal import say
@@ -136,9 +138,10 @@ class CheckpointMixin:
         if resume_from_checkpoint not in (None, False):
             checkpoint = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
             require_fit(checkpoint, self.accelerator.unwrap_model(self.model))
-            say(f"Resuming from {checkpoint}")
+            if self.is_world_process_zero():
+                say(f"Resuming from {checkpoint}")
             resume_from_checkpoint = str(checkpoint)
-        elif found := list_checkpoints(self.args.output_dir):
+        elif self.args.save_strategy != SaveStrategy.NO and (found := list_checkpoints(self.args.output_dir)):
             warnings.warn(
                 f"{self.args.output_dir} already holds {', '.join(path.name for path in found)} of another run: a later resume "
                 "could take one of them. Choose another output_dir, delete them, or give resume_from_checkpoint=True.",
@@ -170,19 +173,27 @@ class CheckpointMixin:
 
     @contextmanager
     def _staged(self, final: Path) -> Iterator[Path]:
-        """The hidden directory that all processes write to and that becomes ``final``."""
-        if not self.args.should_save:
-            self._staging = Path(broadcast_object_list([None])[0])
-            yield self._staging
-            self._staging = None
-            return
-        require_space(final.parent, checkpoint_bytes(self.accelerator.unwrap_model(self.model), self.optimizer))
+        """The hidden directory that all processes write to, and that the one that saves makes into ``final``."""
+        own = self._written(final) if self.args.should_save else nullcontext()
         try:
-            with atomic_directory(final) as staging:
+            with own as staging:
                 self._staging = Path(broadcast_object_list([str(staging)])[0])
-                yield staging
+                yield self._staging
         finally:
             self._staging = None
+
+    @contextmanager
+    def _written(self, final: Path) -> Iterator[Path]:
+        """``atomic_directory``, with a full disk seen before it happens, or named where torch says "unexpected pos"."""
+        needed = checkpoint_bytes(self.accelerator.unwrap_model(self.model), self.optimizer)
+        require_space(final.parent, needed)
+        with atomic_directory(final) as staging:
+            try:
+                yield staging
+            except (RuntimeError, SafetensorError) as error:
+                if shutil.disk_usage(staging).free < needed:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+                raise
 
     def _get_output_dir(self, trial: object) -> str:
         return str(self._staging) if self._staging else super()._get_output_dir(trial)
@@ -208,7 +219,7 @@ class CheckpointMixin:
         """Give callbacks back what they had counted (early stopping), not their settings: those are this run's."""
         for callback in self.callback_handler.callbacks:
             saved = self.state.stateful_callbacks.get(type(callback).__name__)
-            if isinstance(callback, ExportableState) and not isinstance(callback, TrainerControl) and isinstance(saved, dict):
+            if isinstance(callback, ExportableState) and isinstance(saved, dict):
                 for name, value in saved.get("attributes", {}).items():
                     setattr(callback, name, value)
 

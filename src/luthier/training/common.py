@@ -60,6 +60,13 @@ class TrainerMixin(CheckpointMixin):
         finally:
             self.progress.close()
 
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            if not self.is_in_train:
+                self.progress.close()
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)

@@ -178,13 +178,6 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
         """What became of the prompts of ``train_dataset``; None for a stream and for images, which are read as they come."""
         return self.ledgers.get("train_dataset")
 
-    def reward_change(self) -> dict[str, tuple[float, float]]:
-        """Means over the first and the last fifth of the logged training steps: of the whole reward, and of each function."""
-        steps = [entry for entry in self.state.log_history if "reward" in entry]
-        part = max(1, len(steps) // 5)
-        names = {"reward": "reward", **{name: f"rewards/{name}/mean" for name in self.reward_func_names}}
-        return {name: (_mean(steps[:part], key), _mean(steps[-part:], key)) for name, key in names.items()}
-
     def _add_stop_tokens(self) -> None:
         """Let the template's stop token end a rollout too, not only the tokenizer's EOS and the checkpoint's list."""
         params = self.args.vllm_sampling_params
@@ -248,6 +241,20 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
         """TRL's, without dropout and without sampling settings of the checkpoint that the trainer does not know of."""
         with generating(self.accelerator.unwrap_model(self.model)):
             return super()._generate_single_turn(*args, **kwargs)
+
+
+def reward_change(log_history: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
+    """Means over the first and the last fifth of the logged training steps: of the whole reward, and of each function."""
+    steps = [entry for entry in log_history if "reward" in entry]
+    part = max(1, len(steps) // 5)
+    functions = [key for key in (steps[0] if steps else ()) if key.startswith("rewards/") and key.endswith("/mean")]
+    keys = {"whole reward": "reward", **{key.split("/")[1]: key for key in functions}}
+    return {name: (_mean(steps[:part], key), _mean(steps[-part:], key)) for name, key in keys.items()}
+
+
+def _mean(entries: list[dict[str, Any]], key: str) -> float:
+    values = [entry[key] for entry in entries if entry.get(key) is not None]
+    return sum(values) / len(values) if values else float("nan")
 
 
 @contextmanager
@@ -338,11 +345,6 @@ def _stop_tokens(params: SamplingParams, tokenizer: PreTrainedTokenizerBase) -> 
             "tokens. Train the model to end with its stop token, or score only what stands before the text"
         )
     return [*params.stop_token_ids, *(vocabulary[text] for text in params.stop)]
-
-
-def _mean(entries: list[dict[str, Any]], key: str) -> float:
-    values = [entry[key] for entry in entries if entry.get(key) is not None]
-    return sum(values) / len(values) if values else float("nan")
 
 
 def _is_model(reward: Any) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
+from weakref import WeakValueDictionary
 
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
@@ -41,7 +43,7 @@ def as_dataset(rows: Any, name: str, raw: bool = False) -> AnyDataset:
     if not isinstance(rows, list | Dataset | IterableDataset):
         choose = f" (choose one of {', '.join(map(repr, rows))})" if isinstance(rows, Mapping) else ""
         raise TypeError(f"{name} must be a datasets.Dataset, a stream or a list of rows, not {type(rows).__name__}{choose}")
-    if not isinstance(rows, IterableDataset) and len(rows) == 0:
+    if (next(iter(rows), None) is None) if isinstance(rows, IterableDataset) else len(rows) == 0:
         raise ValueError(f"{name} has no rows")
     if not isinstance(rows, list):
         return rows
@@ -109,6 +111,7 @@ def prepare_stream(
     tokenizer: AnyTokenizer,
     args: TrainingArguments,
     max_length: int | None,
+    formatting_func: FormattingFunction | None,
     by_trl: Callable[[IterableDataset], IterableDataset],
 ) -> IterableDataset:
     """As ``prepare_rows``, row by row as the stream flows: what is dropped cannot be counted beforehand.
@@ -116,7 +119,8 @@ def prepare_stream(
     Text and token ids are TRL's to tokenise and label (``by_trl``).
     """
     columns = column_names(stream)
-    if "input_ids" not in columns and args.dataset_text_field not in columns and tokenizer.chat_template:
+    is_text = formatting_func is not None or "input_ids" in columns or args.dataset_text_field in columns
+    if not is_text and tokenizer.chat_template:
         stream = standardize_sharegpt(stream)
         stream = stream.map(lambda row: _encoded(row, tokenizer, args.train_on), remove_columns=column_names(stream))
     return by_trl(stream).map(lambda row: _cut(row, max_length, args.too_long)).filter(lambda row: _trains(row, max_length))
@@ -145,9 +149,29 @@ def _trains(row: Mapping[str, Any], max_length: int | None) -> bool:
 
 def _lazily(rows: list[Mapping[str, Any]]) -> Dataset:
     """A dataset that hands out ``rows`` themselves."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
+    return Dataset.from_dict({"row": range(len(rows))}).with_transform(_Rows(rows))
 
-    def read(batch: Mapping[str, list[int]]) -> dict[str, list[Any]]:
-        return {name: [rows[index].get(name) for index in batch["row"]] for name in names}
 
-    return Dataset.from_dict({"row": range(len(rows))}).with_transform(read)
+class _Rows:
+    """The rows of a list by their numbers.
+
+    datasets pickles a transform to tell it from others, and copies it with every view: here that is a name for it, not
+    gigabytes of pictures. The name means something in this process and its forks only.
+    """
+
+    known: WeakValueDictionary[str, _Rows] = WeakValueDictionary()
+
+    def __init__(self, rows: list[Mapping[str, Any]]) -> None:
+        self.rows, self.name = rows, uuid.uuid4().hex
+        self.columns = list(dict.fromkeys(name for row in rows for name in row))
+        self.known[self.name] = self
+
+    def __call__(self, batch: Mapping[str, list[int]]) -> dict[str, list[Any]]:
+        return {column: [self.rows[index].get(column) for index in batch["row"]] for column in self.columns}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rows_named, (self.name,)
+
+
+def _rows_named(name: str) -> _Rows:
+    return _Rows.known[name]

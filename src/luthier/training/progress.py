@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_callback import ProgressCallback as TqdmCallback
+from transformers.trainer_utils import has_length
 
 from luthier.terminal import console, say
 
@@ -32,21 +33,19 @@ class ProgressCallback(TrainerCallback):
         self.started = self.last_log = time.monotonic()
         self.first_step = state.global_step
         self.tokens = max(self.tokens, state.num_input_tokens_seen)  # a second run of one trainer counts on
-        if not state.is_world_process_zero or self.plain or not console().is_terminal:
-            return
-        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}")]
-        self.bar = Progress(*columns, console=console())
-        self.training = self.bar.add_task("Training", total=state.max_steps, completed=state.global_step, note="")
-        self.bar.start()
+        self._start(state)
+        if self.bar:
+            self.training = self.bar.add_task("Training", total=state.max_steps, completed=state.global_step, note="")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         if self.bar:
             self.bar.update(self.training, completed=state.global_step)
 
     def on_prediction_step(self, args, state, control, eval_dataloader: DataLoader | None = None, **kwargs) -> None:
+        self._start(state)
         if self.bar:
             if self.evaluation is None:
-                self.evaluation = self.bar.add_task("Evaluating", total=len(eval_dataloader), note="")
+                self.evaluation = self.bar.add_task("Evaluating", total=_length(eval_dataloader), note="")
             self.bar.advance(self.evaluation)
 
     def on_log(self, args, state, control, logs: dict[str, float] | None = None, **kwargs) -> None:
@@ -59,12 +58,12 @@ class ProgressCallback(TrainerCallback):
             say(f"step {state.global_step}/{state.max_steps} · {note}")
 
     def on_evaluate(self, args, state, control, metrics: dict[str, float] | None = None, **kwargs) -> None:
-        self._end_evaluation()
         if state.is_world_process_zero and metrics:
-            shown = {name: value for name, value in metrics.items() if name.startswith("eval_") and isinstance(value, float)}
             speed = ("_runtime", "_per_second", "_num_tokens", "_entropy")
-            parts = [f"{name} {value:.4g}" for name, value in shown.items() if not name.endswith(speed)]
+            shown = {name: value for name, value in metrics.items() if isinstance(value, float) and not name.endswith(speed)}
+            parts = [f"{name} {value:.4g}" for name, value in shown.items() if name.startswith("eval_")]
             self._print(f"step {state.global_step}/{state.max_steps} · {' · '.join(parts)}")
+        self._end_evaluation()
 
     def on_predict(self, args, state, control, **kwargs) -> None:
         self._end_evaluation()
@@ -78,10 +77,19 @@ class ProgressCallback(TrainerCallback):
             self.bar.stop()
         self.bar = self.training = self.evaluation = None
 
+    def _start(self, state: TrainerState) -> None:
+        if self.bar or self.plain or not state.is_world_process_zero or not console().is_terminal:
+            return
+        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}")]
+        self.bar = Progress(*columns, console=console())
+        self.bar.start()
+
     def _end_evaluation(self) -> None:
         if self.bar and self.evaluation is not None:
             self.bar.remove_task(self.evaluation)
         self.evaluation = None
+        if self.training is None:
+            self.close()
 
     def _print(self, line: str) -> None:
         if self.bar:
@@ -101,6 +109,10 @@ class ProgressCallback(TrainerCallback):
         left = (state.max_steps - state.global_step) * (now - self.started) / max(done, 1)
         facts.append(f"{timedelta(seconds=round(left))} left")
         return facts
+
+
+def _length(loader: DataLoader) -> int | None:
+    return len(loader) if has_length(loader) else None
 
 
 def memory_in_use() -> int:

@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import transformers
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.trainer_utils import EvalLoopOutput
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from luthier.data.ledger import Ledger
@@ -44,7 +45,7 @@ class Trainer(TrainerMixin, SFTTrainer):
     def __init__(
         self,
         model: PreTrainedModel | PeftModel,
-        args: SFTConfig | None = None,
+        args: transformers.TrainingArguments | None = None,
         data_collator: DataCollator | None = None,
         train_dataset: Dataset | IterableDataset | list[dict] | None = None,
         eval_dataset: Dataset | Mapping[str, Dataset] | list[dict] | None = None,
@@ -53,37 +54,37 @@ class Trainer(TrainerMixin, SFTTrainer):
         tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         **trl_arguments: Any,
     ) -> None:
+        # 1. What was given
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a loaded model (FastLanguageModel.from_pretrained), not {model!r}")
-        if tokenizer is not None and processing_class is not None:
-            raise TypeError("processing_class and tokenizer are two names of one argument: give one")
-        processing_class = tokenizer if processing_class is None else processing_class
-        if not isinstance(processing_class, PreTrainedTokenizerBase | ProcessorMixin):
-            raise TypeError(f"processing_class must be the model's tokenizer or processor, not {processing_class!r}")
+        processing_class = _one_tokenizer(processing_class, tokenizer)
         settings = {name: trl_arguments.pop(name) for name in list(trl_arguments) if name in _setting_names()}
         _refuse_unknown(trl_arguments)
         args = _arguments(args, settings, model)
+
+        # 2. The rows
         raw = takes_raw_rows(data_collator)
         if raw:
             args.remove_unused_columns = False
             args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         train_dataset = as_dataset(train_dataset, "train_dataset", raw)
-        if eval_dataset is not None:
-            eval_dataset = _each(eval_dataset, lambda rows, name: as_dataset(rows, name, raw))
-        _require_evaluation(args, eval_dataset)
+        eval_dataset = _evaluation_sets(eval_dataset, raw)
+        if args.eval_strategy != "no" and eval_dataset is None:
+            raise ValueError(f"eval_strategy={args.eval_strategy.value!r} needs an eval_dataset: give one, or leave it out")
+        self.ledger: Ledger | None = None  # None for a stream and for images, which are prepared as they come
+        self.max_length = args.max_length or getattr(getattr(model, "luthier", None), "max_seq_length", None)
+        self.known_tokens = model.config.get_text_config().vocab_size
+
+        # 3. How they go into batches
         if trl_arguments.get("peft_config") is None and not any(p.requires_grad for p in model.parameters()):
-            raise ValueError(
-                "No parameter of the model is trainable: call get_peft_model, or load it with full_finetuning=True"
-            )
+            raise ValueError("No parameter of the model trains: call get_peft_model, or load it with full_finetuning=True")
         repair_cpu_4bit(model)
         settle_padding(args, model, has_collator=data_collator is not None)
         if trl_arguments.get("compute_metrics") and args.eval_packing is None:
             args.eval_packing = False  # so that predictions come row by row
-
-        self.known_tokens = model.config.get_text_config().vocab_size
-        self.ledger: Ledger | None = None  # None for a stream and for images, which are prepared as they come
-        self.max_length = args.max_length or getattr(getattr(model, "luthier", None), "max_seq_length", None)
         args.max_length = self.max_length if args.packing else None  # rows are measured before TRL sees them
+
+        # 4. TRL's trainer
         with trainable_weights_kept(model), adapted_head_allowed(model):
             super().__init__(
                 model=model,
@@ -121,7 +122,7 @@ class Trainer(TrainerMixin, SFTTrainer):
                 rows, processing_class, unmeasured, False, formatting_func, dataset_name
             )
 
-        rows = prepare_stream(stream, processing_class, args, self.max_length, by_trl)
+        rows = prepare_stream(stream, processing_class, args, self.max_length, formatting_func, by_trl)
         return pack_rows(rows, args, self.max_length) if packing else rows
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
@@ -139,15 +140,17 @@ class Trainer(TrainerMixin, SFTTrainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if "labels" in inputs:
-            tokens = (inputs["labels"][..., 1:] != -100).sum().to(loss.device)
-            self._evaluated += torch.stack([loss.double() * tokens, tokens.double()])
+            tokens = int((inputs["labels"][..., 1:] != -100).sum())
+            self._evaluated += torch.tensor([loss.item() * tokens, tokens], dtype=torch.float64)
         return loss, logits, labels
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         """As transformers', whose loss is a mean of batch means: here every token counts the same."""
-        self._evaluated = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # loss, tokens
+        self._evaluated = torch.zeros(2, dtype=torch.float64)  # the sum of the losses of all tokens, their number
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        loss, tokens = self.accelerator.reduce(self._evaluated, reduction="sum").tolist()
+        if self.args.world_size > 1:
+            self._evaluated = self.accelerator.reduce(self._evaluated.to(self.args.device), reduction="sum")
+        loss, tokens = self._evaluated.tolist()
         if tokens:
             output.metrics[f"{metric_key_prefix}_loss"] = loss / tokens
         return output
@@ -167,31 +170,35 @@ def _refuse_unknown(arguments: dict[str, Any]) -> None:
             raise TypeError(str(unknown("argument of Trainer:", name, known | _setting_names())))
 
 
-def _arguments(args: SFTConfig | None, settings: dict[str, Any], model: nn.Module) -> TrainingArguments:
+def _arguments(args: Any, settings: dict[str, Any], model: nn.Module) -> TrainingArguments:
     """A copy of the arguments that this run goes by; the user's own object stays as it is."""
     if "max_seq_length" in settings:
         settings["max_length"] = settings.pop("max_seq_length")
     if args is None:
-        args = TrainingArguments(**settings)
-    elif settings:
-        given, args = args, dataclasses.replace(args, **settings)
-        if isinstance(given, TrainingArguments) and not {"bf16", "fp16"} & set(settings):
-            args.precision_is_automatic = given.precision_is_automatic
+        return fit_arguments(TrainingArguments(**settings), model)
+    if not isinstance(args, transformers.TrainingArguments):
+        raise TypeError(f"args must be luthier.TrainingArguments or trl.SFTConfig, not {type(args).__name__}")
     if not isinstance(args, TrainingArguments):
-        if not isinstance(args, SFTConfig):
-            raise TypeError(f"args must be luthier.TrainingArguments or trl.SFTConfig, not {type(args).__name__}")
+        theirs = {field.name for field in dataclasses.fields(args)} & settings.keys()
+        args = dataclasses.replace(args, **{name: settings.pop(name) for name in theirs})
         args = TrainingArguments.from_trl(warn_contradictions(args, model))
+    if settings:
+        automatic = args.precision_is_automatic and not {"bf16", "fp16"} & settings.keys()
+        args = dataclasses.replace(args, **settings)
+        args.precision_is_automatic = automatic
     return fit_arguments(args, model)
 
 
-def _require_evaluation(args: TrainingArguments, eval_dataset: object) -> None:
-    if args.eval_strategy != "no" and eval_dataset is None:
-        raise ValueError(
-            f"eval_strategy={str(args.eval_strategy.value)!r} needs an eval_dataset: give one, or leave eval_strategy out"
-        )
+def _one_tokenizer(processing_class: Any, tokenizer: Any) -> PreTrainedTokenizerBase | ProcessorMixin:
+    if tokenizer is not None and processing_class is not None:
+        raise TypeError("processing_class and tokenizer are two names of one argument: give one")
+    given = tokenizer if processing_class is None else processing_class
+    if not isinstance(given, PreTrainedTokenizerBase | ProcessorMixin):
+        raise TypeError(f"processing_class must be the model's tokenizer or processor, not {given!r}")
+    return given
 
 
-def _each(datasets: Any, convert) -> Any:
-    if isinstance(datasets, Mapping):
-        return {name: convert(rows, f"eval_dataset {name!r}") for name, rows in datasets.items()}
-    return convert(datasets, "eval_dataset")
+def _evaluation_sets(given: Any, raw: bool) -> Any:
+    if isinstance(given, Mapping):
+        return {name: as_dataset(rows, f"eval_dataset {name!r}", raw) for name, rows in given.items()}
+    return None if given is None else as_dataset(given, "eval_dataset", raw)
