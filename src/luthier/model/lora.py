@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from luthier import adapters
 from luthier.errors import UnsupportedError, unknown
 from luthier.model import checkpoint
-from luthier.model.checkpointing import set_checkpointing
+from luthier.model.checkpointing import checkpointing_mode, set_checkpointing
 from luthier.model.cpu_4bit import is_misread
 from luthier.model.experts import ExpertsLora, Nf4Experts, expert_stacks
 from luthier.model.vocab import resize_embeddings
@@ -28,6 +28,9 @@ BIASES = ("none", "all", "lora_only")
 # Names that a dense MLP has, or had in a checkpoint, for what a stack of expert weights holds
 STACK_OF = dict.fromkeys(("gate_proj", "up_proj", "w1", "w3"), "gate_up_proj") | {"w2": "down_proj"}
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+LINEAR = (nn.Linear, Conv1D)  # the 4-bit and 8-bit layers are Linears too
+OF_AN_ADAPTER = (".lora_", ".modules_to_save.", ".trainable_tokens_", ".token_indices.")
+WRAPPINGS = (".base_layer", ".original_module", ".token_adapter")
 ROUTERS = ("gate", "router", "shared_expert_gate")
 LAYER_INDEX = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 # Fields of a saved adapter's config that say nothing about what the adapter is
@@ -69,6 +72,7 @@ def get_peft_model(
         warnings.warn("full_finetuning=True trains every weight: no adapter is attached.", UserWarning, stacklevel=2)
         return model
     _check_values(r, lora_alpha, lora_dropout, bias, lora_fields)
+    checkpointing_mode(use_gradient_checkpointing)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     _check_initialisation(base, init_lora_weights, loftq_config)
 
@@ -256,31 +260,36 @@ class _Groups:
         return [name for name in names if wanted(name)]
 
 
+def plain_name(name: str) -> str | None:
+    """The name that a module or parameter has without an adapter; None for one that belongs to the adapter."""
+    if any(part in f".{name}." for part in OF_AN_ADAPTER):
+        return None
+    for wrapping in WRAPPINGS:
+        name = name.replace(wrapping, "")
+    return name
+
+
+def _base_modules(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    """The modules of the base model, by their plain names; a wrapped one is there twice, with its wrapper first."""
+    return [(plain, module) for name, module in model.named_modules() if (plain := plain_name(name)) is not None]
+
+
 def _linear_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     """Every linear layer but the head and the routers of a mixture of experts."""
-    head = model.get_output_embeddings()
-    routed = bool(expert_stacks(model))
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
-        and module is not head
-        and ".lora_" not in name
-        and not (routed and name.rpartition(".")[2] in ROUTERS)
-    ]
-
-
-def _plain(name: str) -> str:
-    return name.replace(".base_layer", "")
+    modules = _base_modules(model)
+    left_out = {name for name, module in modules if module is model.get_output_embeddings()}
+    if expert_stacks(model):
+        left_out |= {name for name, _ in modules if name.rpartition(".")[2] in ROUTERS}
+    return [(name, module) for name, module in modules if isinstance(module, LINEAR) and name not in left_out]
 
 
 def _chosen_targets(
     model: PreTrainedModel, targets: str | Sequence[str], groups: _Groups, layers: list[int] | None
 ) -> tuple[list[str], list[str]]:
     """The paths of the linear layers and of the expert stacks that get an adapter."""
-    linears = [_plain(name) for name, _ in _linear_layers(model)]
-    stacks = [_plain(name) for name in expert_stacks(model)]
-    modules = [_plain(name) for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding | Conv1D)]
+    linears = [name for name, _ in _linear_layers(model)]
+    stacks = [plain_name(name) for name in expert_stacks(model)]
+    modules = [name for name, module in _base_modules(model) if isinstance(module, (*LINEAR, nn.Embedding))]
     if targets is None or targets == "all-linear":
         chosen, chosen_stacks = linears, stacks
     elif isinstance(targets, str):
@@ -324,21 +333,15 @@ def _in_layers(name: str, layers: list[int]) -> bool:
 def _shortest(model: PreTrainedModel, chosen: list[str], layers: list[int] | None) -> list[str]:
     """The targets by their last parts where those mean the same modules, else by their whole paths."""
     parts = _last_parts(chosen)
-    meant = [
-        name
-        for name, _ in model.named_modules()
-        if ".lora_" not in name
-        and _plain(name).rpartition(".")[2] in parts
-        and not name.endswith(".base_layer")
-        and (layers is None or _in_layers(name, layers))
-    ]
-    return parts if {_plain(name) for name in meant} == set(chosen) else chosen
+    names = {name for name, _ in _base_modules(model) if name.rpartition(".")[2] in parts}
+    meant = {name for name in names if layers is None or _in_layers(name, layers)}
+    return parts if meant == set(chosen) else chosen
 
 
 def _check_parameters(model: PreTrainedModel, targets: Sequence[str]) -> list[str]:
     if isinstance(targets, str):
         raise TypeError(f"target_parameters must be a list of parameter names, not the string {targets!r}.")
-    names = [_plain(name) for name, _ in model.named_parameters()]
+    names = [plain_name(name) for name, _ in model.named_parameters() if plain_name(name)]
     for target in targets:
         if not any(name == target or name.endswith("." + target) for name in names):
             raise unknown("target parameter", target, _last_parts(expert_stacks(model)) or _last_parts(names))
@@ -350,13 +353,13 @@ def _modules_to_save(model: PreTrainedModel, names: Sequence[str] | None) -> lis
     if isinstance(names, str):
         raise TypeError(f"modules_to_save must be a list of module names, not the string {names!r}.")
     names = list(names or [])
-    paths = [_plain(path) for path, _ in model.named_modules()]
+    paths = [path for path, _ in _base_modules(model)]
     for name in names:
         if not any(path == name or path.endswith("." + name) for path in paths):
             raise unknown("module to save", name, {part for part in _last_parts(paths) if not part.isdigit()})
     if getattr(model, "luthier_new_tokens", None):
         tables = (model.get_input_embeddings(), model.get_output_embeddings())
-        names += [path.rpartition(".")[2] for path, module in model.named_modules() if any(module is table for table in tables)]
+        names += [path.rpartition(".")[2] for path, module in _base_modules(model) if any(module is table for table in tables)]
     return sorted(set(names))
 
 

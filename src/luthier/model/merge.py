@@ -27,14 +27,11 @@ from transformers.pytorch_utils import Conv1D
 from luthier.errors import UnsupportedError, unknown
 from luthier.model import checkpoint, experts
 from luthier.model.layout import Group, Layout
+from luthier.model.lora import BASE_CHANGING_INITS, LINEAR, plain_name
 from luthier.ops.nf4 import dequantise, quantised
 
 Base = Literal["16bit", "nf4"]
 BASES = ("16bit", "nf4")
-OF_AN_ADAPTER = (".lora_", ".modules_to_save.", ".trainable_tokens_", ".token_indices")
-WRAPPINGS = (".base_layer", ".original_module", ".token_adapter")
-LINEAR = (nn.Linear, Conv1D)  # the 4-bit and 8-bit layers are Linears too
-BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 MERGEABLE = ("bitsandbytes", experts.METHOD)
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
@@ -280,8 +277,9 @@ def _slots(model: PreTrainedModel) -> dict[str, Slot]:
         buffers = {name: value for name, value in module._buffers.items() if name not in module._non_persistent_buffers_set}
         for name, tensor in {**module._parameters, **buffers}.items():
             full = f"{path}.{name}" if path else name
-            if tensor is not None and not any(part in f".{full}" for part in OF_AN_ADAPTER):
-                slots[_clean(full)] = Slot(tensor, module)
+            plain = plain_name(full)
+            if tensor is not None and plain is not None:
+                slots[plain] = Slot(tensor, module)
     offloaded = [name for name, slot in slots.items() if slot.tensor.device.type == "meta"]
     if offloaded:
         raise UnsupportedError(
@@ -290,16 +288,12 @@ def _slots(model: PreTrainedModel) -> dict[str, Slot]:
     return slots
 
 
-def _clean(name: str) -> str:
-    for wrapping in WRAPPINGS:
-        name = name.replace(wrapping, "")
-    return name
-
-
 def _collect_changes(model: PeftModel, slots: dict[str, Slot]) -> None:
     """Note in ``slots`` what the active adapters of ``model`` do; refuse by name what cannot be merged."""
     for path, module in model.get_base_model().named_modules():
-        name = _clean(path)
+        name = plain_name(path)
+        if name is None:
+            continue
         if isinstance(module, ModulesToSaveWrapper):
             _replace_module(name, module, slots)
         elif isinstance(module, TrainableTokensWrapper):
