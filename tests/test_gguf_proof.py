@@ -216,6 +216,20 @@ def test_an_adapter_is_exported_with_its_proof(base, trained, tmp_path):
     assert proof["divergence"] < 1e-8 and proof["failures"] == []
 
 
+def test_an_importance_matrix_from_data(trained, tmp_path):
+    model, tokenizer = trained
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "A luthier builds lutes."}\n{"text": "One, two, three."}\n')
+    written = [
+        save_pretrained_gguf(model, tmp_path / f"{number}", tokenizer, "q4_0", imatrix=data, base="nf4")[0].read_bytes()
+        for number, data in enumerate((None, rows, ["A luthier builds lutes.", "One, two, three."]))
+    ]
+    assert len(written[0]) == len(written[1]) and written[0] != written[1]
+    assert GGUFFile(tmp_path / "1" / "1-Q4_0.gguf").data("blk.0.attn_q.weight").tobytes() == (
+        GGUFFile(tmp_path / "2" / "2-Q4_0.gguf").data("blk.0.attn_q.weight").tobytes()
+    )
+
+
 def test_a_failed_proof_leaves_nothing(trained, tmp_path, monkeypatch):
     model, tokenizer = trained
     monkeypatch.setattr("luthier.gguf.convert._rope_order", lambda *args: None)  # queries are written as they are

@@ -139,7 +139,7 @@ def plan_tensors(architecture: Architecture, config: PreTrainedConfig, shapes: M
     pieces: dict[str, tuple[Piece, ...]] = {}
     unknown: list[str] = []
     for name in shapes:
-        found = _route(architecture, config, name)
+        found = route(architecture, config, name)
         if found is None:
             unknown.append(name)
         else:
@@ -163,7 +163,7 @@ def plan_tensors(architecture: Architecture, config: PreTrainedConfig, shapes: M
     return Plan(pieces, result)
 
 
-def _route(architecture: Architecture, config: PreTrainedConfig, name: str) -> tuple[Piece, ...] | None:
+def route(architecture: Architecture, config: PreTrainedConfig, name: str) -> tuple[Piece, ...] | None:
     """What becomes of one tensor: nothing (an empty tuple), some pieces, or None for a name that is not known."""
     short = PREFIX.sub("", name)
     if DERIVED.search(short) or (short == "lm_head.weight" and config.tie_word_embeddings):

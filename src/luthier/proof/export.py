@@ -12,7 +12,7 @@ import json
 import math
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from luthier.data.chat import strip_generation_marks
+from luthier.data.read import read_dataset
 from luthier.data.render import render
 from luthier.files import atomic_file, make_directory
 from luthier.gguf import architectures, convert
+from luthier.gguf.calibrate import calibrate
 from luthier.gguf.chat import load_tokenizer, stop_tokens
 from luthier.gguf.convert import output_paths, plan_tensors, read_config
 from luthier.gguf.dequantize import dequantize, load_tensor
-from luthier.gguf.imatrix import read_importance
+from luthier.gguf.imatrix import Importance, read_importance
 from luthier.gguf.metadata import metadata, rope_tensors
 from luthier.gguf.quantize import encode
 from luthier.gguf.reader import GGUFFile
@@ -336,19 +338,23 @@ def save_pretrained_gguf(
     directory: str | Path,
     tokenizer: Any,
     quantization_method: str | Sequence[str] = "q8_0",
-    imatrix: str | Path | Mapping[str, torch.Tensor] | None = None,
+    imatrix: str | Path | Mapping[str, torch.Tensor] | Iterable | None = None,
     save_method: str | None = None,
     base: Base = "16bit",
     prompts: Sequence[str] | None = None,
 ) -> list[Path]:
     """`luthier.model.gguf_export.save_pretrained_gguf`, proved: files appear under their names once their proof holds.
 
+    ``imatrix``: an importance matrix (a GGUF file, or tensors by name), or the data to compute one from: a dataset, its
+    file, or texts.
+
     The model says what it says over the chosen ``base``: for ``"16bit"`` under a model that was trained in 4 bits, the
     adapter is loaded over the original checkpoint for it. ``prompts``: held-out texts of the user's own to compare on.
     Raises ``ExportProofError`` where a proof fails; nothing is left behind then.
     """
     if save_method is not None:
-        return gguf_export.save_pretrained_gguf(model, directory, tokenizer, quantization_method, imatrix, save_method, base)
+        return gguf_export.save_pretrained_gguf(model, directory, tokenizer, quantization_method, None, save_method, base)
+    imatrix = _importance(model, tokenizer, imatrix)
     directory = Path(directory)
     make_directory(directory)
     with tempfile.TemporaryDirectory(prefix=".luthier-", dir=directory) as place:
@@ -376,6 +382,17 @@ def convert_to_gguf(
         source = CheckpointSource(model_dir)
         model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=_dtype_that_fits(source), local_files_only=True)
         return _publish_proved(Path(place), outputs[0].parent, reference_of(model, model_dir, prompts))
+
+
+def _importance(model: Any, tokenizer: Any, imatrix: Any) -> Importance | Path | None:
+    """An importance matrix as it was given, or computed from the data that was."""
+    if imatrix is None or isinstance(imatrix, Mapping):
+        return imatrix
+    if isinstance(imatrix, str | Path):
+        if Path(imatrix).suffix == ".gguf":
+            return Path(imatrix)
+        imatrix = read_dataset(str(imatrix))
+    return calibrate(model, tokenizer, imatrix).importance
 
 
 def _publish_proved(place: Path, directory: Path, reference: Reference) -> list[Path]:

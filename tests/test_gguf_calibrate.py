@@ -1,0 +1,74 @@
+"""Importance matrices computed from a loaded model."""
+
+import pytest
+import tiny
+import torch
+from datasets import Dataset
+
+from luthier.gguf import GGUFFile, convert_to_gguf
+from luthier.gguf.calibrate import calibrate
+from luthier.gguf.dequantize import load_tensor
+from luthier.gguf.imatrix import read_importance
+from luthier.model.accelerate import accelerate
+from luthier.model.load import load_model
+from luthier.model.lora import get_peft_model
+
+TEXTS = ["A luthier builds lutes.", "One, two, three: 1 2 3", "The end of it all."]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return tiny.save_tiny("llama3.1", tmp_path_factory.mktemp("model") / "m")
+
+
+def test_importance_is_the_mean_of_squared_inputs(directory):
+    model, tokenizer = load_model(directory, load_in_16bit=True, dtype=torch.float32)
+    found = calibrate(model, tokenizer, TEXTS)
+    assert found.tokens == sum(len(tokenizer(text)["input_ids"]) for text in TEXTS)
+    norm = model.model.layers[0].input_layernorm
+    with torch.no_grad():
+        inputs = [norm(model.model.embed_tokens(torch.tensor(tokenizer(text)["input_ids"]))) for text in TEXTS]
+    expected = torch.cat(inputs).square().mean(0)
+    assert torch.allclose(found.importance["blk.0.attn_q.weight"], expected, rtol=1e-5)
+    names = {"attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"}
+    assert found.importance.keys() == {f"blk.{i}.{name}.weight" for i in range(2) for name in names}
+    assert found.importance["blk.1.ffn_down.weight"].shape == (model.config.intermediate_size,)
+
+
+def test_adapters_and_fused_layers_are_seen_through(directory):
+    model, tokenizer = load_model(directory, load_in_16bit=True, dtype=torch.float32)
+    expected = calibrate(model, tokenizer, TEXTS).importance
+    fused = accelerate(get_peft_model(model, r=4))  # a new adapter changes nothing
+    found = calibrate(fused, tokenizer, TEXTS).importance
+    assert found.keys() == expected.keys()
+    assert all(torch.allclose(found[name], expected[name], rtol=1e-4) for name in found)
+
+
+def test_every_kind_of_row_and_the_limits(directory):
+    model, tokenizer = load_model(directory, load_in_16bit=True, dtype=torch.float32)
+    ids = tokenizer(TEXTS[0])["input_ids"]
+    plain = calibrate(model, tokenizer, [TEXTS[0]]).importance["blk.0.attn_q.weight"]
+    for data in ([{"text": TEXTS[0]}], [{"input_ids": ids}], Dataset.from_list([{"text": TEXTS[0]}])):
+        assert torch.equal(calibrate(model, tokenizer, data).importance["blk.0.attn_q.weight"], plain)
+    chat = calibrate(model, tokenizer, [{"messages": [{"role": "user", "content": "Hi"}]}])
+    assert chat.tokens == len(tokenizer("<|im_start|>user\nHi<|im_end|>\n")["input_ids"])
+    assert calibrate(model, tokenizer, TEXTS * 50, length=4, max_tokens=10).tokens == 10
+    with pytest.raises(ValueError, match="holds no text"):
+        calibrate(model, tokenizer, [{"answer": "x"}])
+
+
+def test_a_saved_matrix_quantises_like_the_one_in_memory(directory, tmp_path):
+    model, tokenizer = load_model(directory, load_in_16bit=True, dtype=torch.float32)
+    found = calibrate(model, tokenizer, TEXTS)
+    file = found.save(tmp_path / "imatrix.gguf")
+    stored = read_importance(file)
+    assert all(torch.allclose(stored[name], values) for name, values in found.importance.items())
+    first, second = (
+        convert_to_gguf(directory, tmp_path / f"{i}.gguf", "q4_0", imatrix=matrix)[0] for i, matrix in enumerate((file, stored))
+    )
+    plain = convert_to_gguf(directory, tmp_path / "plain.gguf", "q4_0")[0]
+    assert first.read_bytes() == second.read_bytes() != plain.read_bytes()
+    name = "blk.0.attn_q.weight"
+    exact = load_tensor(GGUFFile(convert_to_gguf(directory, tmp_path / "f32.gguf", "f32")[0]), name)
+    lost = [((load_tensor(GGUFFile(path), name) - exact).square() * stored[name]).sum() for path in (first, plain)]
+    assert lost[0] < lost[1]
