@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import ModelOutput
 
-from luthier.adapters.spec import Head
+from luthier.adapters.spec import Head, Spec
 from luthier.ops.linear_cross_entropy import CHUNK_BYTES, linear_cross_entropy, shape_logits
 
 
@@ -70,7 +70,7 @@ def lazy_output_class(stock: type[ModelOutput]) -> type[ModelOutput]:
     return type(stock.__name__, (LazyOutput, stock), {"__module__": stock.__module__, "__qualname__": stock.__qualname__})
 
 
-def training_forward(model: PreTrainedModel, stock: type[PreTrainedModel], head: Head, args: tuple, kwargs: dict):
+def training_forward(model: PreTrainedModel, stock: type[PreTrainedModel], spec: Spec, args: tuple, kwargs: dict):
     """``stock.forward(model, *args, **kwargs)``, with the loss computed chunk by chunk where there is one to compute."""
     call = _by_name(stock, model, args, kwargs)
     labels = call.get("labels")
@@ -78,24 +78,40 @@ def training_forward(model: PreTrainedModel, stock: type[PreTrainedModel], head:
     if not model.training or labels is None or call.get("logits_to_keep") or not usual_loss:
         return stock.forward(model, *args, **kwargs)
 
-    loss_arguments = {key: call.pop(key, None) for key in ("labels", "shift_labels", "num_items_in_batch", "ignore_index")}
-    return_dict = call.pop("return_dict", None)
+    loss_arguments = {key: call.pop(key, None) for key in ("labels", "shift_labels", "num_items_in_batch")}
+    ignore_index, return_dict = call.pop("ignore_index", -100), call.pop("return_dict", None)
     call.setdefault("use_cache", False)  # a cache would keep every key and value alive, and turn packed rows into one
     call["logits_to_keep"] = torch.empty(0, dtype=torch.long, device=labels.device)
+    causal_text = spec.vision is None and spec.mlp != "experts" and call.get("past_key_values") is None
+    if causal_text and loss_arguments["shift_labels"] is None:
+        call["attention_mask"] = needed_mask(call.get("attention_mask"), labels, ignore_index)
     with _caught_output(model.base_model) as caught:
         output = stock.forward(model, **call, return_dict=True)
     backbone = caught.pop()
     hidden = backbone["last_hidden_state"] if isinstance(backbone, ModelOutput) else backbone[0]
 
-    shaping = head_values(model.config.get_text_config(), head)
+    shaping = head_values(model.config.get_text_config(), spec.head)
     lm_head = model.get_output_embeddings()
-    loss = causal_loss(hidden, lm_head, shaping, **loss_arguments)
+    loss = causal_loss(hidden, lm_head, shaping, **loss_arguments, ignore_index=ignore_index)
     if output.get("aux_loss") is not None:
         loss = loss + model.router_aux_loss_coef * output["aux_loss"].to(loss.device)
     logits = LazyLogits(lambda: shape_logits(lm_head(hidden), **shaping))
     output = lazy_output_class(type(output))(**{**dict(output.items()), "loss": loss, "logits": logits})
     wants_tuple = return_dict is False or (return_dict is None and not model.config.return_dict)
     return output.to_tuple() if wants_tuple else output
+
+
+def needed_mask(mask: Tensor | None, labels: Tensor, ignore_index: int) -> Tensor | None:
+    """The attention mask, or None if it changes nothing that the loss sees: padding on the right, without labels.
+
+    No token attends to what stands to its right, so causal attention without a mask, which has the fastest kernels, gives
+    every position that counts the same. (Costs one synchronisation, as looking for padding in the mask does anyway.)
+    """
+    if not isinstance(mask, Tensor) or mask.shape != labels.shape:
+        return mask
+    seen = mask.bool()
+    on_the_right = (seen[:, 1:] <= seen[:, :-1]).all() & seen[:, 0].all()
+    return None if bool(on_the_right & ((labels == ignore_index) | seen).all()) else mask
 
 
 def causal_loss(
@@ -105,13 +121,12 @@ def causal_loss(
     labels: Tensor,
     shift_labels: Tensor | None = None,
     num_items_in_batch: Tensor | int | None = None,
-    ignore_index: int | None = None,
+    ignore_index: int = -100,
 ) -> Tensor:
     """transformers' ForCausalLMLoss of ``lm_head(hidden)``: fp32 scalar, hidden (B, T, D), labels (B, T).
 
     The mean over valid labels, or their sum over ``num_items_in_batch``; a differentiable zero where none is valid.
     """
-    ignore_index = -100 if ignore_index is None else ignore_index
     targets = shift_labels
     if targets is None:
         targets = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
