@@ -216,6 +216,14 @@ def test_an_adapter_is_exported_with_its_proof(base, trained, tmp_path):
     assert proof["divergence"] < 1e-8 and proof["failures"] == []
 
 
+def test_the_adapter_alone(trained, tmp_path):
+    model, tokenizer = trained
+    (file,) = save_pretrained_gguf(model, tmp_path / "lute", tokenizer, save_method="lora")
+    assert file == tmp_path / "lute" / "lute-LORA.gguf" and GGUFFile(file).metadata["general.type"] == "adapter"
+    with pytest.raises(ValueError, match="Unknown save_method 'merged'.*Allowed: lora"):
+        save_pretrained_gguf(model, tmp_path / "lute", tokenizer, save_method="merged")
+
+
 def test_an_importance_matrix_from_data(trained, tmp_path):
     model, tokenizer = trained
     rows = tmp_path / "rows.jsonl"

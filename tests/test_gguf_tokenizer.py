@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from luthier.errors import UnsupportedError
 from luthier.gguf import GGUFFile, convert_to_gguf
-from luthier.gguf.tokenizer import tokenizer_metadata
+from luthier.gguf.tokenizer import fix_sentencepiece_gguf, tokenizer_metadata
 
 VOCAB = 1024
 TEMPLATE = "{%- for m in messages -%}\n  {{- m.role }}: {%- if m.role == 'assistant' -%}{%- generation -%}{{- m.content }}é{%- endgeneration -%}{%- endif -%}\n{%- endfor -%}\n"  # noqa: E501
@@ -156,3 +156,9 @@ def test_other_tokenizers_are_refused_by_name(state, message, tmp_path):
 def test_a_directory_without_tokenizer_json(tmp_path):
     with pytest.raises(FileNotFoundError, match="tokenizer.json does not exist"):
         tokenizer_metadata(tmp_path, VOCAB)
+
+
+def test_nothing_has_to_be_fixed(tmp_path, capsys):
+    save_tokenizer(sentencepiece("llama"), tmp_path)
+    fix_sentencepiece_gguf(tmp_path)
+    assert "tokenizer.model is not read" in capsys.readouterr().err

@@ -9,6 +9,7 @@ from luthier.gguf.ollama import (
 )
 from luthier.gguf.quantize import quantize_gguf
 from luthier.gguf.reader import GGUFFile
+from luthier.gguf.tokenizer import fix_sentencepiece_gguf
 from luthier.gguf.types import ALLOWED_QUANTS, print_quantization_methods
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "convert_to_gguf",
     "create_ollama_model",
     "create_ollama_modelfile",
+    "fix_sentencepiece_gguf",
     "print_quantization_methods",
     "quantize_gguf",
     "write_gguf",

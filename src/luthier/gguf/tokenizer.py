@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 from luthier.errors import UnsupportedError
 from luthier.gguf.writer import Value
+from luthier.terminal import say
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 SPACE = "▁"  # how SentencePiece writes a space
@@ -60,11 +61,7 @@ def tokenizer_metadata(directory: str | Path, vocab_size: int) -> dict[str, Valu
     ``ValueError`` where the tokenizer has more tokens than the model.
     """
     directory = Path(directory)
-    path = directory / "tokenizer.json"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist. Save the fast tokenizer there: AutoTokenizer.from_pretrained(...).save_pretrained(...)."
-        )
+    path = _tokenizer_file(directory)
     state = json.loads(path.read_text("utf8"))
     kind = state["model"].get("type", "BPE")
     if kind != "BPE":
@@ -78,6 +75,15 @@ def tokenizer_metadata(directory: str | Path, vocab_size: int) -> dict[str, Valu
         )
     write = _byte_level if _is_byte_level(state) else _sentencepiece
     return write(state, vocabulary, vocab_size) | _special_tokens(directory, path, vocabulary)
+
+
+def _tokenizer_file(directory: Path) -> Path:
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist. Save the fast tokenizer there: AutoTokenizer.from_pretrained(...).save_pretrained(...)."
+        )
+    return path
 
 
 def _read_vocabulary(state: dict) -> Vocabulary:
@@ -212,3 +218,13 @@ def special_tokens(directory: str | Path) -> dict[str, str]:
                 if key.endswith("_token") and isinstance(content, str):
                     named[key] = content
     return named
+
+
+def fix_sentencepiece_gguf(directory: str | Path) -> None:
+    """Nothing has to be fixed: GGUF files are made from tokenizer.json, added tokens included. For scripts that call it.
+
+    Raises, like an export, where the tokenizer in ``directory`` is missing or of a kind that is not covered.
+    """
+    state = json.loads(_tokenizer_file(Path(directory)).read_text("utf8"))
+    tokenizer_metadata(directory, max(_read_vocabulary(state).tokens) + 1)
+    say(f"{directory}: tokenizer.json holds all that GGUF needs; tokenizer.model is not read.")

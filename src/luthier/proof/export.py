@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 from luthier.data.chat import strip_generation_marks
 from luthier.data.read import read_dataset
 from luthier.data.render import render
+from luthier.errors import unknown
 from luthier.files import atomic_file, make_directory
 from luthier.gguf import architectures, convert
 from luthier.gguf.calibrate import calibrate
@@ -30,6 +31,7 @@ from luthier.gguf.chat import load_tokenizer, stop_tokens
 from luthier.gguf.convert import output_paths, plan_tensors, read_config
 from luthier.gguf.dequantize import dequantize, load_tensor
 from luthier.gguf.imatrix import Importance, read_importance
+from luthier.gguf.lora import convert_lora_to_gguf
 from luthier.gguf.metadata import metadata, rope_tensors
 from luthier.gguf.quantize import encode
 from luthier.gguf.reader import GGUFFile
@@ -350,12 +352,15 @@ def save_pretrained_gguf(
 
     The model says what it says over the chosen ``base``: for ``"16bit"`` under a model that was trained in 4 bits, the
     adapter is loaded over the original checkpoint for it. ``prompts``: held-out texts of the user's own to compare on.
-    Raises ``ExportProofError`` where a proof fails; nothing is left behind then.
+    ``save_method="lora"`` writes the adapter alone, for ``--lora`` beside the GGUF file of its base. Raises
+    ``ExportProofError`` where a proof fails; nothing is left behind then.
     """
-    if save_method is not None:
-        return gguf_export.save_pretrained_gguf(model, directory, tokenizer, quantization_method, None, save_method, base)
-    imatrix = _importance(model, tokenizer, imatrix)
     directory = Path(directory)
+    if save_method not in (None, "lora"):
+        raise unknown("save_method", save_method, ("lora",), "Without it the merged model is written.")
+    if save_method == "lora":
+        return [_save_lora(model, directory, tokenizer)]
+    imatrix = _importance(model, tokenizer, imatrix)
     make_directory(directory)
     with tempfile.TemporaryDirectory(prefix=".luthier-", dir=directory) as place:
         place = Path(place) / directory.resolve().name  # the name that the files get
@@ -363,6 +368,13 @@ def save_pretrained_gguf(
         with _over_base(model, tokenizer, base) as trained:
             reference = reference_of(trained, tokenizer, prompts)
         return _publish_proved(place, directory, reference)
+
+
+def _save_lora(model: Any, directory: Path, tokenizer: Any) -> Path:
+    with tempfile.TemporaryDirectory(prefix="luthier-") as place:
+        save_adapter(model, Path(place) / "adapter", tokenizer)
+        out = directory / f"{directory.resolve().name}-LORA.gguf"
+        return convert_lora_to_gguf(Path(place) / "adapter", model.config, out)
 
 
 def convert_to_gguf(
