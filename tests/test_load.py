@@ -9,14 +9,17 @@ import bitsandbytes as bnb
 import fake_hub
 import pytest
 import tiny
+import tiny_vision
 import torch
-from transformers import AutoModelForCausalLM, Qwen2_5_VLConfig
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Qwen2_5_VLConfig
 
 from luthier.errors import UnsupportedError
 from luthier.model.experts import expert_stacks
 from luthier.model.load import load_model
 from luthier.model.lora import get_peft_model
 from luthier.model.precision import choose_dtype, is_bfloat16_supported
+from luthier.model.save import save_pretrained_merged
+from luthier.ops.nf4 import dequantise, quantised
 
 IDS = torch.arange(5, 45)[None]
 
@@ -319,6 +322,44 @@ def test_a_vision_model_says_which_class_loads_it(broken):
     Qwen2_5_VLConfig().save_pretrained(broken)
     with pytest.raises(ValueError, match="FastVisionModel"):
         load_model(broken)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "llava", "mistral3"])
+@pytest.mark.parametrize("base", ["16bit", "nf4"])
+def test_the_language_part_of_a_vision_model_loads_and_merges_alone(tmp_path, family, base):
+    directory = tiny_vision.save_tiny_vision(family, tmp_path / "vision")
+    whole = AutoModelForImageTextToText.from_pretrained(directory)
+    model, tokenizer = load_model(directory, text_only=True, load_in_16bit=True)
+    assert torch.equal(model(IDS).logits, whole(input_ids=IDS).logits)
+    model, tokenizer = load_model(directory, text_only=True)
+    model = get_peft_model(model, r=2)  # which changes nothing yet
+    save_pretrained_merged(model, tmp_path / "text", tokenizer, base=base)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "text")
+    expected = whole.model.language_model.state_dict()
+    if base == "nf4":
+        weights = {name.replace(".base_layer", ""): p for name, p in model.get_base_model().model.named_parameters()}
+        held = {name: dequantise(quantised(p)) for name, p in weights.items() if isinstance(p, bnb.nn.Params4bit)}
+        assert held.keys() < expected.keys()
+        expected |= held
+    assert all(torch.equal(tensor, expected[name].to(tensor.dtype)) for name, tensor in merged.model.state_dict().items())
+
+
+def test_custom_code_runs_only_if_it_is_trusted_and_is_saved_with_the_model(broken, tmp_path):
+    (broken / "modeling_own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    names = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    config = json.loads((broken / "config.json").read_text()) | {"model_type": "own", "auto_map": names}
+    (broken / "config.json").write_text(json.dumps(config | {"architectures": ["OwnForCausalLM"]}))
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        load_model(broken)
+    model, tokenizer = load_model(broken, trust_remote_code=True)
+    assert type(model).__name__ == "OwnForCausalLM"
+    save_pretrained_merged(get_peft_model(model, r=2), tmp_path / "out", tokenizer)
+    again, _ = load_model(tmp_path / "out", trust_remote_code=True, load_in_16bit=True)
+    assert type(again).__name__ == "OwnForCausalLM"
 
 
 def test_a_directory_without_a_tokenizer(broken):

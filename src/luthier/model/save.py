@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import bitsandbytes as bnb
+import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
@@ -153,6 +155,9 @@ def _save_merged(
         if merge.model.generation_config is not None:
             merge.model.generation_config.save_pretrained(place)
         _save_tokenizer(tokenizer, place)
+        if merge.info is not None and merge.info.trust_remote_code:
+            for file in merge.info.base_path.glob("*.py"):  # the code that the config names
+                shutil.copy(file, place)
     if save_method == "merged_4bit":
         say(f"merged_4bit: the NF4 weights differ from the merged ones by {quantiser.gap:.2%} (relative, root mean square)")
 
@@ -240,11 +245,13 @@ class Quantiser:
             if name not in self.names:
                 yield name, tensor.to(self.merge.dtypes[name])
                 continue
-            tensor = tensor.float()
-            weight = bnb.nn.Params4bit(tensor, requires_grad=False, quant_type="nf4", compress_statistics=True).to("cpu")
+            tensor = tensor.to(self.merge.model.device, torch.float32)
+            weight = bnb.nn.Params4bit(tensor, requires_grad=False, quant_type="nf4", compress_statistics=True).to(
+                tensor.device
+            )
             self.error += (dequantise(quantised(weight)) - tensor).square().sum().item()
             self.norm += tensor.square().sum().item()
             weight.quant_state.dtype = self.merge.dtype
-            yield name, weight.data
+            yield name, weight.data.cpu()
             for part, value in weight.quant_state.as_dict(packed=True).items():
-                yield f"{name}.{part}", value
+                yield f"{name}.{part}", value.cpu()
