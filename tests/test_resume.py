@@ -113,12 +113,24 @@ def test_early_stopping_goes_on_counting(tmp_path):
     assert Path(resumed.state.best_model_checkpoint).name == Path(whole.state.best_model_checkpoint).name
     assert resumed.evaluate()["eval_loss"] == whole.evaluate()["eval_loss"]
 
+    again = trainer(loras(), tmp_path / "whole", eval_dataset=token_rows(4, seed=9), **changes)
+    assert again.train(resume_from_checkpoint=True).global_step == last  # it had stopped, and stays so
+    assert again.evaluate()["eval_loss"] == whole.evaluate()["eval_loss"]
+
 
 def test_a_resumed_run_goes_by_its_own_intervals(tmp_path):
     trainer(loras(), tmp_path, max_steps=2, **SAVING).train()
     resumed = trainer(loras(), tmp_path, max_steps=6, save_strategy="steps", save_steps=2, logging_steps=3)
     resumed.train(resume_from_checkpoint=True)
     assert [path.name for path in list_checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in (1, 2, 4, 6)]
+
+
+def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path):
+    run = trainer(loras(), tmp_path, max_steps=2, **SAVING)
+    run.train()
+    again = trainer(loras(), tmp_path, max_steps=2)
+    assert again.train(resume_from_checkpoint=True).global_step == 2
+    assert all(torch.equal(tensor, trained(again)[name]) for name, tensor in trained(run).items())
 
 
 def test_a_second_run_in_a_directory_of_checkpoints_says_so(tmp_path):

@@ -222,6 +222,8 @@ WRONG_ARGUMENTS = {
     "no batch": ({"per_device_train_batch_size": 0}, ValueError, "per_device_train_batch_size must be at least 1"),
     "one token": ({"max_length": 1}, ValueError, "max_length must be at least 2"),
     "a bool": ({"gradient_accumulation_steps": True}, TypeError, "gradient_accumulation_steps must be a whole number"),
+    "a switch as text": ({"packing": "false"}, TypeError, "packing must be True or False, not 'false' of type str"),
+    "a logger as number": ({"report_to": 5}, TypeError, "report_to must be a name or a list of names, not 5"),
     "unknown policy": ({"too_long": "cut"}, ValueError, "Unknown too_long 'cut'.*drop, raise, truncate"),
     "unknown mask": ({"train_on": "response"}, ValueError, "Unknown train_on 'response'. Did you mean 'responses'"),
     "unknown schedule": (

@@ -9,7 +9,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 import transformers
@@ -31,17 +31,17 @@ NUMBERS: dict[str, tuple[type, str, Callable[[float], bool]]] = {
     "warmup_ratio": (Real, "from 0 up to 1", lambda v: 0 <= v < 1),
     "warmup_steps": (Real, "zero or more steps, or a ratio below 1", lambda v: v >= 0),
     "num_train_epochs": (Real, "above zero", lambda v: v > 0),
-    "max_steps": (int, "at least 1, or -1 for as many as num_train_epochs needs", lambda v: v == -1 or v >= 1),
-    "per_device_train_batch_size": (int, "at least 1", lambda v: v >= 1),
-    "per_device_eval_batch_size": (int, "at least 1", lambda v: v >= 1),
-    "gradient_accumulation_steps": (int, "at least 1", lambda v: v >= 1),
-    "max_length": (int, "at least 2 tokens, or None for the model's max_seq_length", lambda v: v >= 2),
+    "max_steps": (Integral, "at least 1, or -1 for as many as num_train_epochs needs", lambda v: v == -1 or v >= 1),
+    "per_device_train_batch_size": (Integral, "at least 1", lambda v: v >= 1),
+    "per_device_eval_batch_size": (Integral, "at least 1", lambda v: v >= 1),
+    "gradient_accumulation_steps": (Integral, "at least 1", lambda v: v >= 1),
+    "max_length": (Integral, "at least 2 tokens, or None for the model's max_seq_length", lambda v: v >= 2),
     "logging_steps": (Real, "above zero: steps, or a ratio below 1", lambda v: v > 0),
     "save_steps": (Real, "above zero: steps, or a ratio below 1", lambda v: v > 0),
     "eval_steps": (Real, "above zero: steps, or a ratio below 1", lambda v: v > 0),
-    "save_total_limit": (int, "at least 1, or None to keep every checkpoint", lambda v: v >= 1),
-    "early_stopping_patience": (int, "at least 1 evaluation", lambda v: v >= 1),
-    "seed": (int, "zero or more", lambda v: v >= 0),
+    "save_total_limit": (Integral, "at least 1, or None to keep every checkpoint", lambda v: v >= 1),
+    "early_stopping_patience": (Integral, "at least 1 evaluation", lambda v: v >= 1),
+    "seed": (Integral, "zero or more", lambda v: v >= 0),
 }
 CHOICES = {
     "lr_scheduler_type": SchedulerType,
@@ -50,6 +50,7 @@ CHOICES = {
     "logging_strategy": IntervalStrategy,
     "save_strategy": SaveStrategy,
 }
+SWITCHES = ("bool", "bool | None", str(bool), str(bool | None))  # how the classes above ours and ours write the type
 REPORT_EXTRA = ("tensorboard", "wandb", "trackio")  # what `pip install "luthier[report]"` brings
 
 
@@ -84,7 +85,7 @@ class SharedArguments:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        _check_numbers(self)
+        _check_types(self)
         _check_choices(self)
         self.report_to = _installed_reporters(self.report_to)
         self._settle_warmup()
@@ -193,21 +194,23 @@ def warn_contradictions(config: transformers.TrainingArguments, model: PreTraine
     return config
 
 
-def _check_numbers(args: SharedArguments) -> None:
-    """Every number that a user may set wrong, by type and range; all mistakes in one message."""
-    defaults = {field.name: field.default for field in dataclasses.fields(args)}
+def _check_types(args: SharedArguments) -> None:
+    """Every number that a user may set wrong, by type and range, and every switch; all mistakes in one message."""
     wrong_type, wrong_value = [], []
-    for name, (kind, allowed, is_allowed) in NUMBERS.items():
-        if name not in defaults:
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        if value is None and field.default is None:
             continue
-        value = getattr(args, name)
-        if value is None and defaults[name] is None:
+        if str(field.type) in SWITCHES and not isinstance(value, bool):
+            wrong_type.append(f"{field.name} must be True or False, not {value!r} of type {type(value).__name__}")
+        if field.name not in NUMBERS:
             continue
+        kind, allowed, is_allowed = NUMBERS[field.name]
         if isinstance(value, bool) or not isinstance(value, kind):
-            wanted = "a whole number" if kind is int else "a number"
-            wrong_type.append(f"{name} must be {wanted} ({allowed}), not {value!r} of type {type(value).__name__}")
+            wanted = "a whole number" if kind is Integral else "a number"
+            wrong_type.append(f"{field.name} must be {wanted} ({allowed}), not {value!r} of type {type(value).__name__}")
         elif not math.isfinite(value) or not is_allowed(value):
-            wrong_value.append(f"{name} must be {allowed}, not {value!r}")
+            wrong_value.append(f"{field.name} must be {allowed}, not {value!r}")
     if wrong_type:
         raise TypeError("; ".join(wrong_type + wrong_value))
     if wrong_value:
@@ -228,6 +231,8 @@ def _installed_reporters(report_to: None | str | list[str]) -> list[str] | str:
         return "all"
     if report_to in (None, "none", ["none"], [], ()):
         return []
+    if not isinstance(report_to, str | list | tuple):
+        raise TypeError(f"report_to must be a name or a list of names, not {report_to!r}")
     names = [report_to] if isinstance(report_to, str) else list(report_to)
     for name in names:
         if name not in INTEGRATION_TO_CALLBACK:

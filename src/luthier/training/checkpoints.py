@@ -23,7 +23,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_callback import EarlyStoppingCallback, ExportableState
 from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
 
 from luthier.files import atomic_directory, require_space
@@ -209,11 +209,23 @@ class CheckpointMixin:
         (directory / TRAINING_ARGS_NAME).unlink(missing_ok=True)
         (directory / "training_args.json").write_text(self.args.to_json_string() + "\n", encoding="utf-8")
 
-    def _init_training_state(self, max_steps: int, *args, **kwargs) -> tuple[int, int]:
-        """As transformers', but the intervals of this run stand over those in the checkpoint."""
-        progress = super()._init_training_state(max_steps, *args, **kwargs)
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial):
+        """As transformers', but this run's own intervals stand, and a run that had ended stays ended.
+
+        transformers would train one step more. Gives (epochs done, batches done in the current one).
+        """
+        progress = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
         self.state.compute_steps(self.args, max_steps)
+        if resume_from_checkpoint and (self.state.global_step >= max_steps or self._had_stopped_early()):
+            say(f"The run had ended at step {self.state.global_step}: nothing is left to train.")
+            return num_train_epochs, 0
         return progress
+
+    def _had_stopped_early(self) -> bool:
+        stops = [callback for callback in self.callback_handler.callbacks if isinstance(callback, EarlyStoppingCallback)]
+        return any(stop.early_stopping_patience_counter >= stop.early_stopping_patience for stop in stops)
 
     def _load_callback_state(self) -> None:
         """Give callbacks back what they had counted (early stopping), not their settings: those are this run's."""

@@ -122,8 +122,8 @@ def memory_in_use() -> int:
 
 def show_progress(trainer: Trainer) -> ProgressCallback:
     """Give ``trainer`` our progress instead of transformers' bar or dictionaries; ``disable_tqdm`` means plain lines."""
-    for callback in (TqdmCallback, PrinterCallback):
-        trainer.remove_callback(callback)
     ours = ProgressCallback(plain=trainer.args.disable_tqdm)
-    trainer.add_callback(ours)
+    replaced = [trainer.pop_callback(callback) for callback in (TqdmCallback, PrinterCallback)]
+    if any(replaced):  # a notebook has another one, which stays
+        trainer.add_callback(ours)
     return ours
