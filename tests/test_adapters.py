@@ -94,6 +94,8 @@ def test_names_of_modules_and_attributes_exist(described):
         assert hasattr(layer, "residual_multiplier") == (spec.residual_scale is not None)
         assert hasattr(layer.self_attn, "sinks") == (spec.sinks is not None)
         assert hasattr(layer.self_attn, "use_rope") == (spec.rotary_switch == "use_rope")
+        assert hasattr(layer.self_attn, "sliding_window") == (spec.window == "attention")
+        assert (spec.window == "config") <= hasattr(model.config, "sliding_window")
         parameters = dict(layer.named_parameters())
         assert all(parameters[name].ndim == 3 for name in spec.expert_parameters)
     head = {name: getattr(model.config, name) for name in vars(spec.head).values() if name}

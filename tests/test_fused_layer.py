@@ -12,13 +12,14 @@ from tiny import FAMILIES, tiny_model
 from luthier.model.accelerate import accelerate, dial_of, restore
 from luthier.model.blocks import MlpBlock, Mode
 from luthier.model.dial import LayerPlan
+from luthier.model.fused_layer import LayerState
 
 UNFUSED = {"cohere2", "mixtral", "qwen3_moe", "gpt_oss"}
 DENSE = [family for family in FAMILIES if family not in UNFUSED]
 
 
 def layers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    return [module for module in model.modules() if "luthier_state" in module.__dict__]
+    return [module for module in model.modules() if isinstance(module.__dict__.get("luthier_state"), LayerState)]
 
 
 def fused(model: torch.nn.Module, mode: Mode | None = None, offload: bool = False) -> torch.nn.Module:
@@ -112,23 +113,56 @@ def test_biases_on_every_layer(mode):
     assert_same(fused(attention_bias_model(), mode), batch(), truth)
 
 
+PACKED = {"position_ids": torch.tensor([[*range(10), *range(30), *range(8)]]), "use_cache": False}
+SEGMENTS = {"cu_seq_lens_q": torch.tensor([0, 10, 40, 48], dtype=torch.int32), "max_length_q": 30}
+BATCHES = {
+    "no mask": ("llama3", {"attention_mask": None}),
+    "ones": ("llama3", {"attention_mask": torch.ones(2, 24)}),
+    "right padding": ("llama3", {}),
+    "left padding": ("llama3", {"attention_mask": batch()["attention_mask"].flip(1)}),
+    "trained padding": ("llama3", {"labels": batch()["input_ids"]}),
+    "packed": ("llama3", PACKED),
+    "packed, with bounds": ("llama3", {**PACKED, **SEGMENTS}),
+    "a window": ("mistral", {"attention_mask": None}),
+    "a window, padded": ("mistral", {"attention_mask": batch()["attention_mask"].flip(1)}),
+    "a window, packed": ("mistral", {**PACKED, **SEGMENTS}),
+    "windows in some layers": ("gemma3", {"attention_mask": None}),
+    "one token": ("llama3", {}),
+}
+
+
 @pytest.mark.parametrize("mode", Mode)
-@pytest.mark.parametrize("kind", ["left padding", "packed", "one token", "windows"])
-def test_masks(kind, mode):
-    inputs, family = batch(), "llama3"
-    if kind == "left padding":
-        inputs["attention_mask"] = inputs["attention_mask"].flip(1)
+@pytest.mark.parametrize("kind", BATCHES)
+def test_batches_of_all_kinds(kind, mode):
+    family, changes = BATCHES[kind]
+    inputs = {**batch(), **changes}
+    if "position_ids" in inputs:
+        inputs = {name: value.view(1, -1) if name in ("input_ids", "labels") else value for name, value in inputs.items()}
+        inputs["labels"][:, [0, 10, 40]] = -100
+        del inputs["attention_mask"]
+    elif kind == "left padding" or kind == "a window, padded":
         inputs["labels"] = inputs["labels"].masked_fill(inputs["attention_mask"] == 0, -100)
-    elif kind == "packed":
-        inputs = {name: value.view(1, -1) for name, value in inputs.items() if name != "attention_mask"}
-        inputs |= {"position_ids": torch.tensor([[*range(10), *range(30), *range(8)]]), "use_cache": False}
     elif kind == "one token":
-        inputs = {"input_ids": inputs["input_ids"][:, :1], "shift_labels": inputs["input_ids"][:, :1]}
-        inputs["labels"] = inputs["shift_labels"]
-    else:
-        family = "mistral"  # a window of 16 over 24 tokens
-    truth = loss_and_gradients(with_lora(tiny_model(family)), **inputs)
+        ids = inputs["input_ids"][:, :1]
+        inputs = {"input_ids": ids, "labels": ids, "shift_labels": ids}
+    expected = {name: value for name, value in inputs.items() if name not in SEGMENTS}
+    truth = loss_and_gradients(with_lora(tiny_model(family)), **expected)
     assert_same(fused(with_lora(tiny_model(family)), mode), inputs, truth)
+
+
+def test_what_is_packed_does_not_see_its_neighbours():
+    """Gradients of a packed row equal those of its sequences one by one."""
+    ids, labels = batch()["input_ids"].view(1, -1), batch()["labels"].view(1, -1)
+    model = fused(with_lora(tiny_model("qwen3"))).train()
+    bounds = SEGMENTS["cu_seq_lens_q"].tolist()
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        row = {"input_ids": ids[:, start:end], "labels": labels[:, start:end].clone()}
+        row["labels"][:, 0] = -100
+        model(**row, num_items_in_batch=30).loss.backward()
+    apart = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    labels[:, bounds[:-1]] = -100
+    _, together = loss_and_gradients(model, input_ids=ids, labels=labels, num_items_in_batch=30, **PACKED, **SEGMENTS)
+    assert difference(together, apart) < 2e-5
 
 
 @pytest.mark.parametrize("mode", Mode)

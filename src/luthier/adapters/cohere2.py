@@ -11,4 +11,5 @@ SPEC = Spec(
     mlp_norms=(None, None),
     parallel=True,
     head=Head(scale="logit_scale"),
+    window="attention",
 )

@@ -9,4 +9,5 @@ SPEC = Spec(
     attention_norms=("input_layernorm", "post_attention_layernorm"),
     mlp_norms=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
     head=Head(softcap="final_logit_softcapping"),
+    window="attention",
 )

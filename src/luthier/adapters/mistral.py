@@ -2,4 +2,4 @@
 
 from luthier.adapters.spec import Spec
 
-SPEC = Spec(prefix="Mistral")
+SPEC = Spec(prefix="Mistral", window="config")

@@ -7,4 +7,5 @@ SPEC = Spec(
     mlp="experts",
     mlp_targets=(),
     expert_parameters=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
+    window="config",
 )

@@ -8,4 +8,5 @@ SPEC = Spec(
     qk_norm="width",
     attention_norms=(None, "post_attention_layernorm"),
     mlp_norms=(None, "post_feedforward_layernorm"),
+    window="attention",
 )

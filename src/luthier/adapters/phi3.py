@@ -8,4 +8,5 @@ SPEC = Spec(
     qkv="fused",
     attention_targets=("qkv_proj", "o_proj"),
     mlp_targets=("gate_up_proj", "down_proj"),
+    window="config",
 )

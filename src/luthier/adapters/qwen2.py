@@ -2,4 +2,4 @@
 
 from luthier.adapters.spec import Spec
 
-SPEC = Spec(prefix="Qwen2")
+SPEC = Spec(prefix="Qwen2", window="attention")

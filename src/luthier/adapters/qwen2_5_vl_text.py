@@ -2,4 +2,4 @@
 
 from luthier.adapters.spec import Spec
 
-SPEC = Spec(prefix="Qwen2_5_VL")
+SPEC = Spec(prefix="Qwen2_5_VL", window="attention")

@@ -2,4 +2,4 @@
 
 from luthier.adapters.spec import Spec
 
-SPEC = Spec(prefix="Qwen2VL")
+SPEC = Spec(prefix="Qwen2VL", window="attention")

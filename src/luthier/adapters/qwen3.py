@@ -2,4 +2,4 @@
 
 from luthier.adapters.spec import Spec
 
-SPEC = Spec(prefix="Qwen3", qk_norm="head")
+SPEC = Spec(prefix="Qwen3", qk_norm="head", window="attention")

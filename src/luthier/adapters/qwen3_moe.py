@@ -6,5 +6,6 @@ SPEC = Spec(
     prefix="Qwen3Moe",
     mlp="experts",
     qk_norm="head",
+    window="attention",
     expert_parameters=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
 )

@@ -2,4 +2,4 @@
 
 from luthier.adapters.spec import Spec
 
-SPEC = Spec(prefix="SmolLM3", rotary_switch="use_rope")
+SPEC = Spec(prefix="SmolLM3", rotary_switch="use_rope", window="attention")

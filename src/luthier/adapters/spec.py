@@ -60,6 +60,7 @@ class Spec:
     mlp_norms: tuple[str | None, str | None] = ("post_attention_layernorm", None)
     parallel: bool = False  # attention and MLP read the same norm and are added together
     residual_scale: str | None = None  # attribute of the layer: x + scale * branch
+    window: Literal["attention", "config"] | None = None  # whose ``sliding_window`` (None: none) a layer obeys
     sinks: str | None = None  # attribute of the attention module: one learned logit per head in every softmax
     attention_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     mlp_targets: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")

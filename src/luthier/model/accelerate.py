@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from types import MethodType
 
 from peft import PeftModel
@@ -15,11 +16,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from luthier import adapters
-from luthier.adapters.spec import Spec
+from luthier.model.backbone import ModelState, backbone_class_members
 from luthier.model.dial import Dial
 from luthier.model.fused_layer import LayerState, layer_class_members
-from luthier.model.head import training_forward
-from luthier.ops.lora_linear import Workspace
+from luthier.model.head import head_class_members
 from luthier.terminal import notice_once
 
 
@@ -41,12 +41,13 @@ def accelerate(model: nn.Module) -> nn.Module:
             f"{', '.join(sorted(spec.layer_classes))}. Load it with transformers' own class, or train it without accelerate()."
         )
     if not any("luthier_state" in layer.__dict__ for layer in layers):
-        workspace, dial, said = Workspace(), Dial(len(layers)), set()
+        state = ModelState(Dial(len(layers)))
         for index, layer in enumerate(layers):
-            layer.__dict__["luthier_state"] = LayerState(index, workspace, dial, said)
-            _swap(layer, _layer_class(type(layer), spec))
+            _swap(layer, _class(type(layer), layer_class_members, spec), LayerState(index, state))
+        backbone = next(module for module in base.modules() if any(child in layers for child in _layer_list(module)))
+        _swap(backbone, _class(type(backbone), backbone_class_members), state)
     if base.get_output_embeddings() is not None and "logits_to_keep" in inspect.signature(type(base).forward).parameters:
-        _swap(base, _head_class(_stock_class(base), spec))
+        _swap(base, _class(_stock_class(base), head_class_members, spec))
     return model
 
 
@@ -55,7 +56,6 @@ def restore(model: nn.Module) -> nn.Module:
     for module in base_model(model).modules():
         if _stock_class(module) is not type(module):
             _swap(module, _stock_class(module))
-            module.__dict__.pop("luthier_state", None)
     return model
 
 
@@ -67,7 +67,7 @@ def is_accelerated(model: nn.Module) -> bool:
 def dial_of(model: nn.Module) -> Dial | None:
     """The memory dial of an accelerated model; None for a stock one."""
     states = (module.__dict__.get("luthier_state") for module in base_model(model).modules())
-    return next((state.dial for state in states if state is not None), None)
+    return next((state.dial for state in states if isinstance(state, ModelState)), None)
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
@@ -78,8 +78,11 @@ def base_model(model: nn.Module) -> PreTrainedModel:
     return base
 
 
-def _swap(module: nn.Module, new_class: type) -> None:
+def _swap(module: nn.Module, new_class: type, state: object = None) -> None:
     module.__class__ = new_class
+    module.__dict__.pop("luthier_state", None)
+    if state is not None:
+        module.__dict__["luthier_state"] = state
     if "_old_forward" in module.__dict__:  # accelerate's device hooks call the forward that they found on the instance
         module._old_forward = MethodType(new_class.forward, module)
 
@@ -95,17 +98,13 @@ def subclass(stock: type, **members: object) -> type:
 
 
 @functools.cache
-def _head_class(stock: type[PreTrainedModel], spec: Spec) -> type[PreTrainedModel]:
-    @functools.wraps(stock.forward)  # trainers and generate read its signature
-    def forward(self, *args, **kwargs):
-        return training_forward(self, stock, spec.head, args, kwargs)
-
-    return subclass(stock, forward=forward)
+def _class(stock: type[nn.Module], members: Callable[..., dict], *arguments: object) -> type[nn.Module]:
+    return subclass(stock, **members(stock, *arguments))
 
 
-@functools.cache
-def _layer_class(stock: type[nn.Module], spec: Spec) -> type[nn.Module]:
-    return subclass(stock, **layer_class_members(stock, spec))
+def _layer_list(module: nn.Module) -> nn.ModuleList | tuple:
+    layers = getattr(module, "layers", ())
+    return layers if isinstance(layers, nn.ModuleList) else ()
 
 
 def _unknown_architecture(base: PreTrainedModel) -> str:

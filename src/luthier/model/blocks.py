@@ -15,7 +15,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from luthier.ops.attention import AttentionState, attend, attend_backward
+from luthier.ops.attention import AttentionState, Segments, attend, attend_backward
 from luthier.ops.gated_mlp import gated_backward_, gated_forward
 from luthier.ops.lora_linear import Projection
 from luthier.ops.rms_norm import rms_norm_backward, rms_norm_forward
@@ -48,12 +48,14 @@ class Norm:
 
 @dataclass
 class Call:
-    """What all layers of one forward share."""
+    """The batch, as one layer sees it."""
 
     batch: int
     cos: Tensor  # (B or 1, T, r/2)
     sin: Tensor
-    mask: Tensor | None
+    mask: Tensor | None = None  # decides alone if given
+    window: int | None = None
+    segments: Segments | None = None
 
 
 @dataclass
@@ -155,7 +157,7 @@ class AttentionBlock:
                 rotate(self._tokens(part, call.batch, heads), call.cos, call.sin, self.interleaved)
         if not attends:
             return qkv, None, None
-        out, attention = attend(*self._rotated(qkv, call), self.scale, call.mask)
+        out, attention = attend(*self._rotated(qkv, call), self.scale, call.mask, call.window, call.segments)
         return qkv, out.transpose(1, 2).reshape(x.shape[0], -1), attention
 
     def _output(self, x: Tensor, out: Tensor, written: Tensor, low: Tensor | None) -> tuple[Tensor, Tensor | None]:

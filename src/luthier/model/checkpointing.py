@@ -26,7 +26,8 @@ def checkpointing_mode(mode: bool | str) -> bool | str:
 def set_checkpointing(model: nn.Module, mode: bool | str = "auto", memory_budget: float | None = None) -> nn.Module:
     """Choose what a training step of ``model`` computes again instead of keeping it; gives the model back.
 
-    "auto": as little as ``memory_budget`` (GiB on the device; None: what is free) allows. True: every layer keeps only
+    "auto": as little as ``memory_budget`` (GiB on the device; None: what the model was loaded with, or all that is free)
+    allows. True: every layer keeps only
     its input. False: nothing is computed again. "offload": layers keep what they can in pinned host memory. The loss and
     the gradients are the same. Layers that run stock are checkpointed by transformers, unless the mode is False.
     """
@@ -36,6 +37,8 @@ def set_checkpointing(model: nn.Module, mode: bool | str = "auto", memory_budget
             f"memory_budget={memory_budget} must be a number of GiB above 0, or None for what the device has free."
         )
     base, dial = base_model(model), dial_of(model)
+    if memory_budget is None and hasattr(base, "luthier"):
+        memory_budget = base.luthier.memory_budget
     if base.is_gradient_checkpointing:
         base.gradient_checkpointing_disable()
     if dial is not None:

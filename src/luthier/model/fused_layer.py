@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from luthier.adapters.spec import Spec
+from luthier.model.backbone import ModelState
 from luthier.model.blocks import AttentionBlock, Call, Kept, MlpBlock, Mode, Norm
-from luthier.model.dial import Dial, Shape
+from luthier.model.dial import Shape
 from luthier.ops.gated_mlp import ACTIVATIONS
-from luthier.ops.lora_linear import Part, Projection, Workspace
+from luthier.ops.lora_linear import Part, Projection
 from luthier.ops.nf4 import quantised
 from luthier.ops.rotary import half_tables
 
@@ -52,12 +53,10 @@ class Blocks:
 
 @dataclass
 class LayerState:
-    """What ``accelerate`` gives a layer besides its class. All layers of a model share all but the index."""
+    """What ``accelerate`` gives a layer besides its class."""
 
     index: int
-    workspace: Workspace
-    dial: Dial
-    said: set[str]  # reasons that this model has already given
+    model: ModelState
 
 
 def layer_class_members(stock: type[nn.Module], spec: Spec) -> dict:
@@ -82,11 +81,15 @@ def layer_class_members(stock: type[nn.Module], spec: Spec) -> dict:
 
 def run(layer: nn.Module, blocks: Blocks, spec: Spec, hidden_states: Tensor, kwargs: dict) -> Tensor:
     state = layer.luthier_state
-    rows = hidden_states.reshape(-1, hidden_states.shape[-1])
-    plan = state.dial.of_layer(state.index, blocks.shape(hidden_states), rows, layer.gradient_checkpointing)
+    rows, structure = hidden_states.reshape(-1, hidden_states.shape[-1]), state.model.structure
+    plan = state.model.dial.of_layer(state.index, blocks.shape(hidden_states), rows, layer.gradient_checkpointing)
     tables = kwargs["position_embeddings"]
     cos, sin = half_tables(*tables, spec.rotary) if blocks.attention.rotates else tables
-    call = Call(hidden_states.shape[0], cos, sin, kwargs.get("attention_mask"))
+    call = Call(hidden_states.shape[0], cos, sin)
+    if structure is None:
+        call.mask = kwargs.get("attention_mask")
+    else:
+        call.window, call.segments = _window(layer.self_attn, spec), structure.segments
     with torch.autocast(hidden_states.device.type, enabled=False):
         return _Layer.apply(hidden_states, blocks, call, state, plan, *blocks.adapters())
 
@@ -98,7 +101,7 @@ class _Layer(torch.autograd.Function):
         x2 = blocks.attention.forward(kept.x, call, kept, plan.mode)
         x3 = blocks.mlp.forward(x2, kept, plan.mode)
         kept.x2 = x2 if plan.mode >= Mode.ALL_BUT_GATE_UP else None
-        ctx.blocks, ctx.call, ctx.kept, ctx.offload = blocks, call, kept, state.dial.offload
+        ctx.blocks, ctx.call, ctx.kept, ctx.offload = blocks, call, kept, state.model.dial.offload
         if ctx.offload is not None and any(ctx.needs_input_grad):
             ctx.offload.park(state.index, kept, plan.offload)
         return x3.view(x.shape)
@@ -127,7 +130,7 @@ class _Layer(torch.autograd.Function):
 def read_blocks(layer: nn.Module, spec: Spec, hidden_states: Tensor, kwargs: dict) -> Blocks:
     """The layer's modules, as they are now, as blocks for this call; Unfused where that is not what they compute."""
     _check_call(layer, hidden_states, kwargs)
-    attention, mlp, workspace = layer.self_attn, layer.mlp, layer.luthier_state.workspace
+    attention, mlp, workspace = layer.self_attn, layer.mlp, layer.luthier_state.model.workspace
     _check_structure(layer, spec)
     residual_scale = getattr(layer, spec.residual_scale) if spec.residual_scale else 1.0
     names = ("qkv_proj",) if spec.qkv == "fused" else ("q_proj", "k_proj", "v_proj")
@@ -216,6 +219,12 @@ def _weight(linear: nn.Module) -> tuple[Tensor | object, Tensor | None]:
     return weight, linear.bias
 
 
+def _window(attention: nn.Module, spec: Spec) -> int | None:
+    if spec.window is None:
+        return None
+    return (attention if spec.window == "attention" else attention.config).sliding_window
+
+
 def _activation(config) -> str:
     name = getattr(config, "hidden_activation", None) or config.hidden_act
     if name not in ACTIVATIONS:
@@ -264,7 +273,7 @@ def _check_hooks(module: nn.Module) -> None:
 
 
 def _say_once(layer: nn.Module, reason: str) -> None:
-    said = layer.luthier_state.said
+    said = layer.luthier_state.model.said
     if reason not in said:
         said.add(reason)
         message = f"{type(layer).__name__} runs its stock forward, correctly but slower: {reason}."

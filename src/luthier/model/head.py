@@ -70,6 +70,16 @@ def lazy_output_class(stock: type[ModelOutput]) -> type[ModelOutput]:
     return type(stock.__name__, (LazyOutput, stock), {"__module__": stock.__module__, "__qualname__": stock.__qualname__})
 
 
+def head_class_members(stock: type[PreTrainedModel], spec: Spec) -> dict:
+    """The methods that make a subclass of a model class (LlamaForCausalLM) compute its loss here."""
+
+    @functools.wraps(stock.forward)  # trainers and generate read its signature
+    def forward(self, *args, **kwargs):
+        return training_forward(self, stock, spec, args, kwargs)
+
+    return {"forward": forward}
+
+
 def training_forward(model: PreTrainedModel, stock: type[PreTrainedModel], spec: Spec, args: tuple, kwargs: dict):
     """``stock.forward(model, *args, **kwargs)``, with the loss computed chunk by chunk where there is one to compute."""
     call = _by_name(stock, model, args, kwargs)

@@ -18,11 +18,19 @@ from torch.nn import functional as F
 aten = torch.ops.aten
 
 
+@dataclass(frozen=True)
+class Segments:
+    """Sequences packed into one row (B = 1): where they begin and end, (count + 1,) int32 from 0, and the longest of them."""
+
+    bounds: Tensor
+    longest: int
+
+
 @dataclass
 class AttentionState:
     """What a backward needs besides q, k, v and the output."""
 
-    kernel: str  # "cudnn", "flash", "cpu", "autograd"
+    kernel: str  # see ``kernel_for``
     rows: Tensor | None = None  # (B, H, T) fp32: log of each row's softmax denominator
     extras: tuple = ()  # small things that the kernel hands to its own backward
     graph: tuple = field(default=(), repr=False)  # autograd: the leaves and the output with its graph
@@ -66,37 +74,54 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = True
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal and mask is None, scale=scale, enable_gqa=grouped)
 
 
-def kernel_for(q: Tensor, mask: Tensor | None) -> str:
-    """Which of torch's causal kernels is fastest for queries like ``q`` (B, H, T, D); "autograd" is any of torch's own."""
+def kernel_for(q: Tensor, mask: Tensor | None, structured: bool = False) -> str:
+    """Which of torch's kernels is fastest for queries like ``q`` (B, H, T, D); "autograd" is whatever torch chooses.
+
+    ``structured``: a window or segments, which only the flash kernel knows without a mask.
+    """
     if mask is not None or q.dtype == torch.float64:
         return "autograd"
     if not q.is_cuda:
-        return "cpu"
+        return "autograd" if structured else "cpu"
     width, capability = q.shape[-1], torch.cuda.get_device_capability(q.device)
-    if q.dtype == torch.float32 or width % 8 or capability < (8, 0):
+    if q.dtype == torch.float32 or width % 8 or width > 256 or capability < (8, 0):
         return "autograd"
-    if capability >= (9, 0) and width <= 128 and torch.backends.cuda.cudnn_sdp_enabled():
-        return "cudnn"
-    return "flash" if width <= 256 else "autograd"
+    if structured:
+        return "flash, structured"
+    return "cudnn" if capability >= (9, 0) and width <= 128 and torch.backends.cuda.cudnn_sdp_enabled() else "flash"
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> tuple[Tensor, AttentionState]:
-    """Causal attention, or under ``mask`` (see ``attention``): (out (B, H, T, D), what its backward needs)."""
-    kernel = kernel_for(q, mask)
-    if kernel == "cudnn":
-        out, rows, cu_q, cu_k, max_q, max_k, seed, offset, _ = aten._scaled_dot_product_cudnn_attention(
-            q, k, v, None, True, 0.0, True, False, scale=scale
-        )
-        return out, AttentionState(kernel, rows, (cu_q, cu_k, max_q, max_k, seed, offset))
-    if kernel == "flash":
-        out, rows, cu_q, cu_k, max_q, max_k, seed, offset, _ = aten._scaled_dot_product_flash_attention(
-            q, k, v, 0.0, True, False, scale=scale
-        )
-        return out, AttentionState(kernel, rows, (cu_q, cu_k, max_q, max_k, seed, offset))
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    mask: Tensor | None = None,
+    window: int | None = None,
+    segments: Segments | None = None,
+) -> tuple[Tensor, AttentionState]:
+    """(out (B, H, T, D), what its backward needs), of causal attention within ``window`` and ``segments`` if given.
+
+    With ``mask`` (see ``attention``) the mask alone decides.
+    """
+    window = None if window is None or window >= q.shape[2] else window
+    structured = mask is None and (window is not None or segments is not None)
+    kernel = kernel_for(q, mask, structured)
+    if kernel in ("cudnn", "flash"):
+        if kernel == "cudnn":
+            results = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, False, scale=scale)
+        else:
+            results = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, False, scale=scale)
+        return results[0], AttentionState(kernel, results[1], results[2:8])
+    if kernel == "flash, structured":
+        return _attend_structured(q, k, v, scale, window, segments)
     if kernel == "cpu":
-        k, v = _ungrouped(q, k), _ungrouped(q, v)
-        out, rows = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
+        out, rows = aten._scaled_dot_product_flash_attention_for_cpu(
+            q, _ungrouped(q, k), _ungrouped(q, v), 0.0, True, scale=scale
+        )
         return out, AttentionState(kernel, rows)
+    if structured:
+        mask = structure_mask(q.shape[2], window, segments, q.device)
     with torch.enable_grad():
         leaves = tuple(t.detach().requires_grad_() for t in (q, k, v))
         out = attention(*leaves, scale, mask=mask)
@@ -107,16 +132,17 @@ def attend_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, state: AttentionState, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, in their shapes, from that of the output (B, H, T, D)."""
-    if state.kernel == "cudnn":
+    if state.kernel in ("cudnn", "flash"):
         cu_q, cu_k, max_q, max_k, seed, offset = state.extras
-        return aten._scaled_dot_product_cudnn_attention_backward(
-            grad, q, k, v, out, state.rows, seed, offset, None, cu_q, cu_k, max_q, max_k, 0.0, True, scale=scale
-        )
-    if state.kernel == "flash":
-        cu_q, cu_k, max_q, max_k, seed, offset = state.extras
+        if state.kernel == "cudnn":
+            return aten._scaled_dot_product_cudnn_attention_backward(
+                grad, q, k, v, out, state.rows, seed, offset, None, cu_q, cu_k, max_q, max_k, 0.0, True, scale=scale
+            )
         return aten._scaled_dot_product_flash_attention_backward(
             grad, q, k, v, out, state.rows, cu_q, cu_k, max_q, max_k, 0.0, True, seed, offset, scale=scale
         )
+    if state.kernel == "flash, structured":
+        return _attend_structured_backward(grad, q, k, v, out, state, scale)
     if state.kernel == "cpu":
         dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, q, _ungrouped(q, k), _ungrouped(q, v), out, state.rows, 0.0, True, scale=scale
@@ -124,6 +150,41 @@ def attend_backward(
         return dq, *(t.unflatten(1, (k.shape[1], -1)).sum(2) for t in (dk, dv))
     *leaves, out = state.graph
     return torch.autograd.grad(out, leaves, grad)
+
+
+def structure_mask(length: int, window: int | None, segments: Segments | None, device: torch.device) -> Tensor:
+    """(1, 1, T, T) bool: what each token sees, causally, within its window and its segment."""
+    query, key = torch.arange(length, device=device).unsqueeze(1), torch.arange(length, device=device)
+    seen = key <= query
+    if window is not None:
+        seen &= key > query - window
+    if segments is not None:
+        segment = torch.searchsorted(segments.bounds, torch.arange(length, device=device, dtype=torch.int32), right=True)
+        seen &= segment.unsqueeze(1) == segment
+    return seen[None, None]
+
+
+def _attend_structured(q, k, v, scale, window, segments):
+    """Through flash attention's own interface: rows (T, H, D) if there are segments, else (B, T, H, D)."""
+    bounds, longest = (None, q.shape[2]) if segments is None else (segments.bounds, segments.longest)
+    sides = (None, None) if window is None else (window - 1, 0)  # torch's window does not count the token itself
+    tensors = [t.transpose(1, 2) if segments is None else t[0].transpose(0, 1) for t in (q, k, v)]
+    out, rows, seed, offset, _ = aten._flash_attention_forward(
+        *tensors, bounds, bounds, longest, longest, 0.0, True, False,
+        scale=scale, window_size_left=sides[0], window_size_right=sides[1],
+    )  # fmt: skip
+    out = out.transpose(1, 2) if segments is None else out.transpose(0, 1)[None]
+    return out, AttentionState("flash, structured", rows, (bounds, longest, sides, seed, offset))
+
+
+def _attend_structured_backward(grad, q, k, v, out, state, scale):
+    bounds, longest, sides, seed, offset = state.extras
+    tensors = [t.transpose(1, 2) if bounds is None else t[0].transpose(0, 1) for t in (grad, q, k, v, out)]
+    gradients = aten._flash_attention_backward(
+        *tensors, state.rows, bounds, bounds, longest, longest, 0.0, True, seed, offset,
+        scale=scale, window_size_left=sides[0], window_size_right=sides[1],
+    )  # fmt: skip
+    return tuple(t.transpose(1, 2) if bounds is None else t.transpose(0, 1)[None] for t in gradients)
 
 
 def _ungrouped(q: Tensor, k: Tensor) -> Tensor:

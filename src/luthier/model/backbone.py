@@ -1,0 +1,87 @@
+"""What the rows of a batch look like, found once a forward instead of in every layer.
+
+A layer gets its mask from transformers as a matrix of tokens by tokens wherever rows are packed or a window is shorter
+than them. The fast kernels want the structure itself: a window, and where sequences begin. The backbone's own arguments
+tell it, so the class that ``accelerate`` gives a backbone reads them, and the fused layers ignore the matrix.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from luthier.model.dial import Dial
+from luthier.ops.attention import Segments
+from luthier.ops.lora_linear import Workspace
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Every row is causal, within its layer's window, and within ``segments`` if it holds several sequences."""
+
+    segments: Segments | None = None
+
+
+@dataclass
+class ModelState:
+    """What all fused layers of a model share."""
+
+    dial: Dial
+    workspace: Workspace = field(default_factory=Workspace)
+    said: set[str] = field(default_factory=set)  # reasons for stock forwards that this model has already given
+    structure: Structure | None = None  # of the batch in the forward that runs now; None: only the mask knows
+
+
+def backbone_class_members(stock: type[nn.Module]) -> dict:
+    """The methods that make a subclass of a backbone (LlamaModel) tell its layers the structure of the batch."""
+    signature = inspect.signature(stock.forward)
+
+    @functools.wraps(stock.forward)
+    def forward(self, *args, **kwargs):
+        if not self.training:
+            return stock.forward(self, *args, **kwargs)
+        state = self.luthier_state
+        call = signature.bind(self, *args, **kwargs).arguments
+        extra = next((call[name] for name, p in signature.parameters.items() if p.kind is p.VAR_KEYWORD and name in call), {})
+        try:
+            state.structure = find_structure({**call, **extra})
+            return stock.forward(self, *args, **kwargs)
+        finally:
+            state.structure = None
+
+    return {"forward": forward}
+
+
+def find_structure(call: dict) -> Structure | None:
+    """The structure that a backbone's arguments describe, or None where only a mask can say it (padding, images).
+
+    As transformers does, positions that start again mean a new sequence only where there is no attention mask.
+    """
+    mask, positions = call.get("attention_mask"), call.get("position_ids")
+    if call.get("past_key_values") is not None:
+        return None
+    if mask is not None:
+        whole = isinstance(mask, Tensor) and mask.ndim == 2 and bool(mask.all())
+        return Structure() if whole else None
+    if call.get("cu_seq_lens_q") is not None:
+        return Structure(Segments(call["cu_seq_lens_q"].int(), int(call["max_length_q"])))
+    if positions is None or (positions.ndim == 3 and positions.shape[0] == 3):
+        return Structure()
+    if positions.ndim != 2:
+        return None
+    starts = positions.diff(dim=-1) != 1
+    if not bool(starts.any()):
+        return Structure()
+    return Structure(_segments(starts[0])) if positions.shape[0] == 1 else None
+
+
+def _segments(starts: Tensor) -> Segments:
+    """From whether token i + 1 begins a sequence, (T - 1,) bool."""
+    inner = starts.nonzero().squeeze(1) + 1
+    ends = torch.tensor([0, starts.shape[0] + 1], device=starts.device)
+    bounds = torch.cat((ends[:1], inner, ends[1:])).int()
+    return Segments(bounds, int(bounds.diff().max()))
