@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from luthier.errors import UnsupportedError
 from luthier.rl.rewards import RewardError, RewardTimeout
 from luthier.rl.sampling import SamplingParams
-from luthier.training.grpo import GRPOConfig, GRPOTrainer
+from luthier.training.grpo import GRPOConfig, GRPOTrainer, reward_change
 
 PROMPTS = ["The statement", "An expression list is", "x", "if the name is bound to an object, then", "class", "return"]
 
@@ -132,7 +132,7 @@ def test_the_reward_rises(tmp_path):
     model = tiny_model("qwen2").requires_grad_(True)
     run = trainer(tmp_path, low, model=model, max_steps=40, learning_rate=3e-3, lr_scheduler_type="constant")
     run.train()
-    for first, last in run.reward_change().values():
+    for first, last in reward_change(run.state.log_history).values():
         assert last > first + 0.15
 
 

@@ -40,6 +40,8 @@ def recipe(tmp_path) -> dict:
 
 def test_the_workflow_trains_from_a_recipe_and_goes_on_from_its_adapter(tmp_path, recipe):
     written = run_grpo(make_recipe({**recipe, "eval_data": recipe["data"], "eval_steps": 2}, GRPORecipe))
+    log = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert sum("reward" in entry for entry in log) == 2 and sum("eval_reward" in entry for entry in log) == 1
     adapter = load_file(written["adapter"] / "adapter_model.safetensors")
     assert any("lora_B" in name and value.abs().sum() > 0 for name, value in adapter.items())
     assert all(value.dtype == torch.float32 for value in adapter.values())

@@ -8,6 +8,7 @@ argument is a list with one entry per completion, None in the result means "does
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import hashlib
 import importlib
@@ -21,7 +22,7 @@ import threading
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, TracebackType
 from typing import Any
 
 import numpy as np
@@ -86,12 +87,14 @@ def _import_file(path: Path) -> ModuleType:
     sys.modules[name] = module  # dataclasses and pickle look their module up there
     sys.path.insert(0, str(path.parent))
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # the user's code may raise anything
-        del sys.modules[name]
-        raise ValueError(f"The reward file {path} cannot be imported: {type(error).__name__}: {error}") from error
+        with _Attempt() as attempt:
+            spec.loader.exec_module(module)
     finally:
         sys.path.remove(str(path.parent))
+    if attempt.error is not None:
+        del sys.modules[name]
+        kind = type(attempt.error).__name__
+        raise ValueError(f"The reward file {path} cannot be imported: {kind}: {attempt.error}") from attempt.error
     return module
 
 
@@ -131,24 +134,24 @@ def checked(reward: Reward, timeout: float | None = None) -> Reward:
         return _bounded(lambda: reward(**_accepted(reward, batch)), timeout, name)
 
     def call(**batch: Any) -> list[float | None]:
-        try:
+        with _Attempt() as attempt:
             values = start(batch)
-        except RewardTimeout:
-            raise
-        except Exception as error:  # the user's code may raise anything
-            raise _raised(name, error, _first_failing(start, batch), batch) from error
+        if isinstance(attempt.error, RewardTimeout):
+            raise attempt.error
+        if attempt.error is not None:
+            raise _explained(name, attempt.error, _first_failing(start, batch), batch)
         return _valid(values, name, batch)
 
     async def start_async(batch: Batch) -> Any:
         return await _bounded_async(reward(**_accepted(reward, batch)), timeout, name)
 
     async def call_async(**batch: Any) -> list[float | None]:
-        try:
+        with _Attempt() as attempt:
             values = await start_async(batch)
-        except RewardTimeout:
-            raise
-        except Exception as error:  # the user's code may raise anything
-            raise _raised(name, error, await _first_failing_async(start_async, batch), batch) from error
+        if isinstance(attempt.error, RewardTimeout):
+            raise attempt.error
+        if attempt.error is not None:
+            raise _explained(name, attempt.error, await _first_failing_async(start_async, batch), batch)
         return _valid(values, name, batch)
 
     wrapper = call_async if is_async else call
@@ -188,16 +191,27 @@ def _is_async(reward: Reward) -> bool:
     return inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(getattr(reward, "__call__", None))  # noqa: B004
 
 
+class _Attempt(contextlib.AbstractContextManager):
+    """Keeps what a call of the user's code raises, which may be anything, so that it can be reported with its row."""
+
+    def __init__(self, kinds: type[BaseException] = Exception) -> None:
+        self.kinds, self.error = kinds, None
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> bool:
+        self.error = error
+        return isinstance(error, self.kinds)
+
+
 def _bounded(call: Callable[[], Any], timeout: float | None, name: str) -> Any:
     if timeout is None:
         return call()
     outcome: Future = Future()
 
     def work() -> None:
-        try:
+        with _Attempt(BaseException) as attempt:
             outcome.set_result(call())
-        except BaseException as error:  # handed to the caller, whatever it is
-            outcome.set_exception(error)
+        if attempt.error is not None:
+            outcome.set_exception(attempt.error)
 
     # A daemon, so that a reward that never ends cannot keep the process alive.
     threading.Thread(target=work, name=f"reward {name}", daemon=True).start()
@@ -229,25 +243,27 @@ def _rows(batch: Batch) -> list[Batch]:
 def _first_failing(call: Callable[[Batch], Any], batch: Batch) -> int | None:
     """The first row whose completion alone makes the reward raise: the only way to tell from outside which one it was."""
     for row, one in enumerate(_rows(batch)):
-        try:
+        with _Attempt() as attempt:
             call(one)
-        except Exception:  # the user's code may raise anything; the first failure is the answer
+        if attempt.error is not None:
             return row
     return None
 
 
 async def _first_failing_async(call: Callable[[Batch], Coroutine], batch: Batch) -> int | None:
     for row, one in enumerate(_rows(batch)):
-        try:
+        with _Attempt() as attempt:
             await call(one)
-        except Exception:  # as above
+        if attempt.error is not None:
             return row
     return None
 
 
-def _raised(name: str, error: Exception, row: int | None, batch: Batch) -> RewardError:
+def _explained(name: str, error: Exception, row: int | None, batch: Batch) -> RewardError:
     where = _described(row, batch) if row is not None else "on the batch, though on none of its rows alone"
-    return RewardError(f"The reward {name!r} raised {type(error).__name__}: {error} {where}")
+    explained = RewardError(f"The reward {name!r} raised {type(error).__name__}: {error} {where}")
+    explained.__cause__ = error
+    return explained
 
 
 def _described(row: int, batch: Batch) -> str:

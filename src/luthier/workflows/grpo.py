@@ -10,11 +10,14 @@ from luthier.config import GRPORecipe
 from luthier.data.chat import get_chat_template
 from luthier.data.read import read_dataset
 from luthier.fast import FastLanguageModel
+from luthier.files import atomic_file
 from luthier.rl.prompts import check_prompts
 from luthier.rl.rewards import load_reward
 from luthier.terminal import table
-from luthier.training.grpo import GRPOConfig, GRPOTrainer
+from luthier.training.grpo import GRPOConfig, GRPOTrainer, reward_change
 from luthier.workflows.common import newest_checkpoint, save_outputs, training_arguments
+
+LOG = "trainer_state.json"
 
 
 def run(recipe: GRPORecipe) -> dict[str, Path]:
@@ -70,31 +73,27 @@ def run(recipe: GRPORecipe) -> dict[str, Path]:
         reward_funcs=rewards,
         train_dataset=prompts,
         eval_dataset=held_out,
-        args=training_arguments(
-            recipe,
-            GRPOConfig,
-            reward_weights=recipe.reward_weights,
-            reward_timeout=recipe.reward_timeout,
-            num_generations=recipe.num_generations,
-            num_generations_eval=recipe.per_device_train_batch_size,
-            max_prompt_length=recipe.max_prompt_length,
-            max_completion_length=recipe.max_completion_length,
-            temperature=recipe.temperature,
-            top_p=recipe.top_p,
-            top_k=recipe.top_k,
-            beta=recipe.beta,
-            loss_type=recipe.loss_type,
-            epsilon=recipe.epsilon,
-            epsilon_high=recipe.epsilon_high,
-            mask_truncated_completions=recipe.mask_truncated_completions,
-            rollout=recipe.rollout,
-        ),
+        args=arguments(recipe),
     )
     trainer.train(resume_from_checkpoint=resume)
 
-    # 6. What became of the rewards
-    rows = [(name, f"{first:.3f}", f"{last:.3f}") for name, (first, last) in trainer.reward_change().items()]
+    # 6. What became of the rewards, step by step in the log
+    with atomic_file(Path(recipe.output) / LOG) as path:
+        trainer.state.save_to_json(path)
+    changes = reward_change(trainer.state.log_history)
+    rows = [(name, f"{first:.3f}", f"{last:.3f}") for name, (first, last) in changes.items()]
     table("Mean rewards", ("", "first fifth of the steps", "last fifth"), rows)
 
     # 7. What was trained: the adapter always, merged weights and GGUF as asked
     return save_outputs(model, tokenizer, recipe)
+
+
+def arguments(recipe: GRPORecipe) -> GRPOConfig:
+    """The recipe's run as arguments of the trainer."""
+    names = (
+        "reward_weights", "reward_timeout", "num_generations", "max_prompt_length", "max_completion_length", "temperature",
+        "top_p", "top_k", "beta", "loss_type", "epsilon", "epsilon_high", "mask_truncated_completions", "rollout",
+    )  # fmt: skip
+    settings = {name: getattr(recipe, name) for name in names}
+    # An evaluation takes whole groups, too: one group a batch, whatever the batch is.
+    return training_arguments(recipe, GRPOConfig, num_generations_eval=recipe.per_device_train_batch_size, **settings)
