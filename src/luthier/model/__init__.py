@@ -1,5 +1,5 @@
 """Models: loading, adapters, making them fast, merging and saving. Everything here stands on transformers."""
 
-from luthier.model.torchvision_repair import repair_torchvision
+from luthier.model.torchvision_hook import install
 
-repair_torchvision()  # before the modules of this package import transformers, which a broken torchvision would break
+install()  # the modules of this package import transformers, which a torchvision that does not fit would break

@@ -95,11 +95,11 @@ class Slot:
         return value.T if self._is_turned else value
 
     def edited(self, value: Tensor) -> Tensor:
-        """The adapter's changes applied to the fp32 ``value``."""
+        """The adapter's changes applied to the fp32 ``value``, which is on the CPU."""
         for rewrite in self.rewrites:
             value = rewrite(value)
         for delta in self.deltas:
-            value = value + delta().to(value.device)
+            value = value + delta()
         return value
 
 
@@ -219,7 +219,7 @@ class Merge:
         """Every tensor of the merged checkpoint, on the CPU; ``rounded=False`` leaves merged ones in fp32."""
         for group in self.groups:
             for name, value in self._group(group).items():
-                yield name, (value.to(self.dtypes[name]) if rounded else value).contiguous().cpu()
+                yield name, (value.to(self.dtypes[name]) if rounded else value).contiguous()
 
     def _group(self, group: Group) -> dict[str, Tensor]:
         slots = {name: self.slots[name] for name in group.parameters}
@@ -266,7 +266,7 @@ class Merge:
         return self.source.read(self._stored_name(name, group))
 
     def _in_memory(self, slot: Slot) -> Tensor:
-        value = slot.expanded() if slot.replacement is None else slot.replacement().detach()
+        value = (slot.expanded() if slot.replacement is None else slot.replacement().detach()).cpu()
         return slot.edited(value.float()) if slot.deltas or slot.rewrites else value
 
 
@@ -363,7 +363,7 @@ def _add_linear(name: str, layer: LoraLayer, adapter: str, slots: dict[str, Slot
         return change.T if turned else change
 
     def dora(weight: Tensor) -> Tensor:
-        weight = weight.to(layer.lora_A[adapter].weight.device) + delta()
+        weight = weight + delta()
         rows = 0 if turned else 1
         norm = torch.linalg.norm(weight, dim=rows, keepdim=True)
         return _fp32(layer.lora_magnitude_vector[adapter].weight).view_as(norm) / norm * weight
@@ -385,7 +385,7 @@ def _add_embedding(name: str, layer: EmbeddingLora, adapter: str, slots: dict[st
         return scale * (_fp32(layer.lora_embedding_B[adapter]) @ _fp32(layer.lora_embedding_A[adapter])).T
 
     def dora(weight: Tensor) -> Tensor:
-        weight = weight.to(layer.lora_embedding_A[adapter].device) + delta()
+        weight = weight + delta()
         norm = torch.linalg.norm(weight, dim=0, keepdim=True)
         return _fp32(layer.lora_magnitude_vector[adapter].weight).view_as(norm) / norm * weight
 
@@ -407,4 +407,5 @@ def _experts_delta(layer: ParamWrapper, adapter: str) -> Tensor:
 
 
 def _fp32(tensor: Tensor) -> Tensor:
-    return tensor.detach().float()
+    """On the CPU, where fp32 is fp32: a GPU may be set to round the factors of a product to TF32."""
+    return tensor.detach().to("cpu", torch.float32)

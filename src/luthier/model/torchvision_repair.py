@@ -26,11 +26,11 @@ def repair_torchvision() -> bool:
     Does nothing where torchvision is not installed, is already imported, or fits the installed torch. Call it before
     anything imports torchvision. An import that already failed is undone, so that the next one starts afresh.
     """
+    spec = importlib.util.find_spec("torchvision")  # asks torchvision_hook too, which calls this function
     if _declared:
         return True
     if hasattr(torch.ops.torchvision, "nms"):
         return False
-    spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None or _library_loads(Path(spec.origin).parent):
         return False
     library = torch.library.Library("torchvision", "DEF")

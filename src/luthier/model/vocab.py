@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -74,7 +73,6 @@ def add_new_tokens(
     return ids
 
 
-@torch.no_grad()
 def _tables(model: PreTrainedModel) -> list[Tensor]:
     """The data of the embeddings and, where it is another tensor, of the head: (vocabulary, hidden) each."""
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
