@@ -15,6 +15,7 @@ from tiny import save_tiny, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from luthier.errors import UnsupportedError
+from luthier.model.accelerate import accelerate
 from luthier.rl.rewards import RewardError, RewardTimeout
 from luthier.rl.sampling import SamplingParams
 from luthier.training.grpo import GRPOConfig, GRPOTrainer, reward_change
@@ -102,6 +103,16 @@ def test_the_run_is_trls_run_number_for_number(tmp_path, changes):
     assert ours == theirs
     assert our_advantages == their_advantages
     assert all(torch.equal(our_weights[name], their_weights[name]) for name in their_weights)
+
+
+def test_an_accelerated_model_gives_the_stock_models_numbers(tmp_path):
+    runs = []
+    for prepare in (accelerate, lambda model: model):
+        run = trainer(tmp_path, model=prepare(adapted(tiny_model("llama3"))), beta=0.1)
+        run.train()
+        names = ("loss", "reward", "reward_std", "kl", "entropy", "grad_norm")
+        runs.append([torch.tensor([entry[name] for name in names]) for entry in logged(run, *names)])
+    torch.testing.assert_close(runs[0], runs[1])
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "bnpo", "gspo", "cispo", "sapo"])

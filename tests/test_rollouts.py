@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_model, tiny_tokenizer
 
+from luthier.model.accelerate import accelerate
 from luthier.rl.engine import fast_generate, load_lora, save_lora, stop_token_ids
 from luthier.rl.sampling import SamplingParams
 
@@ -252,15 +253,16 @@ def with_adapter(model, seed):
     return get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False))
 
 
-def test_the_active_adapter_answers_and_a_saved_one_on_request(tmp_path, tokenizer):
-    tuned = with_adapter(tiny_model("qwen2"), seed=1)
+@pytest.mark.parametrize("prepare", [accelerate, lambda model: model], ids=["accelerated", "stock"])
+def test_the_active_adapter_answers_and_a_saved_one_on_request(tmp_path, tokenizer, prepare):
+    tuned = prepare(with_adapter(tiny_model("qwen2"), seed=1))
     of_first = tokens(generate(tuned, tokenizer, temperature=0))
     save_lora(tuned, tmp_path / "first")
     with tuned.disable_adapter():
         of_base = tokens(generate(tuned, tokenizer, temperature=0))
     assert of_base == tokens(generate(tiny_model("qwen2"), tokenizer, temperature=0)) != of_first
 
-    other = with_adapter(tiny_model("qwen2"), seed=2)
+    other = prepare(with_adapter(tiny_model("qwen2"), seed=2))
     frozen = next(name for name, parameter in other.named_parameters() if "lora_A" in name)
     other.get_parameter(frozen).requires_grad_(False)
     before = {name: (parameter.clone(), parameter.requires_grad) for name, parameter in other.named_parameters()}
@@ -271,7 +273,7 @@ def test_the_active_adapter_answers_and_a_saved_one_on_request(tmp_path, tokeniz
     assert before.keys() == after.keys()
     assert all(torch.equal(after[name], value) and after[name].requires_grad == grad for name, (value, grad) in before.items())
 
-    plain = tiny_model("qwen2")
+    plain = prepare(tiny_model("qwen2"))
     assert tokens(generate(plain, tokenizer, temperature=0, lora_request=load_lora(plain, tmp_path / "first"))) == of_first
     assert tokens(generate(plain, tokenizer, temperature=0)) == of_base
 
