@@ -54,7 +54,8 @@ class ModelRecipe:
     """Seed of the adapter's initial weights, the order of the rows, and sampling."""
 
     def __post_init__(self) -> None:
-        precisions = [name for name in ("load_in_4bit", "load_in_8bit", "load_in_16bit", "full_finetuning") if getattr(self, name)]
+        names = ("load_in_4bit", "load_in_8bit", "load_in_16bit", "full_finetuning")
+        precisions = [name for name in names if getattr(self, name)]
         if len(precisions) > 1:
             raise ValueError(f"{' and '.join(precisions)} are both set: choose one precision")
         self.at_least("max_seq_length", 1)
@@ -77,6 +78,13 @@ class ModelRecipe:
     def checkpointing(self) -> bool | str:
         """``use_gradient_checkpointing`` in the form that the model API takes."""
         return {"true": True, "false": False}.get(self.use_gradient_checkpointing, self.use_gradient_checkpointing)
+
+    def loading(self) -> dict[str, Any]:
+        """The arguments of ``from_pretrained`` beside the name."""
+        same = ("max_seq_length", "dtype", "load_in_4bit", "load_in_8bit", "load_in_16bit", "full_finetuning")
+        same += ("attn_implementation", "memory_budget", "revision", "trust_remote_code")
+        values = {name: getattr(self, name) for name in same}
+        return values | {"use_gradient_checkpointing": self.checkpointing(), "random_state": self.seed}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,11 +157,16 @@ class TrainRecipe(ModelRecipe):
     gguf: list[str] = field(default_factory=list)
     """GGUF types to export, such as q8_0 or q4_k_m."""
 
+    def adapter(self) -> dict[str, Any]:
+        """The arguments of ``get_peft_model`` beside the model."""
+        same = ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "use_dora")
+        return {name: getattr(self, name) for name in same} | {"random_state": self.seed}
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("r", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "eval_steps", "save_steps"):
+        counts = ("r", "per_device_train_batch_size", "gradient_accumulation_steps")
+        for name in (*counts, "logging_steps", "eval_steps", "save_steps", "early_stopping_patience"):
             self.at_least(name, 1)
-        self.at_least("early_stopping_patience", 1)
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout is {self.lora_dropout}: it must be at least 0 and below 1")
         if not 0 <= self.warmup_ratio <= 1:
@@ -232,10 +245,11 @@ class GRPORecipe(TrainRecipe):
         self.at_least("num_generations", 2)
         self.at_least("max_completion_length", 1)
         self.at_least("max_prompt_length", 1)
-        if self.reward_weights is not None and len(self.reward_weights) != len(self.rewards):
-            raise ValueError(f"reward_weights has {len(self.reward_weights)} entries for {len(self.rewards)} rewards: give one each")
+        given, wanted = len(self.reward_weights or self.rewards), len(self.rewards)
+        if given != wanted:
+            raise ValueError(f"reward_weights has {given} entries for {wanted} rewards: give one each")
         if self.temperature <= 0:
-            raise ValueError(f"temperature is {self.temperature}: rollouts need one above 0, or every completion of a group is the same")
+            raise ValueError(f"temperature is {self.temperature}: rollouts need one above 0, or a group is all the same")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,7 +306,10 @@ def make_recipe(keys: dict[str, Any], kind: type[Recipe], where: str = "recipe")
     try:
         return pydantic.TypeAdapter(kind).validate_python(keys)
     except pydantic.ValidationError as error:
-        lines = [f"  {'.'.join(map(str, e['loc'][:1])) or 'recipe'} = {e['input']!r}: {e['msg']}" for e in error.errors()]
+        own = [entry["ctx"]["error"] for entry in error.errors() if not entry["loc"] and "error" in entry.get("ctx", {})]
+        if own:  # what a recipe's own check raised
+            raise type(own[0])(f"{where}: {own[0]}") from error
+        lines = [f"  {entry['loc'][0]} = {entry['input']!r}: {entry['msg']}" for entry in error.errors()]
         raise ValueError(f"{where} has values that cannot be used:\n" + "\n".join(dict.fromkeys(lines))) from error
 
 

@@ -11,7 +11,6 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from luthier.model.accelerate import accelerate, base_model
-from luthier.model.checkpoint import locate
 from luthier.model.checkpointing import set_checkpointing
 from luthier.model.generation import generate
 from luthier.model.gguf_export import push_to_hub_gguf, save_pretrained_gguf
@@ -77,8 +76,8 @@ class FastModel(FastLanguageModel):
     @functools.wraps(load_model)
     def from_pretrained(model_name: str | Path, *args: Any, **kwargs: Any) -> tuple:
         hub = {name: kwargs[name] for name in ("revision", "token", "cache_dir", "local_files_only") if name in kwargs}
-        locate(model_name, **hub)
-        config = read_config(find_files(model_name, kwargs.get("subfolder"), **hub).base, kwargs.get("trust_remote_code", False))
+        source = find_files(model_name, kwargs.get("subfolder"), **hub)
+        config = read_config(source.base, kwargs.get("trust_remote_code", False))
         kind = FastVisionModel if is_vision(config) and not kwargs.get("text_only") else FastLanguageModel
         return kind.from_pretrained(model_name, *args, **kwargs)
 

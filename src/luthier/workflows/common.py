@@ -12,10 +12,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from luthier.config import TrainRecipe
 from luthier.files import make_directory
 from luthier.training.arguments import SharedArguments, TrainingArguments
-from luthier.training.checkpoints import latest_checkpoint
+from luthier.training.checkpoints import find_checkpoint
 
 
-def training_arguments(recipe: TrainRecipe, kind: type[SharedArguments] = TrainingArguments, **settings: Any) -> SharedArguments:
+def training_arguments(
+    recipe: TrainRecipe, kind: type[SharedArguments] = TrainingArguments, **settings: Any
+) -> SharedArguments:
     """The recipe's run as arguments of a trainer; ``settings`` are those of one workflow alone."""
     evaluates = recipe.eval_data is not None
     by_steps = recipe.eval_steps is not None
@@ -47,10 +49,10 @@ def training_arguments(recipe: TrainRecipe, kind: type[SharedArguments] = Traini
 
 
 def newest_checkpoint(recipe: TrainRecipe) -> str | None:
-    """The checkpoint to resume from, or None. "latest" without any checkpoint is ``FileNotFoundError``."""
-    if recipe.resume != "latest":
-        return recipe.resume
-    return str(latest_checkpoint(recipe.output))
+    """The checkpoint that ``resume`` names, checked before a model is loaded; None if there is nothing to resume."""
+    if recipe.resume is None:
+        return None
+    return str(find_checkpoint(True if recipe.resume == "latest" else recipe.resume, recipe.output))
 
 
 def save_outputs(

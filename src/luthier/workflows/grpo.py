@@ -32,21 +32,7 @@ def run(recipe: GRPORecipe) -> dict[str, Path]:
     held_out = read_dataset(recipe.eval_data) if recipe.eval_data else None
 
     # 2. The model, quantised as it is read, and its tokenizer
-    model, tokenizer = FastLanguageModel.from_pretrained(
-        recipe.model,
-        max_seq_length=recipe.max_seq_length,
-        dtype=recipe.dtype,
-        load_in_4bit=recipe.load_in_4bit,
-        load_in_8bit=recipe.load_in_8bit,
-        load_in_16bit=recipe.load_in_16bit,
-        full_finetuning=recipe.full_finetuning,
-        attn_implementation=recipe.attn_implementation,
-        use_gradient_checkpointing=recipe.checkpointing(),
-        memory_budget=recipe.memory_budget,
-        revision=recipe.revision,
-        trust_remote_code=recipe.trust_remote_code,
-        random_state=recipe.seed,
-    )
+    model, tokenizer = FastLanguageModel.from_pretrained(recipe.model, **recipe.loading())
 
     # 3. The chat template: the tokenizer's own unless another is asked for
     if recipe.chat_template or not tokenizer.chat_template:
@@ -54,17 +40,7 @@ def run(recipe: GRPORecipe) -> dict[str, Path]:
 
     # 4. The adapter: a new one, unless the model came with one that goes on
     if not recipe.full_finetuning and not isinstance(model, PeftModel):
-        model = FastLanguageModel.get_peft_model(
-            model,
-            r=recipe.r,
-            lora_alpha=recipe.lora_alpha,
-            lora_dropout=recipe.lora_dropout,
-            target_modules=recipe.target_modules,
-            modules_to_save=recipe.modules_to_save,
-            use_rslora=recipe.use_rslora,
-            use_dora=recipe.use_dora,
-            random_state=recipe.seed,
-        )
+        model = FastLanguageModel.get_peft_model(model, **recipe.adapter())
 
     # 5. Training: groups of completions are sampled, rewarded, and compared with each other
     trainer = GRPOTrainer(

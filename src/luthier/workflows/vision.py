@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from peft import PeftModel
+
 from luthier.config import VisionRecipe
 from luthier.data.read import read_dataset
 from luthier.data.vision import VisionDataCollator
@@ -22,38 +24,17 @@ def run(recipe: VisionRecipe) -> dict[str, Path]:
     held_out = read_dataset(recipe.eval_data) if recipe.eval_data else None
 
     # 2. The model, its language part quantised as it is read, and its processor
-    model, processor = FastVisionModel.from_pretrained(
-        recipe.model,
-        max_seq_length=recipe.max_seq_length,
-        dtype=recipe.dtype,
-        load_in_4bit=recipe.load_in_4bit,
-        load_in_8bit=recipe.load_in_8bit,
-        load_in_16bit=recipe.load_in_16bit,
-        full_finetuning=recipe.full_finetuning,
-        attn_implementation=recipe.attn_implementation,
-        use_gradient_checkpointing=recipe.checkpointing(),
-        memory_budget=recipe.memory_budget,
-        revision=recipe.revision,
-        trust_remote_code=recipe.trust_remote_code,
-        random_state=recipe.seed,
-    )
+    model, processor = FastVisionModel.from_pretrained(recipe.model, **recipe.loading())
 
-    # 3. The adapter, in the parts of the model that are to learn
-    if not recipe.full_finetuning:
+    # 3. The adapter, in the parts of the model that are to learn, unless the model came with one that goes on
+    if not recipe.full_finetuning and not isinstance(model, PeftModel):
         model = FastVisionModel.get_peft_model(
             model,
-            r=recipe.r,
-            lora_alpha=recipe.lora_alpha,
-            lora_dropout=recipe.lora_dropout,
-            target_modules=recipe.target_modules,
-            modules_to_save=recipe.modules_to_save,
-            use_rslora=recipe.use_rslora,
-            use_dora=recipe.use_dora,
+            **recipe.adapter(),
             finetune_vision_layers=recipe.finetune_vision_layers,
             finetune_language_layers=recipe.finetune_language_layers,
             finetune_attention_modules=recipe.finetune_attention_modules,
             finetune_mlp_modules=recipe.finetune_mlp_modules,
-            random_state=recipe.seed,
         )
 
     # 4. Pictures become patches batch by batch; a row whose pictures do not fit is left out beforehand, and counted
