@@ -403,6 +403,7 @@ def test_adapters_of_a_quantised_model_stay_in_fp32_the_reference_included(tmp_p
         ({"beta": -1, "epsilon": -0.1}, ValueError, "beta.*epsilon"),
         ({"reward_timeout": 0}, ValueError, "reward_timeout"),
         ({"max_completion_length": 0}, ValueError, "max_completion_length"),
+        ({"num_generations": "8"}, TypeError, "num_generations must be a number.*'8' of type str"),
         ({"num_generation": 8}, TypeError, "Did you mean 'num_generations'"),
     ],
     ids=str,
@@ -419,6 +420,8 @@ def test_wrong_arguments_of_the_trainer(tmp_path):
         GRPOTrainer(tiny_model("qwen2"), tiny_tokenizer(), shorter, callback=[])
     with pytest.raises(TypeError, match="one argument"):
         GRPOTrainer(tiny_model("qwen2"), tiny_tokenizer(), shorter, tokenizer=tiny_tokenizer())
+    with pytest.raises(ValueError, match="get_peft_model"):
+        trainer(tmp_path, model=tiny_model("qwen2").requires_grad_(False))
     with pytest.raises(ValueError, match="reward"):
         trainer(tmp_path, rewards=[])
     with pytest.raises(ValueError, match="weights"):

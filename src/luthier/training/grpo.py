@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import trl
@@ -30,18 +31,22 @@ from luthier.training.inputs import as_dataset
 ROLLOUTS = ("transformers", "vllm", "embedded")
 SCALES = ("group", "batch", "none")
 LEVELS = ("token", "sequence")
-# field: (smallest value, largest value or None)
-RANGES: dict[str, tuple[float, float | None]] = {
-    "num_generations": (2, None),
-    "max_prompt_length": (1, None),
-    "max_completion_length": (1, None),
-    "top_k": (0, None),
-    "min_p": (0, 1),
-    "beta": (0, None),
-    "epsilon": (0, None),
-    "epsilon_high": (0, None),
-    "num_iterations": (1, None),
+# field: (type, what is allowed in words, test)
+NUMBERS: dict[str, tuple[type, str, Callable[[float], bool]]] = {
+    "num_generations": (int, "at least 2, or there is nothing to compare", lambda v: v >= 2),
+    "max_prompt_length": (int, "at least 1 token, or None", lambda v: v >= 1),
+    "max_completion_length": (int, "at least 1 token", lambda v: v >= 1),
+    "temperature": (Real, "above 0, or all completions of a group are the same", lambda v: v > 0),
+    "top_p": (Real, "above 0 and at most 1", lambda v: 0 < v <= 1),
+    "top_k": (int, "a number of tokens, or 0 for all", lambda v: v >= 0),
+    "min_p": (Real, "from 0 to 1, or None", lambda v: 0 <= v <= 1),
+    "beta": (Real, "zero or more", lambda v: v >= 0),
+    "epsilon": (Real, "zero or more", lambda v: v >= 0),
+    "epsilon_high": (Real, "zero or more, or None", lambda v: v >= 0),
+    "num_iterations": (int, "at least 1", lambda v: v >= 1),
+    "reward_timeout": (Real, "above 0 seconds, or None", lambda v: v > 0),
 }
+OPTIONAL = ("max_prompt_length", "min_p", "epsilon_high", "reward_timeout")
 
 
 @dataclass
@@ -115,6 +120,13 @@ class GRPOConfig(SharedArguments, trl.GRPOConfig):
                 )
             setattr(self, name, value)
 
+    def to_dict(self) -> dict[str, Any]:
+        """As TRL's, with plain values all the way down: checkpoints and loggers write it as JSON."""
+        values = super().to_dict()
+        if self.vllm_sampling_params is not None:
+            values["vllm_sampling_params"] = dataclasses.asdict(self.vllm_sampling_params)
+        return values
+
     @classmethod
     def from_trl(cls, config: trl.GRPOConfig) -> GRPOConfig:
         """Our arguments with the values of a TRL config, all of which count as chosen by the user."""
@@ -150,6 +162,10 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
         if tokenizer is not None and processing_class is not None:
             raise TypeError("processing_class and tokenizer are two names of one argument: give one")
         _refuse_unknown(trl_arguments)
+        if trl_arguments.get("peft_config") is None and not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError(
+                "No parameter of the model is trainable: call get_peft_model, or load it with full_finetuning=True"
+            )
         processing_class = processing_class if processing_class is not None else tokenizer
         args = _arguments(args, model)
         repair_cpu_4bit(model)
@@ -297,21 +313,20 @@ def _arguments(args: trl.GRPOConfig | None, model: PreTrainedModel) -> GRPOConfi
 
 
 def _check(args: GRPOConfig) -> None:
-    """Every number of GRPO that a user may set wrong, all mistakes in one message."""
-    wrong = []
-    for name, (smallest, largest) in RANGES.items():
+    """Every number of GRPO that a user may set wrong; all mistakes in one message."""
+    wrong_type, wrong_value = [], []
+    for name, (kind, allowed, fits) in NUMBERS.items():
         value = getattr(args, name)
-        if value is not None and not (smallest <= value and (largest is None or value <= largest)):
-            allowed = f"at least {smallest}" if largest is None else f"from {smallest} to {largest}"
-            wrong.append(f"{name} must be {allowed}, not {value!r}")
-    if not args.temperature > 0:
-        wrong.append(f"temperature must be above 0 (or all completions of a group are the same), not {args.temperature!r}")
-    if not 0 < args.top_p <= 1:
-        wrong.append(f"top_p must be above 0 and at most 1, not {args.top_p!r}")
-    if args.reward_timeout is not None and not args.reward_timeout > 0:
-        wrong.append(f"reward_timeout must be above 0 seconds, or None, not {args.reward_timeout!r}")
-    if wrong:
-        raise ValueError("; ".join(wrong))
+        if value is None and name in OPTIONAL:
+            continue
+        if isinstance(value, bool) or not isinstance(value, kind):
+            wrong_type.append(f"{name} must be a number ({allowed}), not {value!r} of type {type(value).__name__}")
+        elif not fits(value):
+            wrong_value.append(f"{name} must be {allowed}, not {value!r}")
+    if wrong_type:
+        raise TypeError("; ".join(wrong_type + wrong_value))
+    if wrong_value:
+        raise ValueError("; ".join(wrong_value))
     if args.too_long not in TOO_LONG:
         raise unknown("too_long", args.too_long, TOO_LONG)
 
