@@ -21,7 +21,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import EarlyStoppingCallback, ExportableState
 from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
@@ -125,6 +125,38 @@ def require_fit(checkpoint: Path, model: PreTrainedModel) -> None:
         )
 
 
+class RunningTotals(TrainerCallback, ExportableState):
+    """What a trainer has added up since its last log, and the tokens it has seen, through a checkpoint and back.
+
+    transformers and TRL begin again at zero, so that the first log of a resumed run is not that of the uninterrupted one.
+    With several processes each has sums of its own, and only one writes the checkpoint: there they do begin again.
+    """
+
+    NUMBERS = ("_globalstep_last_logged", "_total_loss_scalar", "_total_train_tokens")
+
+    def __init__(self, trainer: CheckpointMixin) -> None:
+        self.trainer = trainer
+        self.saved: dict | None = None  # read from a checkpoint, and not yet put back
+
+    def state(self) -> dict:
+        trainer = self.trainer
+        if "_tr_loss" not in vars(trainer) or trainer.args.world_size > 1:
+            return {"args": {}, "attributes": {"saved": None}}
+        saved = {name: getattr(trainer, name) for name in self.NUMBERS if name in vars(trainer)}
+        sums = {name: [float(value) for value in values] for name, values in trainer._metrics["train"].items()}
+        return {"args": {}, "attributes": {"saved": {**saved, "loss": trainer._tr_loss.item(), "metrics": sums}}}
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        saved, self.saved = self.saved, None
+        if saved is None:
+            return
+        trainer = self.trainer
+        trainer._tr_loss += saved.pop("loss")
+        trainer._metrics["train"].update(saved.pop("metrics"))
+        for name, value in saved.items():
+            setattr(trainer, name, value)
+
+
 class CheckpointMixin:
     """Overrides of transformers' ``Trainer``: atomic checkpoints, checked resume. Put it before a trainer class."""
 
@@ -218,6 +250,9 @@ class CheckpointMixin:
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
         self.state.compute_steps(self.args, max_steps)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ExportableState):  # transformers fails to save one that the checkpoint did not have
+                self.state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
         if resume_from_checkpoint and (self.state.global_step >= max_steps or self._had_stopped_early()):
             say(f"The run had ended at step {self.state.global_step}: nothing is left to train.")
             return num_train_epochs, 0

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import EarlyStoppingCallback
 
-from luthier.training.checkpoints import CheckpointMixin, list_checkpoints
+from luthier.training.checkpoints import CheckpointMixin, RunningTotals, list_checkpoints
 from luthier.training.optimizer import require_embeddings, set_embedding_learning_rate
 from luthier.training.progress import ProgressCallback, show_progress
 
@@ -47,6 +47,7 @@ class TrainerMixin(CheckpointMixin):
     def finish_setup(self) -> None:
         """Last line of a trainer's ``__init__``."""
         self.progress = show_progress(self)
+        self.add_callback(RunningTotals(self))
         if self.args.embedding_learning_rate is not None:
             if self.optimizer is not None:
                 raise ValueError("Give embedding_learning_rate or an optimizer of your own, not both")
