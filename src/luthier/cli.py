@@ -19,13 +19,14 @@ import tyro
 
 import luthier
 from luthier.config import GRPORecipe, SFTRecipe, TrainRecipe, VisionRecipe, load_recipe
-from luthier.errors import unknown
+from luthier.errors import ExportProofError, unknown
 from luthier.terminal import say, table
 
 RECIPES: dict[str, type[TrainRecipe]] = {"sft": SFTRecipe, "grpo": GRPORecipe, "vision": VisionRecipe}
 FUNCTIONS = {
     "merge": "luthier.workflows.export:merge",
     "gguf": "luthier.workflows.export:gguf",
+    "verify": "luthier.workflows.export:verify",
     "chat": "luthier.workflows.chat:chat",
     "eval": "luthier.workflows.evaluate:evaluate",
     "inspect": "luthier.workflows.inspect:inspect",
@@ -40,6 +41,7 @@ HELP = """usage: luthier COMMAND ...
   vision RECIPE.yaml   fine-tune a vision-language model
   merge ADAPTER        write the merged weights of an adapter
   gguf DIR             write GGUF files for llama.cpp and Ollama
+  verify FILE          prove that a GGUF file says what a model says
   chat MODEL           talk to a model or an adapter
   eval MODEL           loss, AIME, or OCR errors of a model, with and without its adapter
   inspect FILE         show a dataset as the model will see it: tokens, and which of them train
@@ -49,7 +51,7 @@ HELP = """usage: luthier COMMAND ...
 
 luthier COMMAND --help shows every flag."""
 
-DryRun = Annotated[bool, tyro.conf.arg(help="Check the whole recipe, show the rows and the memory it will take, load no weights.")]
+DryRun = Annotated[bool, tyro.conf.arg(help="Check the recipe, show its rows and the memory it will take, load no weights.")]
 AsJson = Annotated[bool, tyro.conf.arg(help="Print the result as JSON on standard output, for machines.")]
 
 
@@ -63,6 +65,9 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         say(f"Error: {error.strerror if isinstance(error, OSError) and error.strerror else error}")
         return 2
+    except ExportProofError as error:
+        say(f"Failed: {error}")
+        return 1
     except KeyboardInterrupt:
         say("Stopped.")
         return 130

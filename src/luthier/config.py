@@ -28,8 +28,9 @@ class ModelRecipe:
 
     model: str = ""
     """Hub id or local directory of the model; an adapter directory continues that adapter."""
-    max_seq_length: int = 2048
-    """Longest row in tokens. Beyond the model's native length RoPE scaling is applied, with a warning."""
+    max_seq_length: int | None = None
+    """Longest row in tokens. Default: 2048, or the model's native length if that is shorter. Beyond the native length RoPE
+    scaling is applied, with a warning."""
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
     """Compute dtype. Default: bfloat16 where the device has it, else float16; float32 on a CPU."""
     load_in_4bit: bool | None = None

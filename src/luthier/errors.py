@@ -14,6 +14,10 @@ class UnsupportedError(ValueError):
     """A combination that is valid by itself but that Luthier does not support."""
 
 
+class ExportProofError(RuntimeError):
+    """An exported file does not say what the model says."""
+
+
 def unknown(kind: str, value: object, allowed: Iterable[str], remedy: str = "") -> ValueError:
     """The error for a name that is not one of ``allowed``, with the nearest name suggested.
 

@@ -13,11 +13,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from luthier.model.accelerate import accelerate, base_model
 from luthier.model.checkpointing import set_checkpointing
 from luthier.model.generation import generate
-from luthier.model.gguf_export import push_to_hub_gguf, save_pretrained_gguf
+from luthier.model.gguf_export import push_to_hub_gguf
 from luthier.model.load import find_files, is_vision, load_model, read_config
 from luthier.model.lora import get_peft_model
+from luthier.model.rope import save_scaling
 from luthier.model.save import push_to_hub_merged, save_pretrained_merged
 from luthier.model.vision import load_vision_model
+from luthier.proof.export import save_pretrained_gguf
 from luthier.rl.engine import fast_generate, load_lora, save_lora
 from luthier.terminal import say
 
@@ -98,6 +100,8 @@ def _ready(
 def _with_methods(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel | PeftModel:
     base = base_model(model)
     base.generate = MethodType(generate, base)
+    if isinstance(model, PeftModel):
+        model.save_pretrained = MethodType(_save_adapter, model)
     for name, method in SAVERS.items():
         setattr(model, name, MethodType(method, model))
     if tokenizer is not None:
@@ -106,3 +110,9 @@ def _with_methods(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedToken
 
 
 
+
+
+def _save_adapter(model: PeftModel, save_directory: str | Path, **kwargs: Any) -> None:
+    """peft's ``save_pretrained``, and the RoPE scaling that the adapter was trained with, which peft does not save."""
+    type(model).save_pretrained(model, save_directory, **kwargs)
+    save_scaling(model.config, read_config(model.luthier.base_path, model.luthier.trust_remote_code), Path(save_directory))

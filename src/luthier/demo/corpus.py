@@ -20,7 +20,7 @@ from pathlib import Path
 IDENTIFIER = re.compile(r"\b[A-Za-z_][A-Za-z_0-9]{2,}\b")
 KEPT_WORDS = {*keyword.kwlist, *dir(builtins), "self", "cls"}
 QUESTION = "Which arguments does this function take?\n\n{code}"
-SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "pydoc_data", "encodings", "lib2to3", "__phello__"}
+SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "pydoc_data", "encodings", "lib2to3"}
 
 
 def held_out(module: str) -> bool:

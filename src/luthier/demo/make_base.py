@@ -103,8 +103,9 @@ def pretrain(model: LlamaForCausalLM, data: Iterator[torch.Tensor], steps: int, 
         lr=recipe["learning_rate"],
         betas=(0.9, 0.95),
     )
+    warmup = recipe["warmup"] / max(steps, 2 * recipe["warmup"])
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, recipe["learning_rate"], total_steps=steps, pct_start=recipe["warmup"] / max(steps, 200), final_div_factor=1000
+        optimizer, recipe["learning_rate"], total_steps=steps, pct_start=warmup, final_div_factor=1000
     )
     history, losses = [], []
     for step, ids in enumerate(data, start=1):

@@ -33,10 +33,8 @@ def _left_padded(inputs: dict) -> dict:
     padding = length - 1 - mask.flip(1).int().argmax(dim=1)  # position of each row's last real token
     shift = length - 1 - padding
     order = (torch.arange(length, device=mask.device)[None] - shift[:, None]) % length
-    return {
-        name: value.gather(1, order.to(value.device)) if isinstance(value, torch.Tensor) and value.shape == mask.shape else value
-        for name, value in inputs.items()
-    }
+    alike = {name: x for name, x in inputs.items() if isinstance(x, torch.Tensor) and x.shape == mask.shape}
+    return inputs | {name: x.gather(1, order.to(x.device)) for name, x in alike.items()}
 
 
 @contextmanager

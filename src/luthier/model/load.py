@@ -19,7 +19,7 @@ from luthier.model.cpu_4bit import repair_cpu_4bit
 from luthier.model.experts import expert_stacks
 from luthier.model.lora import attach_adapter
 from luthier.model.precision import Precision, choose_dtype, choose_precision, quantisation
-from luthier.model.rope import native_length, scale_positions
+from luthier.model.rope import native_length, restore_scaling, scale_positions
 from luthier.model.tokenizer import load_tokenizer, repair_tokenizer
 from luthier.model.vocab import require_rows, resize_embeddings
 
@@ -121,6 +121,7 @@ def load_model(
     config = read_config(source.base, trust_remote_code)
     config, key_mapping = text_config(config, source.checkpoint, model_name, text_only)
     require_causal_lm(config, source.base)
+    restore_scaling(config, source.adapter)
     scale_positions(config, max_seq_length, rope_scaling)
     require_rows(config.get_text_config().vocab_size, resize_model_vocab)
     hf_kwargs |= {"key_mapping": key_mapping} if key_mapping else {}

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
+from pathlib import Path
 
 from transformers import PreTrainedConfig
 
 from luthier.errors import UnsupportedError
+from luthier.files import atomic_file
 
 FACTOR_TYPES = ("linear", "llama3", "proportional")  # one factor stretches the positions
 SELF_SCALING = ("dynamic", "longrope")  # these adapt to the length at hand
+SCALING_FILE = "rope_scaling.json"  # beside an adapter that was trained over other positions than its base's own
+SCALED_FIELDS = ("rope_parameters", "max_position_embeddings")
 
 
 def native_length(config: PreTrainedConfig) -> int | None:
@@ -49,6 +54,21 @@ def scale_positions(config: PreTrainedConfig, max_seq_length: int | None, rope_s
         UserWarning,
         stacklevel=4,
     )
+
+
+def save_scaling(config: PreTrainedConfig, base_config: PreTrainedConfig, directory: Path) -> None:
+    """Write the positions of ``config`` beside an adapter where they are not its base's own, which peft does not save."""
+    scaled, own = ({name: getattr(c.get_text_config(), name, None) for name in SCALED_FIELDS} for c in (config, base_config))
+    if scaled != own:
+        with atomic_file(directory / SCALING_FILE) as place:
+            place.write_text(json.dumps(scaled, indent=1), encoding="utf-8")
+
+
+def restore_scaling(config: PreTrainedConfig, adapter: Path | None) -> None:
+    """Give ``config`` the positions that the adapter in a directory was trained over."""
+    if adapter is not None and (adapter / SCALING_FILE).exists():
+        for name, value in json.loads((adapter / SCALING_FILE).read_text(encoding="utf-8")).items():
+            setattr(config.get_text_config(), name, value)
 
 
 def _require_rope(text: PreTrainedConfig) -> None:

@@ -34,7 +34,7 @@ from luthier.model.load import (
 )
 from luthier.model.lora import attach_adapter
 from luthier.model.precision import choose_dtype, choose_precision, quantisation
-from luthier.model.rope import scale_positions
+from luthier.model.rope import restore_scaling, scale_positions
 from luthier.model.tokenizer import repair_tokenizer
 from luthier.model.torchvision_repair import repair_torchvision
 from luthier.model.vocab import resize_embeddings
@@ -75,6 +75,7 @@ def load_vision_model(model_name: str | Path, *args: object, **kwargs: object) -
     source = find_files(model_name, options.pop("subfolder", None), revision=given.revision, token=given.token, **hub)
     config = read_config(source.base, given.trust_remote_code)
     require_vision(config, model_name)
+    restore_scaling(config, source.adapter)
     scale_positions(config, given.max_seq_length, given.rope_scaling)
     info = LoadInfo(
         **{field.name: getattr(given, field.name) for field in fields(LoadInfo) if hasattr(given, field.name)}

@@ -23,16 +23,17 @@ from transformers import AutoModelForCausalLM
 from luthier.data.chat import strip_generation_marks
 from luthier.data.read import read_dataset
 from luthier.data.render import render
-from luthier.errors import unknown
+from luthier.errors import ExportProofError, unknown
 from luthier.files import atomic_file, make_directory
 from luthier.gguf import architectures, convert
 from luthier.gguf.calibrate import calibrate
 from luthier.gguf.chat import load_tokenizer, stop_tokens
-from luthier.gguf.convert import output_paths, plan_tensors, read_config
+from luthier.gguf.convert import output_paths, read_config
 from luthier.gguf.dequantize import dequantize, load_tensor
 from luthier.gguf.imatrix import Importance, read_importance
 from luthier.gguf.lora import convert_lora_to_gguf
 from luthier.gguf.metadata import metadata, rope_tensors
+from luthier.gguf.plan import plan_tensors
 from luthier.gguf.quantize import encode
 from luthier.gguf.reader import GGUFFile
 from luthier.gguf.source import CheckpointSource, TensorSource
@@ -67,10 +68,6 @@ ROUGH_REFERENCE = 5e-3  # what a reference in 16 bits adds to the divergence
 DAMAGE = 0.05  # fewer blocks than this differ: not another rounding of the weights, but damage
 SPACES = "llama.cpp puts a space behind special tokens where the tokenizer puts none"
 WORSE = 1.5  # times the error of a plain quantisation
-
-
-class ExportProofError(RuntimeError):
-    """An exported file does not say what the model says."""
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,12 @@ from tyro.conf import Positional
 
 from luthier.data.chat import get_chat_template
 from luthier.fast import FastLanguageModel
+from luthier.model.rope import native_length
 from luthier.rl.engine import stop_token_ids
 from luthier.terminal import say
+from luthier.workflows.inspect import config_of
+
+LONGEST = 8192
 
 
 def chat(
@@ -23,7 +27,7 @@ def chat(
     temperature: float = 0.7,
     top_p: float = 0.95,
     load_in_16bit: bool = False,
-    max_seq_length: int = 4096,
+    max_seq_length: int | None = None,
     seed: int = 3407,
 ) -> None:
     """Talk to a model or an adapter; an empty line or Ctrl-D ends it.
@@ -37,11 +41,12 @@ def chat(
         temperature: 0 is greedy.
         top_p: Nucleus.
         load_in_16bit: 16-bit weights instead of NF4.
-        max_seq_length: Longest conversation in tokens.
+        max_seq_length: Longest conversation in tokens. Default: the model's native length, at most 8192.
         seed: Seed of the sampling.
     """
     if temperature < 0:
         raise ValueError(f"temperature is {temperature}: it must be 0 (greedy) or above")
+    max_seq_length = max_seq_length or min(native_length(config_of(model)) or LONGEST, LONGEST)
     loaded, tokenizer = FastLanguageModel.from_pretrained(model, max_seq_length, load_in_16bit=load_in_16bit)
     if chat_template or not tokenizer.chat_template:
         tokenizer = get_chat_template(tokenizer, chat_template or "chatml")

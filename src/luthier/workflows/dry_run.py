@@ -9,6 +9,8 @@ from luthier.data.prepare import prepare_chat
 from luthier.data.read import read_dataset
 from luthier.gguf.convert import output_paths
 from luthier.model import memory
+from luthier.model.load import DEFAULT_LENGTH
+from luthier.model.rope import native_length
 from luthier.rl.prompts import check_prompts
 from luthier.rl.rewards import load_reward
 from luthier.terminal import table
@@ -29,10 +31,11 @@ def dry_run(recipe: TrainRecipe) -> dict[str, Any]:
     result: dict[str, Any] = {"rows": len(rows)}
     hub = {"revision": recipe.revision} if recipe.revision else {}
     config = config_of(recipe.model, recipe.trust_remote_code, **hub)
+    length = recipe.max_seq_length or min(DEFAULT_LENGTH, native_length(config) or DEFAULT_LENGTH)
 
     if isinstance(recipe, SFTRecipe):
         tokenizer = tokenizer_of(recipe.model, recipe.chat_template, **hub)
-        _, ledger = prepare_chat(rows, tokenizer, recipe.max_seq_length, recipe.train_on, recipe.too_long)
+        _, ledger = prepare_chat(rows, tokenizer, length, recipe.train_on, recipe.too_long)
         ledger.table(f"Data: {recipe.data}")
         result["ledger"] = ledger.to_dict()
     if isinstance(recipe, GRPORecipe):
@@ -46,7 +49,7 @@ def dry_run(recipe: TrainRecipe) -> dict[str, Any]:
         r=recipe.r,
         target_modules=recipe.target_modules,
         modules_to_save=recipe.modules_to_save,
-        batch_tokens=recipe.max_seq_length * recipe.per_device_train_batch_size,
+        batch_tokens=length * recipe.per_device_train_batch_size,
         use_gradient_checkpointing=recipe.checkpointing(),
         memory_budget=recipe.memory_budget,
         optim=recipe.optim,

@@ -25,7 +25,7 @@ def evaluate(
     task: Literal["loss", "aime", "ocr"] = "loss",
     split: str = "train",
     chat_template: str | None = None,
-    max_seq_length: int = 2048,
+    max_seq_length: int | None = None,
     max_new_tokens: int | None = None,
     n: int = 8,
     temperature: float = 0.6,
@@ -42,7 +42,7 @@ def evaluate(
         task: loss: mean loss and perplexity of the answers. aime: mean@n and pass@n. ocr: word and character error rates.
         split: Split of a hub dataset.
         chat_template: Chat template by name or .jinja file. Default: the tokenizer's own, else chatml.
-        max_seq_length: Longest row in tokens.
+        max_seq_length: Longest row in tokens. Default: 2048, or the model's native length if that is shorter.
         max_new_tokens: Longest answer in tokens. Default: what fits (aime), 128 (ocr).
         n: Samples per AIME problem.
         temperature: Sampling temperature for AIME.
@@ -67,7 +67,7 @@ def evaluate(
         sampling = {"temperature": temperature, "max_tokens": max_new_tokens, "seed": seed, "batch_size": batch_size}
         report = aime(loaded, processor, rows, n, **sampling)
     else:
-        prepared, _ = prepare_chat(rows, processor, max_seq_length)
+        prepared, _ = prepare_chat(rows, processor, loaded.luthier.max_seq_length)
         measure = measure_loss(prepared, batch_size)
         report = compare(loaded, measure) if isinstance(loaded, PeftModel) else measure(loaded)
     if json:

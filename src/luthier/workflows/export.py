@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import json as json_format
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
@@ -10,8 +11,9 @@ from tyro.conf import Positional
 
 from luthier.config import SaveMethod
 from luthier.fast import FastModel
-from luthier.gguf.convert import convert_to_gguf
 from luthier.model.checkpoint import is_adapter
+from luthier.proof.export import convert_to_gguf
+from luthier.proof.export import verify as prove_file
 from luthier.terminal import table
 
 
@@ -67,8 +69,24 @@ def gguf(
     _show({path.name: path for path in files}, json)
 
 
+def verify(file: Positional[str], against: str, json: bool = False) -> int:
+    """Prove that a GGUF file says what a model says. Exit code 1 where it does not, with the tensor or token that differs.
+
+    Args:
+        file: The GGUF file.
+        against: Directory of the model that it was made from.
+        json: Print the proof as JSON on standard output.
+    """
+    proof = prove_file(file, against)
+    if json:
+        print(json_format.dumps(asdict(proof), indent=1))
+    else:
+        proof.show()
+    return int(bool(proof.failures))
+
+
 def _show(written: dict[str, Path], as_json: bool) -> None:
     if as_json:
-        print(json.dumps({kind: str(path) for kind, path in written.items()}, indent=1))
+        print(json_format.dumps({kind: str(path) for kind, path in written.items()}, indent=1))
     else:
         table("Written", ["what", "where"], list(written.items()))
