@@ -23,6 +23,10 @@ class Params(c.Structure):
         field.value = value
 
 
+class InputText(c.Structure):
+    _fields_ = [("text", c.c_char_p), ("add_special", c.c_bool), ("parse_special", c.c_bool)]
+
+
 class Batch(c.Structure):
     _fields_ = [
         ("n_tokens", c.c_int32),
@@ -65,6 +69,23 @@ SIGNATURES = {
         [c.c_int, c.c_void_p, c.c_void_p, c.c_int64, c.c_int64, c.c_int64, c.c_void_p],
     ),
 }
+MTMD_SIGNATURES = {
+    "mtmd_context_params_default": (Params, []),
+    "mtmd_init_from_file": (c.c_void_p, [c.c_char_p, c.c_void_p, Params]),
+    "mtmd_free": (None, [c.c_void_p]),
+    "mtmd_default_marker": (c.c_char_p, []),
+    "mtmd_bitmap_init": (c.c_void_p, [c.c_uint32, c.c_uint32, c.c_char_p]),
+    "mtmd_bitmap_free": (None, [c.c_void_p]),
+    "mtmd_input_chunks_init": (c.c_void_p, []),
+    "mtmd_input_chunks_free": (None, [c.c_void_p]),
+    "mtmd_tokenize": (c.c_int32, [c.c_void_p, c.c_void_p, c.POINTER(InputText), c.POINTER(c.c_void_p), c.c_size_t]),
+    "mtmd_input_chunks_size": (c.c_size_t, [c.c_void_p]),
+    "mtmd_input_chunks_get": (c.c_void_p, [c.c_void_p, c.c_size_t]),
+    "mtmd_input_chunk_get_type": (c.c_int, [c.c_void_p]),
+    "mtmd_input_chunk_get_n_tokens": (c.c_size_t, [c.c_void_p]),
+    "mtmd_encode_chunk": (c.c_int32, [c.c_void_p, c.c_void_p]),
+    "mtmd_get_output_embd": (c.POINTER(c.c_float), [c.c_void_p]),
+}
 LOG_CALLBACK = c.CFUNCTYPE(None, c.c_int, c.c_char_p, c.c_void_p)
 messages: list[str] = []
 
@@ -72,12 +93,14 @@ messages: list[str] = []
 @functools.cache
 def library() -> c.CDLL:
     lib = c.CDLL(xllamacpp.xllamacpp.__file__)
-    for name, (result, arguments) in SIGNATURES.items():
+    for name, (result, arguments) in (SIGNATURES | MTMD_SIGNATURES).items():
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments
     # kept alive by the library object: llama.cpp's chatter goes to `messages`, for a failing test to show
     lib.log = LOG_CALLBACK(lambda level, text, data: messages.append(text.decode("utf8", "replace")))
     lib.llama_log_set(lib.log, None)
+    lib.mtmd_log_set(lib.log, None)
+    lib.mtmd_helper_log_set(lib.log, None)
     lib.llama_backend_init()
     return lib
 
@@ -161,6 +184,30 @@ class Llama:
         for _ in range(new_tokens):
             ids.append(int(self.logits(ids)[-1].argmax()))
         return ids
+
+
+def encode_picture(llama: Llama, mmproj: str | Path, pixels: np.ndarray, width: int) -> np.ndarray:
+    """What the vision part makes of a picture, uint8 ``[height, width, 3]``: float32 ``[tokens, width]``."""
+    lib = llama.lib
+    messages.clear()
+    params = lib.mtmd_context_params_default()
+    params.set(20, 4, 1)  # threads
+    params.set(40, -1, 0)  # flash attention off
+    context = lib.mtmd_init_from_file(str(mmproj).encode(), llama.model, params)
+    assert context, "".join(messages[-12:])
+    bitmap = c.c_void_p(lib.mtmd_bitmap_init(pixels.shape[1], pixels.shape[0], np.ascontiguousarray(pixels).tobytes()))
+    chunks = lib.mtmd_input_chunks_init()
+    text = InputText(lib.mtmd_default_marker(), False, True)
+    assert lib.mtmd_tokenize(context, chunks, c.byref(text), c.byref(bitmap), 1) == 0, "".join(messages[-12:])
+    found = [lib.mtmd_input_chunks_get(chunks, i) for i in range(lib.mtmd_input_chunks_size(chunks))]
+    (picture,) = (chunk for chunk in found if lib.mtmd_input_chunk_get_type(chunk) == 1)
+    assert lib.mtmd_encode_chunk(context, picture) == 0, "".join(messages[-12:])
+    shape = (lib.mtmd_input_chunk_get_n_tokens(picture), width)
+    result = np.ctypeslib.as_array(lib.mtmd_get_output_embd(context), shape).copy()
+    lib.mtmd_input_chunks_free(chunks)
+    lib.mtmd_bitmap_free(bitmap)
+    lib.mtmd_free(context)
+    return result
 
 
 def quantize_chunk(type_id: int, values: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:

@@ -240,7 +240,7 @@ def test_an_importance_matrix_from_data(trained, tmp_path):
 
 def test_a_failed_proof_leaves_nothing(trained, tmp_path, monkeypatch):
     model, tokenizer = trained
-    monkeypatch.setattr("luthier.gguf.convert._rope_order", lambda *args: None)  # queries are written as they are
+    monkeypatch.setattr("luthier.gguf.plan._rope_order", lambda *args: None)  # queries are written as they are
     with pytest.raises(ExportProofError, match="its logits diverge"):
         save_pretrained_gguf(model, tmp_path / "lute", tokenizer, "q8_0", base="nf4")
     assert list((tmp_path / "lute").iterdir()) == []

@@ -93,6 +93,20 @@ SILU = ("hidden_act must be silu", _silu)
 GELU = ("hidden_act must be gelu_pytorch_tanh", _gelu)
 LLAMA = Architecture("llama", PRE_NORM | ATTENTION | MLP, interleaved_rope=True, fixed=(SILU,))
 
+QWEN2_VL = Architecture("qwen2vl", PRE_NORM | ATTENTION | MLP, fixed=(SILU,))
+GEMMA_3 = Architecture(
+    "gemma3",
+    SANDWICH_NORM | ATTENTION | QK_NORM | MLP,
+    norm_offset=1.0,
+    keys=SOFT_CAPS | SLIDING,
+    windowed=True,
+    fixed=(
+        GELU,
+        ("query_pre_attn_scalar must be the head's size", _gemma_scale(62)),
+        ("every sixth layer, and no other, must be a full one", lambda c: _every(6, c)),
+    ),
+)
+
 # class named in config.json -> row
 ARCHITECTURES = {
     "LlamaForCausalLM": LLAMA,
@@ -105,6 +119,12 @@ ARCHITECTURES = {
         fixed=(SILU,),
     ),
     "Qwen2ForCausalLM": Architecture("qwen2", PRE_NORM | ATTENTION | MLP, fixed=(SILU,)),
+    "Qwen2VLForConditionalGeneration": QWEN2_VL,
+    "Qwen2_5_VLForConditionalGeneration": QWEN2_VL,
+    "Qwen3VLForConditionalGeneration": Architecture("qwen3vl", PRE_NORM | ATTENTION | QK_NORM | MLP, fixed=(SILU,)),
+    "LlavaForConditionalGeneration": LLAMA,
+    "Mistral3ForConditionalGeneration": LLAMA,
+    "Gemma3ForConditionalGeneration": GEMMA_3,
     "Qwen3ForCausalLM": Architecture("qwen3", PRE_NORM | ATTENTION | QK_NORM | MLP, fixed=(SILU,)),
     "Qwen3MoeForCausalLM": Architecture(
         "qwen3moe",
@@ -129,18 +149,7 @@ ARCHITECTURES = {
             ("sliding and full layers must alternate, sliding first", lambda c: _every(2, c)),
         ),
     ),
-    "Gemma3ForCausalLM": Architecture(
-        "gemma3",
-        SANDWICH_NORM | ATTENTION | QK_NORM | MLP,
-        norm_offset=1.0,
-        keys=SOFT_CAPS | SLIDING,
-        windowed=True,
-        fixed=(
-            GELU,
-            ("query_pre_attn_scalar must be the head's size", _gemma_scale(62)),
-            ("every sixth layer, and no other, must be a full one", lambda c: _every(6, c)),
-        ),
-    ),
+    "Gemma3ForCausalLM": GEMMA_3,
     "Phi3ForCausalLM": Architecture(
         "phi3",
         PRE_NORM
@@ -199,7 +208,7 @@ def find(config: object) -> Architecture:
             f"GGUF export does not cover the architecture {name}. Covered: {', '.join(ARCHITECTURES)}. "
             "Save with save_pretrained_merged instead."
         )
-    broken = [what for what, holds in row.fixed if not holds(config)]
+    broken = [what for what, holds in row.fixed if not holds(config.get_text_config())]
     if broken:
         raise UnsupportedError(
             f"llama.cpp computes {name} in one way only and this checkpoint differs: {'; '.join(broken)}. "

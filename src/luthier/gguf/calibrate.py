@@ -12,8 +12,8 @@ from torch import nn
 
 from luthier.data.render import render, text_tokenizer
 from luthier.gguf import architectures
-from luthier.gguf.convert import route
 from luthier.gguf.imatrix import Importance, write_importance
+from luthier.gguf.plan import route
 from luthier.terminal import progress
 
 WRAPPERS = ("base_model.model.", "base_layer.")  # what peft puts into the names of modules

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 from luthier.errors import UnsupportedError
 from luthier.files import atomic_file, require_space
 from luthier.gguf import architectures
-from luthier.gguf.convert import route
+from luthier.gguf.plan import route
 from luthier.gguf.types import F32
 from luthier.gguf.writer import GGUFWriter, TensorInfo, Value, plan
 

@@ -21,6 +21,11 @@ def kv_heads(config: PreTrainedConfig) -> int:
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
+def is_tied(config: PreTrainedConfig) -> bool:
+    """Whether the embeddings are the output head, too."""
+    return bool(config.tie_word_embeddings)
+
+
 def rope_parameters(config: PreTrainedConfig, layer_type: str = "full_attention") -> dict:
     """The rotary embedding's parameters of one type of layer; most models have one set for all."""
     parameters = config.rope_parameters
@@ -28,7 +33,8 @@ def rope_parameters(config: PreTrainedConfig, layer_type: str = "full_attention"
 
 
 def metadata(architecture: Architecture, config: PreTrainedConfig, name: str) -> dict[str, Value]:
-    """Everything but the tokenizer and the file's type."""
+    """Everything but the tokenizer and the file's type, of the language model."""
+    outer, config = config, config.get_text_config()
     keys: dict[str, Value] = {
         "block_count": config.num_hidden_layers,
         "context_length": _context_length(architecture, config),
@@ -49,11 +55,15 @@ def metadata(architecture: Architecture, config: PreTrainedConfig, name: str) ->
     general: dict[str, Value] = {"general.architecture": architecture.name, "general.type": "model"}
     if name:
         general["general.name"] = name
+    vision = getattr(outer, "vision_config", None)
+    if getattr(vision, "deepstack_visual_indexes", None):  # layers that a picture enters again
+        keys["n_deepstack_layers"] = len(vision.deepstack_visual_indexes)
     return general | {f"{architecture.name}.{key}": value for key, value in keys.items()}
 
 
 def rope_tensors(config: PreTrainedConfig) -> dict[str, torch.Tensor]:
     """Tensors that are computed from the configuration: divisors of the rotary frequencies, float32 ``[head size / 2]``."""
+    config = config.get_text_config()
     rope = rope_parameters(config)
     if rope["rope_type"] == "llama3":
         return {"rope_freqs.weight": _llama3_divisors(rope, head_size(config))}
@@ -80,6 +90,8 @@ def _rope(architecture: Architecture, config: PreTrainedConfig) -> dict[str, Val
         "rope.freq_base": float(rope["rope_theta"]),
         "rope.dimension_count": int(head_size(config) * rope.get("partial_rotary_factor", 1.0)),
     }
+    if rope.get("mrope_section"):
+        keys["rope.dimension_sections"] = [*rope["mrope_section"], 0]
     local = rope_parameters(config, "sliding_attention")
     if local is not rope:
         if local["rope_type"] != "default":

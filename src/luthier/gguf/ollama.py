@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.gguf.chat import known_template, load_tokenizer, stop_tokens
+from luthier.gguf.mmproj import mmproj_path
 from luthier.gguf.ollama_templates import MODEL_TO_OLLAMA_TEMPLATE_MAPPER, OLLAMA_TEMPLATES, TURNS, go
 
 __all__ = ["MODEL_TO_OLLAMA_TEMPLATE_MAPPER", "OLLAMA_TEMPLATES", "create_ollama_model", "create_ollama_modelfile"]
@@ -33,7 +34,7 @@ def create_ollama_modelfile(
     if not gguf_path.is_file():
         raise FileNotFoundError(f"{gguf_path} does not exist: write the GGUF file first, then its Modelfile.")
     tokenizer = load_tokenizer(tokenizer)
-    lines = [f"FROM ./{gguf_path.name}"]
+    lines = [f"FROM ./{path.name}" for path in (gguf_path, mmproj_path(gguf_path)) if path.is_file()]
     known = known_template(tokenizer)
     if known is not None and known.template.name in TURNS:
         template = go(TURNS[known.template.name], tokenizer.eos_token or "", tokenizer.bos_token or "")
