@@ -26,10 +26,10 @@ def checkpointing_mode(mode: bool | str) -> bool | str:
 def set_checkpointing(model: nn.Module, mode: bool | str = "auto", memory_budget: float | None = None) -> nn.Module:
     """Choose what a training step of ``model`` computes again instead of keeping it; gives the model back.
 
-    "auto": as little as ``memory_budget`` (GiB on the device; None: what the model was loaded with, or all that is free)
-    allows. True: every layer keeps only
-    its input. False: nothing is computed again. "offload": layers keep what they can in pinned host memory. The loss and
-    the gradients are the same. Layers that run stock are checkpointed by transformers, unless the mode is False.
+    "auto": as little as ``memory_budget`` allows (GiB on the device; None: what the model was loaded with, or all that is
+    free; without a GPU nothing, unless a budget is given). True: every layer keeps only its input. False: nothing is
+    computed again. "offload": layers keep what they can in pinned host memory. The loss and the gradients are the same.
+    Layers that run stock are checkpointed by transformers, unless nothing is to be computed again.
     """
     mode = checkpointing_mode(mode)
     if memory_budget is not None and (isinstance(memory_budget, bool) or memory_budget <= 0):
@@ -48,7 +48,10 @@ def set_checkpointing(model: nn.Module, mode: bool | str = "auto", memory_budget
             dial.set_automatic(memory_budget)
         elif mode == "offload":
             dial.set_offload()
+    on_gpu = next(base.parameters()).is_cuda
+    if mode == "auto" and not on_gpu and memory_budget is None:
+        mode = False
     if mode is not False and base.supports_gradient_checkpointing:
-        stock_offload = mode == "offload" and dial is None and next(base.parameters()).is_cuda
+        stock_offload = mode == "offload" and dial is None and on_gpu
         base.gradient_checkpointing_enable({"use_reentrant": False}, **({"offload": True} if stock_offload else {}))
     return model

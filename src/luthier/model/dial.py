@@ -100,8 +100,8 @@ class Dial:
     def _planned(self, shape: Shape, x: Tensor) -> list[LayerPlan]:
         if not self.automatic:
             return offload_plan(shape, x.shape[0], self.layers, free_host_memory() * HOST_SHARE)
-        if not x.is_cuda:
-            return [LayerPlan(Mode.RECOMPUTE)] * self.layers
+        if not x.is_cuda:  # main memory is plenty, and a CPU is slow at computing twice
+            return [LayerPlan(Mode.KEEP if self.budget is None else Mode.RECOMPUTE)] * self.layers
         available = available_memory(x.device, self.budget) - 12 * self.trainable - head_memory(x)
         plan = plan_for(shape, x.shape[0], self.layers, available)
         say(describe(plan, x.shape[0]))

@@ -74,19 +74,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = True
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal and mask is None, scale=scale, enable_gqa=grouped)
 
 
-def kernel_for(q: Tensor, mask: Tensor | None, structured: bool = False) -> str:
-    """Which of torch's kernels is fastest for queries like ``q`` (B, H, T, D); "autograd" is whatever torch chooses.
-
-    ``structured``: a window or segments, which only the flash kernel knows without a mask.
-    """
+def kernel_for(q: Tensor, mask: Tensor | None, window: int | None = None, segments: Segments | None = None) -> str:
+    """Which of torch's kernels is fastest for queries like ``q`` (B, H, T, D); "autograd" is whatever torch chooses."""
     if mask is not None or q.dtype == torch.float64:
         return "autograd"
     if not q.is_cuda:
-        return "autograd" if structured else "cpu"
+        return "cpu" if window is None else "autograd"
     width, capability = q.shape[-1], torch.cuda.get_device_capability(q.device)
     if q.dtype == torch.float32 or width % 8 or width > 256 or capability < (8, 0):
         return "autograd"
-    if structured:
+    if window is not None or segments is not None:  # only flash attention knows these without a mask
         return "flash, structured"
     return "cudnn" if capability >= (9, 0) and width <= 128 and torch.backends.cuda.cudnn_sdp_enabled() else "flash"
 
@@ -105,8 +102,7 @@ def attend(
     With ``mask`` (see ``attention``) the mask alone decides.
     """
     window = None if window is None or window >= q.shape[2] else window
-    structured = mask is None and (window is not None or segments is not None)
-    kernel = kernel_for(q, mask, structured)
+    kernel = kernel_for(q, mask, window, segments)
     if kernel in ("cudnn", "flash"):
         if kernel == "cudnn":
             results = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, False, scale=scale)
@@ -116,11 +112,8 @@ def attend(
     if kernel == "flash, structured":
         return _attend_structured(q, k, v, scale, window, segments)
     if kernel == "cpu":
-        out, rows = aten._scaled_dot_product_flash_attention_for_cpu(
-            q, _ungrouped(q, k), _ungrouped(q, v), 0.0, True, scale=scale
-        )
-        return out, AttentionState(kernel, rows)
-    if structured:
+        return _attend_on_cpu(q, k, v, scale, segments)
+    if mask is None and window is not None:
         mask = structure_mask(q.shape[2], window, segments, q.device)
     with torch.enable_grad():
         leaves = tuple(t.detach().requires_grad_() for t in (q, k, v))
@@ -144,10 +137,7 @@ def attend_backward(
     if state.kernel == "flash, structured":
         return _attend_structured_backward(grad, q, k, v, out, state, scale)
     if state.kernel == "cpu":
-        dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, _ungrouped(q, k), _ungrouped(q, v), out, state.rows, 0.0, True, scale=scale
-        )
-        return dq, *(t.unflatten(1, (k.shape[1], -1)).sum(2) for t in (dk, dv))
+        return _attend_on_cpu_backward(grad, q, k, v, out, state, scale)
     *leaves, out = state.graph
     return torch.autograd.grad(out, leaves, grad)
 
@@ -185,6 +175,24 @@ def _attend_structured_backward(grad, q, k, v, out, state, scale):
         scale=scale, window_size_left=sides[0], window_size_right=sides[1],
     )  # fmt: skip
     return tuple(t.transpose(1, 2) if bounds is None else t.transpose(0, 1)[None] for t in gradients)
+
+
+def _attend_on_cpu(q, k, v, scale, segments):
+    """Segment by segment: torch's CPU kernel knows no others."""
+    lengths = [q.shape[2]] if segments is None else segments.bounds.diff().tolist()
+    pieces = zip(*(t.split(lengths, dim=2) for t in (q, _ungrouped(q, k), _ungrouped(q, v))), strict=True)
+    results = [aten._scaled_dot_product_flash_attention_for_cpu(*piece, 0.0, True, scale=scale) for piece in pieces]
+    out, rows = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2) for parts in zip(*results, strict=True))
+    return out, AttentionState("cpu", rows, (lengths,))
+
+
+def _attend_on_cpu_backward(grad, q, k, v, out, state, scale):
+    tensors = grad, q, _ungrouped(q, k), _ungrouped(q, v), out, state.rows
+    pieces = zip(*(t.split(state.extras[0], dim=2) for t in tensors), strict=True)
+    backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
+    results = [backward(*piece, 0.0, True, scale=scale) for piece in pieces]
+    dq, dk, dv = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2) for parts in zip(*results, strict=True))
+    return dq, *(t.unflatten(1, (k.shape[1], -1)).sum(2) for t in (dk, dv))
 
 
 def _ungrouped(q: Tensor, k: Tensor) -> Tensor:
