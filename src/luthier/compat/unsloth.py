@@ -11,8 +11,8 @@ script ends:
 * ``from vllm import SamplingParams`` gives Luthier's where vLLM is not installed.
 * Without a GPU, the device "cuda" means the CPU.
 
-An argument that only Unsloth has is accepted with a ``UserWarning`` that says what happens (the tables below); any other
-unknown argument is an error, as everywhere in Luthier.
+An argument that only Unsloth, or an older TRL or transformers, has is left out with a ``UserWarning`` that says why (the
+tables below); any other unknown argument is an error, as everywhere in Luthier.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from types import MappingProxyType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
-import transformers
 import trl
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedTokenizerBase
@@ -53,66 +52,53 @@ from luthier.training.responses import train_on_responses_only
 
 USAGE = "usage: python -m luthier.compat.unsloth script.py [args]\n\nRun a script that was written for Unsloth, unchanged."
 
-# What becomes of an argument that only Unsloth has. A value of None, False or {} asks for nothing and is not talked about.
-NOT_NEEDED = "nothing here needs it: it is left out"
-OF_THE_MODEL = "a model has one length, given to from_pretrained: it is left out"
-IN_MEMORY = "weights are merged tensor by tensor, so that no limit is needed: it is left out"
-OWN_ENGINE = "completions are sampled on the model's own weights: it is left out"
+# Arguments that are left out, and why. A value of None, False or {} asks for nothing and is not talked about.
+NOT_NEEDED = "nothing here needs it"
+OF_THE_MODEL = "a model has one length, given to from_pretrained"
+IN_MEMORY = "weights are merged tensor by tensor, so that no limit is needed"
+OWN_ENGINE = "completions are sampled on the model's own weights"
+COMMIT = "the upload goes to the main branch as one commit, 'Upload from Luthier'"
 LOADING = {
-    "use_exact_model_name": "the name is taken as it stands, always",
+    "use_exact_model_name": "a name is taken as it stands, always",
     "disable_log_stats": OWN_ENGINE,
     "unsloth_vllm_standby": OWN_ENGINE,
     "unsloth_force_compile": NOT_NEEDED,
     "fullgraph": NOT_NEEDED,
-    "return_logits": "logits are computed when they are read: it is left out",
+    "return_logits": "logits are computed when they are read",
     "float32_mixed_precision": "weights that train are in float32 anyway",
     "offload_embedding": "the embeddings stay on the device",
     "auto_model": "the class of the model follows from its config",
-    "auto_config": "the config is read from the checkpoint",
-    "model_patcher": NOT_NEEDED,
+    "auto_config": "the config is the checkpoint's",
     "tokenizer_name": "the tokenizer is the checkpoint's",
 }
 ADAPTING = {
     "max_seq_length": OF_THE_MODEL,
     "temporary_location": NOT_NEEDED,
     "qat_scheme": "the adapter is trained without quantisation in the loop",
-    "ensure_weight_tying": "tied embeddings stay tied: it is left out",
+    "ensure_weight_tying": "tied embeddings stay tied",
 }
 SAVING = {
     "maximum_memory_usage": IN_MEMORY,
     "temporary_location": IN_MEMORY,
-    "first_conversion": "the file is written straight from the weights: it is left out",
+    "first_conversion": "files are written straight from the weights",
     "safe_serialization": "safetensors are written, always",
     "use_temp_dir": NOT_NEEDED,
-    "commit_message": "the commit is named 'Upload from Luthier'",
-    "commit_description": "the commit is named 'Upload from Luthier'",
-    "create_pr": "the upload goes to the main branch",
-    "revision": "the upload goes to the main branch",
-    "tags": "no tags are added to the model card",
-    "datasets": "no data sets are added to the model card",
+    **dict.fromkeys(("commit_message", "commit_description", "create_pr", "revision"), COMMIT),
+    "tags": "the model card is left to you",
+    "datasets": "the model card is left to you",
 }
 TRAINING = {
     "overwrite_output_dir": "checkpoints of an earlier run are kept",
     "logging_dir": "logs go below output_dir",
     "save_safetensors": "safetensors are written, always",
-    "dataset_batch_size": NOT_NEEDED,
-    "num_of_sequences": NOT_NEEDED,
-    "chars_per_token": NOT_NEEDED,
-    "infinite": NOT_NEEDED,
-    "half_precision_backend": NOT_NEEDED,
-    "jit_mode_eval": NOT_NEEDED,
-    "use_ipex": NOT_NEEDED,
     "include_tokens_per_second": "tokens per second are shown anyway",
-    "unsloth_num_chunks": NOT_NEEDED,
-    "unsloth_logit_chunk_multiplier": NOT_NEEDED,
-    "unsloth_grpo_mini_batch": NOT_NEEDED,
+    **dict.fromkeys(("dataset_batch_size", "num_of_sequences", "chars_per_token", "infinite"), NOT_NEEDED),
+    **dict.fromkeys(("half_precision_backend", "jit_mode_eval", "use_ipex"), NOT_NEEDED),
+    **dict.fromkeys(("unsloth_num_chunks", "unsloth_logit_chunk_multiplier", "unsloth_grpo_mini_batch"), NOT_NEEDED),
 }
 ROLLOUTS = TRAINING | {
     "max_seq_length": OF_THE_MODEL,
-    "vllm_device": OWN_ENGINE,
-    "vllm_dtype": OWN_ENGINE,
-    "vllm_max_model_len": OWN_ENGINE,
-    "vllm_max_num_seqs": OWN_ENGINE,
+    **dict.fromkeys(("vllm_device", "vllm_dtype", "vllm_max_model_len", "vllm_max_num_seqs"), OWN_ENGINE),
 }
 COLLATING = {
     "num_proc": NOT_NEEDED,
@@ -137,7 +123,7 @@ def settled(given: Mapping[str, Any], table: Mapping[str, str], renamed: Mapping
     """The arguments without those of ``table``, each of which is warned about, and under today's names."""
     for name, value in given.items():
         if name in table and value not in (None, False, {}):
-            warnings.warn(f"{name}={value!r} is only Unsloth's: {table[name]}.", UserWarning, stacklevel=3)
+            warnings.warn(f"{name}={value!r} is left out: {table[name]}.", UserWarning, stacklevel=3)
     return {renamed.get(name, name): value for name, value in given.items() if name not in table}
 
 
@@ -352,6 +338,7 @@ MODULES: dict[str, dict[str, Any]] = {
     "unsloth_zoo.vision_utils": {"UnslothVisionDataCollator": UnslothVisionDataCollator},
 }
 INSTEAD = {
+    **dict.fromkeys(("FastGemmaModel", "FastLlamaModel", "FastMistralModel", "FastQwen2Model"), "FastLanguageModel"),
     "FastSentenceTransformer": "the package sentence-transformers: Luthier trains models that generate text",
     "SyntheticDataKit": "a JSONL file of rows: luthier inspect FILE shows what is read from it",
     "RawTextDataLoader": "datasets.load_dataset('text', data_files=...)",
@@ -369,8 +356,6 @@ INSTEAD = {
 def missing(module: str, name: str) -> ImportError:
     """The error for a name (or, with an empty one, a module) that Luthier does not have."""
     instead = INSTEAD.get(name or module)
-    if instead is None and name.startswith("Fast"):
-        instead = "FastLanguageModel, FastVisionModel or FastModel"
     if instead is not None:
         return ImportError(f"Luthier has no {f'{module}.{name}' if name else module}. Use instead: {instead}.", name=module)
     known = [key for key in MODULES.get(module, ()) if not key.startswith("__")] if name else MODULES
@@ -412,10 +397,14 @@ class OnCpu(TorchFunctionMode):
     """The device "cuda" means the CPU: ``inputs.to("cuda")`` and ``tensor.cuda()`` stay where they are."""
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
         if function is torch.Tensor.cuda:
             return args[0]
-        kwargs = {name: _on_cpu(value) for name, value in (kwargs or {}).items()}
-        return function(*map(_on_cpu, args), **kwargs)
+        if function is torch.Tensor.to:
+            args = tuple(map(_on_cpu, args))
+        if "device" in kwargs:
+            kwargs = kwargs | {"device": _on_cpu(kwargs["device"])}
+        return function(*args, **kwargs)
 
 
 def _on_cpu(value: Any) -> Any:
@@ -461,7 +450,7 @@ def surroundings(source: str) -> Iterator[None]:
         trainers = {"SFTTrainer": SFTTrainer, "SFTConfig": SFTConfig, "GRPOTrainer": grpo.GRPOTrainer, "GRPOConfig": GRPOConfig}
         stack.enter_context(replaced(trl, **trainers))
         stack.enter_context(replaced(trl.trainer, **trainers))
-        stack.enter_context(replaced(transformers, TrainingArguments=SFTConfig))
+        stack.enter_context(replaced(sys.modules["transformers"], TrainingArguments=SFTConfig))
         stack.enter_context(replaced(PreTrainedTokenizerBase, apply_chat_template=apply_chat_template))
         if not torch.cuda.is_available() and "cuda" in source:
             say("There is no GPU: the device 'cuda' of the script is the CPU.")
