@@ -65,6 +65,24 @@ def test_rows_of_a_padding_free_batch_do_not_see_each_other(family, tmp_path):
         assert_close(together[first:], after_another[first:])
 
 
+def test_families_without_an_adapter_file_are_tried_too(tmp_path):
+    """OPT's masks are built without position_ids, GPT-2's with them."""
+    small = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2}
+    opt = transformers.OPTConfig(
+        hidden_size=64, ffn_dim=96, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=64, **small
+    )
+    gpt2 = transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, **small)
+    collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
+    rows = list(token_rows(2))
+    for config, mixes in ((opt, True), (gpt2, False)):
+        model = AutoModelForCausalLM.from_config(config).eval()
+        with torch.no_grad():
+            together = model(**collate(rows), use_cache=False).logits[0, len(rows[0]["input_ids"]) :]
+            alone = model(torch.tensor([rows[1]["input_ids"]])).logits[0]
+        assert torch.allclose(together, alone, atol=1e-5) != mixes
+        assert trainer(model, tmp_path).padding_free != mixes
+
+
 def test_a_recurrent_model_would_mix_rows_and_is_padded(tmp_path):
     config = transformers.MambaConfig(
         vocab_size=VOCAB, hidden_size=64, state_size=8, num_hidden_layers=2, pad_token_id=0, bos_token_id=1, eos_token_id=2
@@ -76,7 +94,9 @@ def test_a_recurrent_model_would_mix_rows_and_is_padded(tmp_path):
         together = model(collate(rows)["input_ids"]).logits[0, len(rows[0]["input_ids"]) :]
         alone = model(torch.tensor([rows[1]["input_ids"]])).logits[0]
     assert not torch.allclose(together, alone)  # the reason for all this
-    with pytest.warns(UserWarning, match="padded, not padding-free: mamba has layers that are not plain attention"):
+    with pytest.warns(
+        UserWarning, match="padded, not padding-free: mamba has layers that do not tell the rows of one sequence apart"
+    ):
         run = trainer(model, tmp_path)
     assert not run.padding_free
     run.train()

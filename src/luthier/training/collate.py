@@ -2,7 +2,7 @@
 
 A padding-free batch, and a packed row, hold several rows end to end; ``position_ids`` that start again at 0 mark where
 each begins. A model keeps them apart only if all of its layers look at that mark, which is tried, not believed:
-transformers 5.17's gpt_oss builds its masks without it, and trains on rows that see each other without a word.
+transformers 5.17 builds the masks of gpt_oss, opt, falcon and others without it, and their rows see each other.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def mixes_rows(model: PreTrainedModel) -> str | None:
     config = base.config.get_text_config()
     other_layers = set(getattr(config, "layer_types", None) or ()) - SEPARABLE_LAYERS
     if base._is_stateful or other_layers:
-        kinds = f" ({', '.join(sorted(other_layers))})" if other_layers else ""
-        return f"{config.model_type} has layers that are not plain attention{kinds} and carry one row into the next"
+        kinds = ", ".join(sorted(other_layers)) or "recurrent"
+        return f"{config.model_type} has layers that do not tell the rows of one sequence apart ({kinds})"
     if config is not base.config:
         return f"{base.config.model_type} takes images, whose tokens have positions of their own"
     if not is_sharded() and leak(base) > APART:
