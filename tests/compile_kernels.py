@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from luthier.ops import gated_mlp, linear_cross_entropy, nf4, rms_norm, rotary
+from luthier.ops import gated_mlp, linear_cross_entropy, lora_linear, nf4, rms_norm, rotary
 
 
 def kernels(dtype: str) -> dict[str, tuple]:
@@ -28,6 +28,7 @@ def kernels(dtype: str) -> dict[str, tuple]:
     rotation = [x, x, x, x, "i32", *["i64"] * 12]
     weights = ["*fp32", "*fp32", "*fp32", "*fp32", x, "i32", "i32", "i64"]
     blocks = {"SIZE": 64, "BLOCKS": 32}
+    x32, adapter = "*fp32", {"RANK": 16, "EXTENSION": 48, "BLOCK": 64, "HAS_BIAS": True, "ROWS": 64, "COLUMNS": 1024}
     head = [x, "*i64", "*fp32", "i64", "fp32", "fp32"]
     return {
         "norm": (rms_norm._norm_forward, forward, norm, 16),
@@ -43,6 +44,7 @@ def kernels(dtype: str) -> dict[str, tuple]:
         },
         "nf4": (nf4._nf4_kernel, ["*u8", "*u8", *weights], {"NESTED": 256, "WHOLE": True, **blocks}, 4),
         "nf4, plain scales": (nf4._nf4_kernel, ["*u8", "*fp32", *weights], {"NESTED": 0, "WHOLE": False, **blocks}, 4),
+        "adapter": (lora_linear._adapter_kernel, [x32, x32, x, x, x, *["i32"] * 5, *["i64"] * 3], adapter, 4),
         "cross-entropy": (linear_cross_entropy._cross_entropy_kernel, head, {"V": 128256, "BLOCK": 8192, "CAPPED": True}, 16),
     }
 

@@ -24,9 +24,8 @@ GPU = torch.cuda.is_available()
 if HAS_TRITON and not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from luthier.ops import backend, gated_mlp, linear_cross_entropy, nf4, rms_norm, rotary, token_logprobs  # noqa: E402
+from luthier.ops import backend, gated_mlp, linear_cross_entropy, lora_linear, nf4, rms_norm, rotary, token_logprobs  # noqa: E402
 from luthier.ops.attention import attention, attention_reference  # noqa: E402
-from luthier.ops.lora_linear import lora_linear_reference  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"
 DTYPES = [torch.float32, torch.bfloat16]
@@ -37,11 +36,11 @@ RUNS_KERNELS = pytest.param(True, id="kernel", marks=pytest.mark.skipif(not HAS_
 def path(request, monkeypatch):
     """Both ways through an op: its plain-torch reference and its kernel."""
     if not request.param:
-        for op in (rms_norm, rotary, gated_mlp, nf4, linear_cross_entropy):
+        for op in (rms_norm, rotary, gated_mlp, nf4, linear_cross_entropy, lora_linear):
             monkeypatch.setattr(op, "has_kernels", lambda x: False)
         yield "reference"
         return
-    for op in (rms_norm, rotary, gated_mlp, nf4, linear_cross_entropy):
+    for op in (rms_norm, rotary, gated_mlp, nf4, linear_cross_entropy, lora_linear):
         monkeypatch.setattr(op, "has_kernels", lambda x: True)
     if GPU:
         yield "kernel"
@@ -329,7 +328,7 @@ def test_lora_linear_is_what_peft_computes():
     ).base_model.model[0]
     x = randn(3, 12)
     a, b = layer.lora_A.default.weight, layer.lora_B.default.weight
-    ours = lora_linear_reference(x, layer.base_layer.weight, layer.base_layer.bias, a, b, layer.scaling["default"])
+    ours = lora_linear.lora_linear_reference(x, layer.base_layer.weight, layer.base_layer.bias, a, b, layer.scaling["default"])
     torch.testing.assert_close(ours, layer(x))
 
 
@@ -346,6 +345,28 @@ def test_kernels_compile_for_every_card():
     assert done.returncode == 0, done.stderr
     for capability, shared in json.loads(done.stdout).items():
         assert shared and max(shared.values()) <= SHARED_MEMORY[int(capability)] * 1024
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_projection_writes_what_its_drawing_shows(path, dtype):
+    """W, B, bias and A where they belong, zeros elsewhere, whatever another layer left in the buffer."""
+    parts = [
+        lora_linear.Part(randn(70, 48), randn(70, seed=1), randn(3, 48, seed=2), randn(70, 3, seed=3), 0.5),
+        lora_linear.Part(randn(5, 48, seed=4)),
+        lora_linear.Part(randn(33, 48, seed=5), None, randn(7, 48, seed=6), randn(33, 7, seed=7), 2.0),
+    ]
+    projection = lora_linear.Projection("qkv", parts, lora_linear.Workspace())
+    like = randn(1, dtype=dtype)
+    buffer = projection.written(like)
+    buffer[: projection.width_out] = float("nan")
+    buffer[projection.width_out : projection.width_out + 10, :48] = float("nan")
+    projection.forget()
+    written = projection.written(like)
+    expected = torch.zeros(108 + 16, 48 + 16, device=DEVICE)
+    expected[:108, :48] = torch.cat([part.weight for part in parts])
+    expected[:70, 48:51], expected[75:108, 51:58], expected[:70, 58] = parts[0].b, parts[2].b, parts[0].bias
+    expected[108:118, :48] = torch.cat((parts[0].a, parts[2].a))
+    assert torch.equal(written, expected.to(dtype))
 
 
 def test_powers_and_warps():

@@ -269,7 +269,7 @@ class MlpBlock:
             branch_grad = self.post_norm.backward(grad, branch)
             del branch
         wide, low_down = self.down.extended_gradient(branch_grad, down, self.residual_scale)
-        h_grad = torch.empty_like(x)
+        h_grad = torch.empty_like(x) if n > self.rows else None
         a_down, lows, b_gate_up = None, [], None
         for start in range(0, n, self.rows):
             chunk = slice(start, start + self.rows)
@@ -278,7 +278,11 @@ class MlpBlock:
             if low_down is not None:
                 a_down = _sum(a_down, self.down.gradients_of_a(low_down[chunk], act))
             del act
-            h_grad[chunk], low = self.gate_up.input_gradient(both, gate_up)
+            part, low = self.gate_up.input_gradient(both, gate_up)
+            if h_grad is None:
+                h_grad = part
+            else:
+                h_grad[chunk] = part
             if low is not None:
                 lows.append(low)
                 parts = self.gate_up.gradients_of_b(both, kept.low_gate_up[chunk])

@@ -39,13 +39,20 @@ class Blocks:
 
     def adapters(self) -> list[Tensor]:
         """A and B of every adapter, in the order in which the backward gives their gradients."""
-        projections = self.attention.qkv, self.attention.o, self.mlp.gate_up, self.mlp.down
-        return [parameter for projection in projections for pair in projection.adapters() for parameter in pair]
+        return [parameter for projection in self.projections() for pair in projection.adapters() for parameter in pair]
+
+    def projections(self) -> tuple[Projection, ...]:
+        return self.attention.qkv, self.attention.o, self.mlp.gate_up, self.mlp.down
+
+    def forget(self) -> None:
+        """What the projections wrote into the workspace is another layer's by now."""
+        for projection in self.projections():
+            projection.forget()
 
     def shape(self, x: Tensor) -> Shape:
         """The widths from which the dial computes what this layer keeps."""
         attention, mlp = self.attention, self.mlp
-        low = sum(projection.rank for projection in (attention.qkv, attention.o, mlp.gate_up, mlp.down))
+        low = sum(projection.rank for projection in self.projections())
         extra = x.shape[-1] if attention.post_norm else 0
         widths = attention.qkv.width_out, attention.o.width_in, mlp.down.width_in
         return Shape(x.shape[-1], *widths, low, x.element_size(), extra)
@@ -117,6 +124,7 @@ class _Layer(torch.autograd.Function):
         blocks, call, kept, ctx.kept = ctx.blocks, ctx.call, ctx.kept, None
         wants_x, dtypes = ctx.needs_input_grad[0], [parameter.dtype for parameter in blocks.adapters()]
         flat = grad.reshape(-1, grad.shape[-1])
+        blocks.forget()
         if ctx.offload is not None:
             ctx.offload.fetch(kept)
         x2 = blocks.attention.recompute(call, kept)

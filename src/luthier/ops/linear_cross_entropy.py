@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from luthier.ops.backend import has_kernels, jit, power_of_2, tl
 
-CHUNK_BYTES = 1 << 28  # of one chunk of logits in fp32: large enough for full-speed products, small beside a model
+CHUNK_BYTES = 1 << 28  # of one chunk of logits: large enough for full-speed products, small beside a model
 
 
 def linear_cross_entropy_reference(
@@ -53,7 +53,7 @@ def linear_cross_entropy(
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    rows = chunk_rows or max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+    rows = chunk_rows or rows_per_chunk(weight)
     flat = hidden.reshape(-1, hidden.shape[-1])
     return _LinearCrossEntropy.apply(flat, weight, bias, targets.reshape(-1), softcap, scale, ignore_index, rows)
 
@@ -63,6 +63,12 @@ def shape_logits(logits: Tensor, softcap: float | None = None, scale: float = 1.
     if scale != 1.0:
         logits = logits * scale
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def rows_per_chunk(weight: Tensor) -> int:
+    """Tokens whose logits under ``weight`` (V, D) fill CHUNK_BYTES: whole tiles of 256 where there are as many."""
+    rows = max(1, CHUNK_BYTES // (weight.element_size() * weight.shape[0]))
+    return rows if rows < 256 else rows // 256 * 256
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from luthier.ops.backend import has_kernels, jit, power_of_2, tl, triton
 from luthier.ops.nf4 import Quantised, dequantise
 
+TILE_ROWS, TILE_COLUMNS = 64, 1024  # of B and A that one program copies
 ALIGNMENT = 16  # elements to which E and R are padded: products with odd widths leave the fast kernels
 
 
@@ -80,25 +82,41 @@ class Projection:
         self.extension = _padded(self.rank + self.has_bias)
         self.rank_rows = _padded(self.rank)
         scales = {part.scale for part in parts if part.rank}
+        self.is_written = False
         self.scale = scales.pop() if len(scales) == 1 else None  # None: they differ
 
     def written(self, like: Tensor) -> Tensor:
-        """The buffer of the drawing above (N + R, K + E), filled."""
+        """The buffer of the drawing above (N + R, K + E), filled, unless that was done since ``forget``."""
         buffer = self.workspace.buffer(self.role, (self.width_out + self.rank_rows, self.width_in + self.extension), like)
-        row, rank, k, n = 0, 0, self.width_in, self.width_out
-        if self.extension and len(self.parts) > 1 or self.has_bias:
-            buffer[:, k:].zero_()
-        for part in self.parts:
-            height, r = part.weight.shape[0], part.rank
-            target = buffer[row : row + height, :k]
+        if self.is_written:
+            return buffer
+        self.is_written = True
+        row, rank = 0, 0
+        for part, height in zip(self.parts, self.widths, strict=True):
+            target = buffer[row : row + height, : self.width_in]
             dequantise(part.weight, target) if isinstance(part.weight, Quantised) else target.copy_(part.weight)
-            if r:
-                buffer[row : row + height, k + rank : k + rank + r].copy_(part.b)
-                buffer[n + rank : n + rank + r, :k].copy_(part.a)
-            if part.bias is not None:
-                buffer[row : row + height, k + self.rank].copy_(part.bias)
-            row, rank = row + height, rank + r
+            if self.extension:
+                self._write_adapter(part, buffer, row, rank)
+            row, rank = row + height, rank + part.rank
         return buffer
+
+    def forget(self) -> None:
+        """Other layers have used the buffer: ``written`` has to write it again."""
+        self.is_written = False
+
+    def _write_adapter(self, part: Part, buffer: Tensor, row: int, rank: int) -> None:
+        """One part's columns of B and bias, with zeros where the other parts' are, and its rows of A."""
+        columns = buffer[row : row + part.weight.shape[0], self.width_in :]
+        rows = buffer[self.width_out + rank : self.width_out + rank + part.rank, : self.width_in]
+        if has_kernels(buffer):
+            launch_adapter(part, columns, rows, rank, self.rank)
+            return
+        columns.zero_()
+        if part.rank:
+            columns[:, rank : rank + part.rank].copy_(part.b)
+            rows.copy_(part.a)
+        if part.bias is not None:
+            columns[:, self.rank].copy_(part.bias)
 
     def new_input(self, n: int, like: Tensor) -> Tensor:
         """Room for ``n`` inputs and their extension (n, K + E); whoever fills the first K columns calls ``extend`` next."""
@@ -179,6 +197,46 @@ class Projection:
         for part, columns in zip(self.parts, low.split([part.rank for part in self.parts], dim=1), strict=True):
             columns.mul_(part.scale)
         return low
+
+
+def launch_adapter(part: Part, columns: Tensor, rows: Tensor, rank_start: int, bias_column: int) -> None:
+    """``_write_adapter`` in one kernel: columns (N, E) and rows (r, K) are views of the buffer."""
+    height, extension = columns.shape
+    a, b = (columns, columns) if part.a is None else (part.a, part.b)
+    of_b, of_a = triton.cdiv(height, TILE_ROWS), part.rank * triton.cdiv(rows.shape[1], TILE_COLUMNS)
+    _adapter_kernel[(of_b + of_a,)](
+        a, b, columns if part.bias is None else part.bias, columns, rows, height, rows.shape[1], of_b, rank_start,
+        bias_column, a.stride(0), b.stride(0), columns.stride(0), RANK=part.rank, EXTENSION=extension,
+        BLOCK=power_of_2(extension), HAS_BIAS=part.bias is not None, ROWS=TILE_ROWS, COLUMNS=TILE_COLUMNS, num_warps=4,
+    )  # fmt: skip
+
+
+@jit
+def _adapter_kernel(
+    A, B, BIAS, OUT_COLUMNS, OUT_ROWS, height, width, programs_of_b, rank_start, bias_column, stride_a, stride_b, stride_out,
+    RANK: tl.constexpr, EXTENSION: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    if program < programs_of_b:
+        row, column = program * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+        inside = (row < height)[:, None] & (column < EXTENSION)[None, :]
+        value = tl.zeros((ROWS, BLOCK), tl.float32)
+        own = column - rank_start
+        if RANK > 0:
+            mine = inside & ((own >= 0) & (own < RANK))[None, :]
+            value += tl.load(B + row[:, None] * stride_b + own[None, :], mask=mine, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            bias = tl.load(BIAS + row, mask=row < height, other=0.0).to(tl.float32)
+            value += tl.where(column == bias_column, 1.0, 0.0)[None, :] * bias[:, None]
+        target = OUT_COLUMNS + row.to(tl.int64)[:, None] * stride_out + column[None, :]
+        tl.store(target, value.to(OUT_COLUMNS.dtype.element_ty), mask=inside)
+    elif RANK > 0:
+        blocks = tl.cdiv(width, COLUMNS)
+        rank = ((program - programs_of_b) // blocks).to(tl.int64)
+        at = (program - programs_of_b) % blocks * COLUMNS + tl.arange(0, COLUMNS)
+        copied = tl.load(A + rank * stride_a + at, mask=at < width, other=0.0)
+        tl.store(OUT_ROWS + rank * stride_out + at, copied.to(OUT_ROWS.dtype.element_ty), mask=at < width)
 
 
 def product_fp32(x: Tensor, y: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from luthier.ops.linear_cross_entropy import CHUNK_BYTES, shape_logits
+from luthier.ops.linear_cross_entropy import rows_per_chunk, shape_logits
 
 
 def token_logprobs_reference(
@@ -50,7 +50,7 @@ def token_logprobs(
         raise ValueError(f"hidden {tuple(hidden.shape)} and tokens {tuple(tokens.shape)} do not describe the same positions")
     if temperature <= 0:
         raise ValueError(f"temperature={temperature} must be above 0")
-    rows = chunk_rows or max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+    rows = chunk_rows or rows_per_chunk(weight)
     flat, flat_tokens = hidden.reshape(-1, hidden.shape[-1]), tokens.reshape(-1)
     parts = [
         checkpoint(token_logprobs_reference, chunk, weight, token, bias, softcap, scale, temperature, use_reentrant=False)
