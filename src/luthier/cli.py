@@ -7,6 +7,7 @@ shown as one message; one from below is shown with its traceback.
 from __future__ import annotations
 
 import dataclasses
+import dis
 import importlib
 import json
 import os
@@ -60,12 +61,14 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         return _dispatch(arguments)
-    except (ValueError, TypeError, ImportError, OSError, FloatingPointError) as error:
+    except (ValueError, TypeError, ImportError, OSError) as error:
         if not raised_by_luthier(error):
             raise
         say(f"Error: {error.strerror if isinstance(error, OSError) and error.strerror else error}")
         return 2
-    except ExportProofError as error:
+    except (ExportProofError, FloatingPointError) as error:
+        if not raised_by_luthier(error):
+            raise
         say(f"Failed: {error}")
         return 1
     except KeyboardInterrupt:
@@ -74,12 +77,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def raised_by_luthier(error: BaseException) -> bool:
-    """Whether the error was raised on purpose: its innermost frame is in this package, and it is no failed import."""
-    if getattr(error, "name", None) is not None and isinstance(error, ImportError):
+    """Whether the error was raised on purpose: by a ``raise`` in this package, not by Python or a library below it."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    if not frames:
         return False
-    package = str(Path(luthier.__file__).parent)
-    frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and frames[-1].filename.startswith(package)
+    code, position = frames[-1][0].f_code, frames[-1][0].f_lasti
+    is_ours = Path(code.co_filename).is_relative_to(Path(luthier.__file__).parent)
+    return is_ours and dis.opname[code.co_code[position]] == "RAISE_VARARGS"
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
+import docstring_parser
 import pydantic
 import yaml
 
@@ -315,5 +316,12 @@ def make_recipe(keys: dict[str, Any], kind: type[Recipe], where: str = "recipe")
 
 
 def schema(kind: type[ModelRecipe]) -> str:
-    """JSON schema of a recipe, for editors that complete and check YAML."""
-    return json.dumps(pydantic.TypeAdapter(kind).json_schema(), indent=1) + "\n"
+    """JSON schema of a recipe, for editors that complete and check YAML; the docstrings of the fields describe them."""
+    described = pydantic.TypeAdapter(kind).json_schema()
+    for owner in reversed(kind.__mro__[:-1]):
+        for field_of_owner in docstring_parser.parse_from_object(owner).params:
+            entry = described["properties"][field_of_owner.arg_name]
+            entry["description"] = " ".join(field_of_owner.description.split())
+    described["properties"]["use_gradient_checkpointing"]["enum"] += [True, False]  # as YAML reads true and false
+    del described["properties"]["use_gradient_checkpointing"]["type"]
+    return json.dumps(described, indent=1) + "\n"

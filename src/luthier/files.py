@@ -64,6 +64,15 @@ def make_directory(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
 
 
+def require_writable(path: str | Path) -> None:
+    """Raise ``OSError`` if nothing could be written at ``path``; it is not made."""
+    place = Path(path).absolute()
+    while not place.exists():
+        place = place.parent
+    with _explained(Path(path)), tempfile.TemporaryFile(dir=place):
+        pass
+
+
 def require_space(path: str | Path, needed: int) -> None:
     """Raise ``OSError`` (ENOSPC) if fewer than ``needed`` bytes are free where ``path`` will be written."""
     place = Path(path).absolute()

@@ -189,7 +189,7 @@ def get_chat_template(
         ValueError: an unknown name, no usable stop token, a ``system_message`` for a template without a place for one.
         FileNotFoundError: a path to nothing.
     """
-    template = _of_this_size(_chosen(chat_template), tokenizer)
+    template = _of_this_size(find_template(chat_template), tokenizer)
     inner = text_tokenizer(tokenizer)
     jinja = template.jinja
     if system_message is not None:
@@ -234,7 +234,7 @@ def strip_generation_marks(jinja: str) -> str:
     return result + jinja[place:]
 
 
-def _chosen(chat_template: str | Path | tuple[str, str]) -> ChatTemplate:
+def find_template(chat_template: str | Path | tuple[str, str]) -> ChatTemplate:
     if isinstance(chat_template, tuple | list):
         if len(chat_template) < 2 or not all(isinstance(item, str) for item in chat_template[:2]):
             raise TypeError(f"A chat template of one's own is a tuple (jinja, stop token), not {chat_template!r}.")

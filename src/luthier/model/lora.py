@@ -321,6 +321,11 @@ def _chosen_targets(
     return chosen, chosen_stacks
 
 
+def require_targets(model: PreTrainedModel, targets: str | Sequence[str]) -> None:
+    """Raise ``ValueError`` for targets that the model, which may be one without weights, does not have."""
+    _chosen_targets(model, targets, _Groups(True, True, True, True), None)
+
+
 def _last_parts(names: Iterable[str]) -> list[str]:
     return sorted({name.rpartition(".")[2] for name in names})
 

@@ -17,7 +17,7 @@ from luthier.model.blocks import Mode
 from luthier.model.checkpointing import checkpointing_mode
 from luthier.model.dial import GIB, LayerPlan, Shape, plan_for
 from luthier.model.experts import BLOCK, expert_stacks
-from luthier.model.lora import LAYER_INDEX
+from luthier.model.lora import LAYER_INDEX, require_targets
 from luthier.model.precision import has_experts
 from luthier.ops.linear_cross_entropy import CHUNK_BYTES
 
@@ -74,6 +74,7 @@ def estimate(
     if precision not in PRECISIONS:
         raise unknown("precision", precision, PRECISIONS)
     model = _skeleton(config)
+    require_targets(model, target_modules)
     linears = _linear_layers(model)
     stacks = expert_stacks(model)
     parts = _weights(model, linears, stacks, precision, dtype)

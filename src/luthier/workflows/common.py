@@ -10,7 +10,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from luthier.config import TrainRecipe
-from luthier.files import make_directory
+from luthier.data.chat import find_template
+from luthier.files import atomic_file, require_writable
+from luthier.gguf.convert import output_paths
 from luthier.training.arguments import SharedArguments, TrainingArguments
 from luthier.training.checkpoints import find_checkpoint
 
@@ -48,8 +50,15 @@ def training_arguments(
     )
 
 
-def newest_checkpoint(recipe: TrainRecipe) -> str | None:
-    """The checkpoint that ``resume`` names, checked before a model is loaded; None if there is nothing to resume."""
+def checked(recipe: TrainRecipe) -> str | None:
+    """Raise for what can be known to be wrong before rows and model are read -> the checkpoint to resume from, if any."""
+    recipe.require("model", "data")
+    require_writable(recipe.output)
+    template = getattr(recipe, "chat_template", None)  # a vision model's processor brings its own
+    if template is not None:
+        find_template(template)
+    if recipe.gguf:
+        output_paths(recipe.output, "model", recipe.gguf)
     if recipe.resume is None:
         return None
     return str(find_checkpoint(True if recipe.resume == "latest" else recipe.resume, recipe.output))
@@ -69,6 +78,6 @@ def save_outputs(
     if recipe.gguf:
         files = model.save_pretrained_gguf(output / "gguf", tokenizer, quantization_method=recipe.gguf, base=recipe.base)
         written |= {path.stem.rsplit("-", 1)[-1].lower(): path for path in files}
-    make_directory(output)
-    (output / "written.json").write_text(json.dumps({kind: str(path) for kind, path in written.items()}, indent=1) + "\n")
+    with atomic_file(output / "written.json") as path:
+        path.write_text(json.dumps({kind: str(place) for kind, place in written.items()}, indent=1) + "\n")
     return written

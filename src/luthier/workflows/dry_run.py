@@ -7,7 +7,7 @@ from typing import Any
 from luthier.config import GRPORecipe, SFTRecipe, TrainRecipe
 from luthier.data.prepare import prepare_chat
 from luthier.data.read import read_dataset
-from luthier.gguf.convert import output_paths
+from luthier.gguf import architectures
 from luthier.model import memory
 from luthier.model.load import DEFAULT_LENGTH
 from luthier.model.rope import native_length
@@ -16,21 +16,20 @@ from luthier.rl.rewards import load_reward
 from luthier.terminal import table
 from luthier.training.arguments import TrainingArguments
 from luthier.training.grpo import GRPOConfig
-from luthier.workflows.common import newest_checkpoint, training_arguments
+from luthier.workflows.common import checked, training_arguments
 from luthier.workflows.inspect import config_of, tokenizer_of
 
 
 def dry_run(recipe: TrainRecipe) -> dict[str, Any]:
     """Check the recipe as the run would; shows and gives the ledger of its rows (SFT) and the estimate of its memory."""
-    recipe.require("model", "data")
-    newest_checkpoint(recipe)
+    checked(recipe)
     training_arguments(recipe, GRPOConfig if isinstance(recipe, GRPORecipe) else TrainingArguments)
-    if recipe.gguf:
-        output_paths(recipe.output, "model", recipe.gguf)
     rows = read_dataset(recipe.data, recipe.split)
     result: dict[str, Any] = {"rows": len(rows)}
     hub = {"revision": recipe.revision} if recipe.revision else {}
     config = config_of(recipe.model, recipe.trust_remote_code, **hub)
+    if recipe.gguf:
+        architectures.find(config)
     length = recipe.max_seq_length or min(DEFAULT_LENGTH, native_length(config) or DEFAULT_LENGTH)
 
     if isinstance(recipe, SFTRecipe):
@@ -62,4 +61,3 @@ def dry_run(recipe: TrainRecipe) -> dict[str, Any]:
 def _precision(recipe: TrainRecipe) -> str:
     chosen = {"full": recipe.full_finetuning, "16bit": recipe.load_in_16bit, "int8": recipe.load_in_8bit}
     return next((name for name, on in chosen.items() if on), "nf4")
-

@@ -15,7 +15,7 @@ from luthier.rl.prompts import check_prompts
 from luthier.rl.rewards import load_reward
 from luthier.terminal import table
 from luthier.training.grpo import GRPOConfig, GRPOTrainer, reward_change
-from luthier.workflows.common import newest_checkpoint, save_outputs, training_arguments
+from luthier.workflows.common import checked, save_outputs, training_arguments
 
 LOG = "trainer_state.json"
 
@@ -23,7 +23,7 @@ LOG = "trainer_state.json"
 def run(recipe: GRPORecipe) -> dict[str, Path]:
     """Train as the recipe says; gives what was written, by kind ("adapter", "merged_16bit", "q8_0" ...)."""
     recipe.require("model", "data", "rewards")
-    resume = newest_checkpoint(recipe)
+    resume = checked(recipe)
 
     # 1. Rewards and prompts: read before the model, so that a mistake in them costs a second and not a download
     rewards = [load_reward(reference) for reference in recipe.rewards]

@@ -11,13 +11,12 @@ from luthier.data.chat import get_chat_template
 from luthier.data.read import read_dataset
 from luthier.fast import FastLanguageModel
 from luthier.training.trainer import Trainer
-from luthier.workflows.common import newest_checkpoint, save_outputs, training_arguments
+from luthier.workflows.common import checked, save_outputs, training_arguments
 
 
 def run(recipe: SFTRecipe) -> dict[str, Path]:
     """Fine-tune as the recipe says; gives what was written, by kind ("adapter", "merged_16bit", "q8_0" ...)."""
-    recipe.require("model", "data")
-    resume = newest_checkpoint(recipe)
+    resume = checked(recipe)
 
     # 1. Rows: read before the model, so that a mistake in them costs a second and not a download
     rows = read_dataset(recipe.data, recipe.split)

@@ -11,13 +11,12 @@ from luthier.data.read import read_dataset
 from luthier.data.vision import VisionDataCollator
 from luthier.fast import FastVisionModel
 from luthier.training.trainer import Trainer
-from luthier.workflows.common import newest_checkpoint, save_outputs, training_arguments
+from luthier.workflows.common import checked, save_outputs, training_arguments
 
 
 def run(recipe: VisionRecipe) -> dict[str, Path]:
     """Fine-tune as the recipe says; gives what was written, by kind ("adapter", "merged_16bit" ...)."""
-    recipe.require("model", "data")
-    resume = newest_checkpoint(recipe)
+    resume = checked(recipe)
 
     # 1. Rows: read before the model, so that a mistake in them costs a second and not a download
     rows = read_dataset(recipe.data, recipe.split)
