@@ -24,6 +24,7 @@ GPU = torch.cuda.is_available()
 if HAS_TRITON and not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from luthier.ops import attention as attention_module  # noqa: E402
 from luthier.ops import backend, gated_mlp, linear_cross_entropy, lora_linear, nf4, rms_norm, rotary, token_logprobs  # noqa: E402
 from luthier.ops.attention import attention, attention_reference  # noqa: E402
 
@@ -372,3 +373,47 @@ def test_a_projection_writes_what_its_drawing_shows(path, dtype):
 def test_powers_and_warps():
     assert [backend.power_of_2(n) for n in (1, 2, 3, 64, 65)] == [1, 2, 4, 64, 128]
     assert backend.warps_for(16) == 4 and backend.warps_for(1 << 20) == 16
+
+
+STRUCTURES = {
+    "cudnn": {},
+    "flash": {},
+    "flash, structured": {"window": 5},
+    "flash, structured, packed": {"segments": True},
+    "flash, structured, both": {"segments": True, "window": 5},
+}
+
+
+@pytest.mark.parametrize("case", STRUCTURES)
+def test_the_calls_of_gpu_kernels_fit_their_schemas(case, monkeypatch):
+    """On tensors without memory: shapes and arguments of the kernels that this machine cannot run."""
+    structure = dict(STRUCTURES[case])
+    batch = 1 if structure.get("segments") else 2
+    q = torch.empty(batch, 16, 8, 64, dtype=torch.bfloat16, device="meta").transpose(1, 2)
+    k = v = torch.empty(batch, 16, 4, 64, dtype=torch.bfloat16, device="meta").transpose(1, 2)
+    if structure.get("segments"):
+        structure["segments"] = attention_module.Segments(torch.empty(4, dtype=torch.int32, device="meta"), 7)
+    monkeypatch.setattr(attention_module, "kernel_for", lambda *arguments: case.removesuffix(", packed").removesuffix(", both"))
+    out, state = attention_module.attend(q, k, v, 0.1, **structure)
+    gradients = attention_module.attend_backward(torch.empty_like(out), q, k, v, out, state, 0.1)
+    assert out.shape == q.shape and [t.shape for t in gradients] == [t.shape for t in (q, k, v)]
+
+
+@pytest.mark.parametrize(
+    "structure", [{}, {"window": 4}, {"bounds": [0, 3, 9]}, {"window": 3, "bounds": [0, 2, 7, 9]}], ids=str
+)
+def test_attention_and_its_backward_without_autograd(structure):
+    structure = dict(structure)
+    bounds = structure.pop("bounds", None)
+    q, k, v = randn(1, 4, 9, 16), randn(1, 2, 9, 16, seed=1), randn(1, 2, 9, 16, seed=2)
+    if bounds:
+        structure["segments"] = attention_module.Segments(torch.tensor(bounds, dtype=torch.int32, device=DEVICE), 5)
+    mask = attention_module.structure_mask(9, structure.get("window"), structure.get("segments"), q.device)
+    leaves = [t.double().requires_grad_() for t in (q, k, v)]
+    truth = attention(*leaves, 0.3, mask=mask)
+    grad = randn(1, 4, 9, 16, seed=3)
+    expected = torch.autograd.grad(truth, leaves, grad.double())
+    out, state = attention_module.attend(q, k, v, 0.3, **structure)
+    torch.testing.assert_close(out.double(), truth, rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(attention_module.attend_backward(grad, q, k, v, out, state, 0.3), expected, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-6)
