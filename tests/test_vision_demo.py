@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from luthier.demo import make_vision_base, vision
-from luthier.demo.text_images import MAX_CHARACTERS, PRINT, SIGN, draw, random_text
+from luthier.demo.text_images import MAX_CHARACTERS, PRINT, SIGN, draw, random_text, sign_text
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +45,11 @@ def test_pretraining_sees_what_the_processor_makes(base, canvas):
 
 
 def test_pictures_repeat_and_fit():
-    for style in (PRINT, SIGN):
+    for style, new_text in ((PRINT, random_text), (SIGN, sign_text)):
         one, two = (np.random.default_rng(7) for _ in range(2))
         for _ in range(50):
-            text = random_text(one)
-            assert text == random_text(two) and 1 <= len(text) <= MAX_CHARACTERS
+            text = new_text(one)
+            assert text == new_text(two) and 1 <= len(text) <= MAX_CHARACTERS
             image, same = draw(text, style, one), draw(text, style, two)
             assert np.array_equal(image, same) and image.size[::-1] in style.canvases
             assert np.asarray(image).std() > 3  # something is written on it

@@ -33,19 +33,17 @@ class Style:
 PRINT = Style(
     canvases=((32, 96), (32, 128), (32, 160), (48, 128), (48, 160)),
     font_sizes=(13, 24),
-    noise=10.0,
-    rotation=2.0,
-    blur=0.3,
+    noise=8.0,
     light_on_dark=0.3,
 )
-"""A clean scan, on light or dark paper: what the base learned to read."""
+"""Straight and clear, on light or dark paper: what the base learned to read."""
 
 SIGN = Style(
     canvases=((48, 128),),
-    font_sizes=(15, 22),
-    noise=25.0,
-    rotation=8.0,
-    blur=0.8,
+    font_sizes=(16, 22),
+    noise=15.0,
+    rotation=5.0,
+    blur=0.5,
     light_on_dark=0.8,
     contrast=(90, 160),
 )
@@ -73,6 +71,16 @@ def random_text(rng: np.random.Generator) -> str:
     text = text if len(text) <= MAX_CHARACTERS else picked[0]
     case = rng.random()
     return text.upper() if case < 0.15 else text.title() if case < 0.3 else text
+
+
+def sign_text(rng: np.random.Generator) -> str:
+    """What stands on a sign: a price, or one or two words in lower case."""
+    if rng.random() < 0.2:
+        return f"{rng.integers(1, 100)}.{rng.integers(0, 100):02}"
+    known = [word for word in words() if word.islower() and 3 <= len(word) <= 8]
+    first, second = (known[index] for index in rng.integers(0, len(known), size=2))
+    together = f"{first} {second}"
+    return together if len(together) <= MAX_CHARACTERS and rng.random() < 0.5 else first
 
 
 def draw(text: str, style: Style, rng: np.random.Generator, canvas: tuple[int, int] | None = None) -> Image.Image:

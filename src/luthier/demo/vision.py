@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from luthier.config import VisionRecipe
 from luthier.data.read import read_dataset
-from luthier.demo.text_images import SIGN, draw, random_text
+from luthier.demo.text_images import SIGN, draw, sign_text
 from luthier.evaluation.ocr import OCRReport, ocr
 from luthier.fast import FastVisionModel
 from luthier.files import atomic_file
@@ -23,7 +23,7 @@ from luthier.workflows import vision
 
 BASE = Path(__file__).parent / "vision_base"
 QUESTION = "Read it."
-ROWS, HELD_OUT, SEED = 400, 100, 3407
+ROWS, HELD_OUT, SEED = 600, 100, 3407
 SMALL = {"learning_rate": 2e-3, "max_steps": 300, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
 LARGE = {"learning_rate": 2e-4, "max_steps": 60, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
 
@@ -82,7 +82,7 @@ def write_rows(directory: Path, name: str, count: int, seed: int) -> Path:
     pictures.mkdir(parents=True, exist_ok=True)
     rows = []
     for index in range(count):
-        text = random_text(rng)
+        text = sign_text(rng)
         draw(text, SIGN, rng).save(pictures / f"{index:03}.png")
         question = [{"type": "image", "image": f"{name}/{index:03}.png"}, {"type": "text", "text": QUESTION}]
         rows.append({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": text}]})
