@@ -3,7 +3,7 @@ PYTHON ?= python3
 SETUP ?= 1
 export SETUP
 
-demo test test-newest lint bench docs:
+demo test test-newest lint bench:
 	$(PYTHON) run.py $@ $(ARGS)
 
-.PHONY: demo test test-newest lint bench docs
+.PHONY: demo test test-newest lint bench

@@ -27,7 +27,6 @@ JOBS = {
     "test-newest": TESTS,
     "lint": ["-m", "ruff", "check", "src", "tests", "run.py"],
     "bench": ["bench/step.py"],
-    "docs": ["docs/make_tables.py"],
 }
 
 
