@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from luthier import adapters
 from luthier.model.backbone import ModelState, backbone_class_members
 from luthier.model.dial import Dial
-from luthier.model.fused_layer import LayerState, layer_class_members
+from luthier.model.fused_layer import LayerState, layer_class_members, norm_class_members
 from luthier.model.head import head_class_members
 from luthier.terminal import notice_once
 
@@ -46,6 +46,8 @@ def accelerate(model: nn.Module) -> nn.Module:
             _swap(layer, _class(type(layer), layer_class_members, spec), LayerState(index, state))
         backbone = next(module for module in base.modules() if any(child in layers for child in _layer_list(module)))
         _swap(backbone, _class(type(backbone), backbone_class_members), state)
+        for norm in [module for module in backbone.modules() if type(module).__name__ in spec.norm_classes]:
+            _swap(norm, _class(type(norm), norm_class_members, spec))
     if base.get_output_embeddings() is not None and "logits_to_keep" in inspect.signature(type(base).forward).parameters:
         _swap(base, _class(_stock_class(base), head_class_members, spec))
     return model

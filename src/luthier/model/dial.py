@@ -52,9 +52,10 @@ class Shape:
         return width * self.size
 
     def transient(self, tokens: int, chunk: int) -> int:
-        """Bytes that one layer's backward needs at its peak, given up and computed again in the worst case."""
+        """Bytes that one layer's backward needs at its peak, with everything computed again, and for written-out weights."""
         per_token = 6 * self.hidden + 2 * self.attention + self.heads
-        return self.size * (tokens * per_token + min(tokens, chunk) * 4 * self.mlp)
+        weights = self.hidden * (self.attention + self.heads + 3 * self.mlp)
+        return self.size * (tokens * per_token + min(tokens, chunk) * 4 * self.mlp + weights)
 
 
 class Dial:

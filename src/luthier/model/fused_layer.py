@@ -20,9 +20,11 @@ from luthier.adapters.spec import Spec
 from luthier.model.backbone import ModelState
 from luthier.model.blocks import AttentionBlock, Call, Kept, MlpBlock, Mode, Norm
 from luthier.model.dial import Shape
+from luthier.ops.backend import has_kernels
 from luthier.ops.gated_mlp import ACTIVATIONS
 from luthier.ops.lora_linear import Part, Projection
 from luthier.ops.nf4 import quantised
+from luthier.ops.rms_norm import rms_norm
 from luthier.ops.rotary import half_tables
 
 CAPTURES = "transformers.utils.output_capturing"  # hooks that only record outputs, and only when they are asked for
@@ -84,6 +86,17 @@ def layer_class_members(stock: type[nn.Module], spec: Spec) -> dict:
         return stock.forward(self, hidden_states, *args, **kwargs)
 
     return {"forward": forward, "__call__": nn.Module.__call__}
+
+
+def norm_class_members(stock: type[nn.Module], spec: Spec) -> dict:
+    """The methods that make a norm outside of fused blocks one kernel in training, which keeps its input only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not has_kernels(x):
+            return stock.forward(self, x)
+        return rms_norm(x, self.weight, _eps(self), spec.norm)
+
+    return {"forward": forward}
 
 
 def run(layer: nn.Module, blocks: Blocks, spec: Spec, hidden_states: Tensor, kwargs: dict) -> Tensor:
@@ -208,7 +221,11 @@ def read_norm(owner: nn.Module, name: str | None, spec: Spec) -> Norm | None:
     _check_hooks(module)
     if module.weight.requires_grad:
         raise Unfused("its norms are trained")
-    return Norm(module.weight, module.eps if hasattr(module, "eps") else module.variance_epsilon, spec.norm)
+    return Norm(module.weight, _eps(module), spec.norm)
+
+
+def _eps(norm: nn.Module) -> float:
+    return norm.eps if hasattr(norm, "eps") else norm.variance_epsilon  # transformers has both names
 
 
 def _weight(linear: nn.Module) -> tuple[Tensor | object, Tensor | None]:
