@@ -76,7 +76,8 @@ def save_outputs(
     if method in ("merged_16bit", "merged_4bit"):
         written[method] = Path(model.save_pretrained_merged(output / method, tokenizer, save_method=method, base=recipe.base))
     if recipe.gguf:
-        files = model.save_pretrained_gguf(output / "gguf", tokenizer, quantization_method=recipe.gguf, base=recipe.base)
+        place = output / "gguf" / Path(model.luthier.base_name).name  # the files are named after their directory
+        files = model.save_pretrained_gguf(place, tokenizer, quantization_method=recipe.gguf, base=recipe.base)
         written |= {path.stem.rsplit("-", 1)[-1].lower(): path for path in files}
     with atomic_file(output / "written.json") as path:
         path.write_text(json.dumps({kind: str(place) for kind, place in written.items()}, indent=1) + "\n")
