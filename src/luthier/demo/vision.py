@@ -1,6 +1,6 @@
 """The vision demo: a model that reads print learns to read signs at night, in a chat.
 
-The base (``vision_base``, a Qwen2.5-VL of 2.6 M parameters) was pretrained on clear, straight, printed words and on nothing
+The base (``vision_base``, a Qwen2.5-VL of about 3 M parameters) was pretrained on clear, straight, printed words and on nothing
 else: no chat, no tilt, no blur. A few hundred labelled signs later it answers a question about a picture.
 """
 
