@@ -9,7 +9,7 @@ from llama_oracle import Llama, quantize_chunk
 from test_gguf_convert import IDS, divergence, reference
 
 from luthier.errors import UnsupportedError
-from luthier.gguf import GGUFFile, convert_to_gguf, quantize_gguf
+from luthier.gguf import GGUFFile, blocks, convert_to_gguf, fits, quantize_gguf
 from luthier.gguf.dequantize import dequantize, load_tensor
 from luthier.gguf.imatrix import read_importance, write_importance
 from luthier.gguf.mixtures import ModelShape, tensor_type
@@ -56,14 +56,24 @@ def differing_rows(kind, values, importance=None):
     return np.unique(np.nonzero(found != expected)[0]).tolist()
 
 
+@pytest.fixture(params=["torch", "compiled"])
+def path(request, monkeypatch):
+    """Both ways to compute on a CPU; the compiled one where numba is installed."""
+    if request.param == "torch":
+        monkeypatch.setattr(fits, "compiled", None)
+        monkeypatch.setattr(blocks, "compiled", None)
+    elif fits.compiled is None:
+        pytest.skip("numba is not installed (extra gguf)")
+
+
 @pytest.mark.parametrize("name", QUANTIZERS)
-def test_bytes_equal_those_of_llama_cpp(name):
+def test_bytes_equal_those_of_llama_cpp(name, path):
     kind = TENSOR_TYPES[name]
     assert {what: rows for what, values in INPUTS.items() if (rows := differing_rows(kind, values))} == {}
 
 
 @pytest.mark.parametrize("name", WEIGHTED_QUANTIZERS)
-def test_bytes_with_an_importance_matrix_equal_those_of_llama_cpp(name):
+def test_bytes_with_an_importance_matrix_equal_those_of_llama_cpp(name, path):
     kind, rng = TENSOR_TYPES[name], np.random.default_rng(1)
     importance = (rng.standard_normal(512) ** 2 * np.exp(rng.standard_normal(512))).astype(np.float32)
     importance[rng.random(512) < 0.1] = 0  # columns that nothing ever passed through

@@ -12,7 +12,14 @@ divided are tensors: with Python numbers, CUDA multiplies by the reciprocal.
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
+
+if importlib.util.find_spec("numba") is not None:
+    from luthier.gguf import compiled
+else:
+    compiled = None
 
 
 def ordered_sum(terms: torch.Tensor) -> torch.Tensor:
@@ -66,11 +73,14 @@ def fifth_bits(codes: torch.Tensor) -> torch.Tensor:
 
 
 def quantize_q8_0(x: torch.Tensor) -> torch.Tensor:
-    scale = x.abs().amax(1) / torch.full_like(x[:, 0], 127.0)
-    scaled = x * ratio(1.0, scale)[:, None]
-    # the nearest, halves away from zero: the fraction is exact in float32, where adding 0.5 would not be
-    codes = scaled.trunc() + (scaled.frac().abs() >= 0.5) * scaled.sign()
-    return torch.cat([half_bytes(scale), codes.to(torch.int8).view(torch.uint8)], 1)
+    if compiled is not None and x.device.type == "cpu":
+        scale, codes = compiled.quantize_q8_0(x)
+    else:
+        scale = x.abs().amax(1) / torch.full_like(x[:, 0], 127.0)
+        scaled = x * ratio(1.0, scale)[:, None]
+        # the nearest, halves away from zero: the fraction is exact in float32, where adding 0.5 would not be
+        codes = (scaled.trunc() + (scaled.frac().abs() >= 0.5) * scaled.sign()).to(torch.int8)
+    return torch.cat([half_bytes(scale), codes.view(torch.uint8)], 1)
 
 
 def _symmetric(x: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,110 +9,25 @@ with the scale as it was stored. A group whose stored scale is 0 keeps the codes
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import numpy as np
 import torch
 
-from luthier.gguf.blocks import half_bytes, largest, ordered_sum, ratio, smallest
-
-SMALLEST = 1e-15  # a group whose largest weight is below this is stored as zeros
-LARGEST_ROUNDED = float(1 << 22)  # up to here `nearest` is the nearest integer
-
-
-@dataclass
-class OffsetFit:
-    """weight ~ scale * code - low, for G groups; ``grid``/``start`` are how the best codes were rounded."""
-
-    scale: torch.Tensor
-    low: torch.Tensor  # >= 0: minus the smallest weight
-    grid: torch.Tensor  # codes of the first pass are round(grid * (weight - start))
-    start: torch.Tensor
-
-
-def nearest(x: torch.Tensor) -> torch.Tensor:
-    """Round to int32, halves to even, by adding 1.5 * 2**23 as llama.cpp does: beyond 2**22 it wraps as theirs does."""
-    return ((x + 12582912.0).view(torch.int32) & 0x007FFFFF) - 0x00400000
+from luthier.gguf.blocks import half_bytes, largest, ordered_sum, ratio
+from luthier.gguf.fits import (
+    SMALLEST,
+    OffsetFit,
+    divided,
+    exchange,
+    first_codes,
+    fit_symmetric,
+    fit_with_offset,
+    nearest,
+    start_exchange,
+)
 
 
 def signed_bytes(codes: torch.Tensor) -> torch.Tensor:
     """What is left of int32 codes when they are kept in an int8."""
     return ((codes + 128) & 255) - 128
-
-
-def _step(first: float, width: float, step: int, levels: int) -> float:
-    """``first + width * step + levels`` in float32, rounded after each operation."""
-    return float(np.float32(first) + np.float32(width) * np.float32(step) + np.float32(levels))
-
-
-def _divided(number: float, by: torch.Tensor) -> torch.Tensor:
-    return torch.full_like(by, number) / by
-
-
-def fit_with_offset(
-    x: torch.Tensor, weights: torch.Tensor, levels: int, first: float, width: float, steps: int, absolute: bool = False
-) -> OffsetFit:
-    """Scale and offset of every group of ``x`` ``[n, G]`` that store it with codes 0..levels and the least weighted error.
-
-    Tries ``steps + 1`` grids, a little coarser and finer than from smallest to largest weight, and for each the best line
-    through the codes it gives. ``absolute``: of the error itself, not of its square. An accepted offset also moves the
-    grids that are tried later.
-    """
-    lowest = x.amin(0)
-    if (lowest == 0).any():  # of 0.0 and -0.0 the first: the sign is stored
-        lowest = smallest(x)
-    low = torch.where(lowest > 0, torch.zeros_like(lowest), lowest)
-    high = x.amax(0)
-    flat = high == low
-    sum_w, sum_x = ordered_sum(weights), ordered_sum(weights * x)
-    codes, term, product = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
-
-    def round_with(grid: torch.Tensor, start: torch.Tensor) -> None:
-        torch.sub(x, start, out=codes).mul_(grid)
-        widest = torch.maximum((lowest - start).abs(), (high - start).abs()) * grid.abs()
-        if (widest <= LARGEST_ROUNDED).all():
-            codes.round_().clamp_(0, levels)
-        else:  # weights near the end of float32 overflow the grid
-            codes.copy_(nearest(codes).clamp_(0, levels))
-
-    def error(scale: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
-        torch.mul(codes, scale, out=term).add_(start).sub_(x)
-        _ = term.abs_() if absolute else term.mul_(term)
-        return ordered_sum(term.mul_(weights))
-
-    def span(start: torch.Tensor) -> torch.Tensor:
-        return torch.where(flat, torch.ones_like(high), high - start)
-
-    grid = _divided(float(levels), span(low))
-    scale = _divided(1.0, grid)
-    round_with(grid, low)
-    best = error(scale, low)
-    best_grid, best_start, offset = grid, low, low
-    for step in range(steps + 1):
-        grid = _divided(_step(first, width, step, levels), span(offset))
-        round_with(grid, offset)
-        sum_l = ordered_sum(torch.mul(weights, codes, out=term))
-        sum_l2 = ordered_sum(torch.mul(term, codes, out=product))
-        sum_xl = ordered_sum(torch.mul(term, x, out=product))
-        determinant = sum_w * sum_l2 - sum_l * sum_l
-        new_scale = (sum_w * sum_xl - sum_x * sum_l) / determinant
-        new_offset = (sum_l2 * sum_x - sum_l * sum_xl) / determinant
-        positive = new_offset > 0
-        new_scale = torch.where(positive, sum_xl / sum_l2, new_scale)
-        new_offset = torch.where(positive, torch.zeros_like(new_offset), new_offset)
-        new_error = error(new_scale, new_offset)
-        better = (determinant > 0) & (new_error < best)
-        best = torch.where(better, new_error, best)
-        scale = torch.where(better, new_scale, scale)
-        best_grid, best_start = torch.where(better, grid, best_grid), torch.where(better, offset, best_start)
-        offset = torch.where(better, new_offset, offset)
-    zero = torch.zeros_like(scale)
-    return OffsetFit(
-        torch.where(flat, zero, scale),
-        -torch.where(flat, low, offset),
-        torch.where(flat, zero, best_grid),
-        best_start,
-    )
 
 
 def _positive_maximum(x: torch.Tensor) -> torch.Tensor:
@@ -230,9 +145,9 @@ def store_q6_k(groups: torch.Tensor, scale: torch.Tensor, grid: torch.Tensor) ->
     count = len(scale)
     top, value = largest(scale.t().contiguous())
     empty = top < SMALLEST
-    inverse = _divided(-128.0, torch.where(empty, torch.ones_like(value), value))
+    inverse = divided(-128.0, torch.where(empty, torch.ones_like(value), value))
     scale_codes = nearest(inverse[:, None] * scale).clamp_max(127)
-    stored = _divided(1.0, inverse).half()
+    stored = divided(1.0, inverse).half()
     step = (stored.float()[:, None] * scale_codes.float()).view(-1)
     codes = nearest(groups / torch.where(step == 0, torch.ones_like(step), step)).clamp_(-32, 31) + 32
     codes = torch.where(step == 0, first_codes(groups, grid, 32), codes).to(torch.uint8).t().reshape(count, 2, 4, 32)
@@ -243,47 +158,9 @@ def store_q6_k(groups: torch.Tensor, scale: torch.Tensor, grid: torch.Tensor) ->
     return torch.where(empty[:, None], torch.zeros_like(packed), packed)
 
 
-def fit_symmetric(x: torch.Tensor, weights: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale of each group of ``[n, G]`` for codes -levels..levels-1 with the least weighted error.
-
-    Also the grid that gave the best codes, 0 for a group of zeros: `first_codes` turns it into codes.
-    """
-    magnitude, value = largest(x)
-    zero = magnitude < SMALLEST
-    value = torch.where(zero, torch.ones_like(value), value)
-    weighted = weights * x
-    codes, term = torch.empty_like(x), torch.empty_like(x)
-
-    def sums(grid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        torch.mul(x, grid, out=codes).round_().clamp_(-levels, levels - 1)
-        sum_xl = ordered_sum(torch.mul(weighted, codes, out=term))
-        return sum_xl, ordered_sum(torch.mul(weights, codes, out=term).mul_(codes))
-
-    best_grid = _divided(-float(levels), value)
-    sum_xl, sum_l2 = sums(best_grid)
-    scale = torch.where(sum_l2 != 0, sum_xl / sum_l2, torch.zeros_like(sum_xl))
-    best = scale * sum_xl
-    for step in [*range(-9, 0), *range(1, 10)]:
-        grid = _divided(-_step(0.0, 0.1, step, levels), value)
-        sum_xl, sum_l2 = sums(grid)
-        better = (sum_l2 > 0) & (sum_xl * sum_xl > best * sum_l2)
-        new_scale = sum_xl / sum_l2
-        scale, best = torch.where(better, new_scale, scale), torch.where(better, new_scale * sum_xl, best)
-        best_grid = torch.where(better, grid, best_grid)
-    none = torch.zeros_like(scale)
-    return torch.where(zero, none, scale), torch.where(zero, none, best_grid)
-
-
-def first_codes(x: torch.Tensor, grid: torch.Tensor, levels: int) -> torch.Tensor:
-    """Codes int32 0..2*levels-1 of the first pass; zeros are stored as 0, which is not the code of the weight 0."""
-    return torch.where(
-        grid == 0, torch.zeros_like(x, dtype=torch.int32), nearest(grid * x).clamp_(-levels, levels - 1) + levels
-    )
-
-
 def quantize_q3_k(x: torch.Tensor) -> torch.Tensor:
     groups = x.reshape(-1, 16).t().contiguous()
-    scale, first_pass = _fit_by_exchange(groups, groups * groups)
+    scale, first_pass = _fit_by_exchange(groups)
     scale = scale.view(-1, 16)
     _, value = largest(scale.t().contiguous())
     inverse = ratio(-32.0, value)
@@ -305,23 +182,10 @@ def store_q3_k(
     return torch.cat([_pack_top_bits(codes, 2), _pack_pairs(codes & 3), packed_scales, half_bytes(scale)], 1)
 
 
-def _fit_by_exchange(x: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale ``[G]`` for codes -4..3 and the codes (+4) ``[n, G]``: five rounds of changing one code where that helps."""
-    magnitude, value = largest(x)
-    zero = magnitude < SMALLEST
-    codes = torch.round(_divided(-4.0, torch.where(zero, torch.ones_like(value), value)) * x).clamp_(-4, 3)
-    weighted = weights * x
-    sum_xl, sum_l2 = ordered_sum(weighted * codes), ordered_sum((weights * codes) * codes)
-    for _ in range(5):
-        for i in range(len(x)):
-            rest_xl = sum_xl - weighted[i] * codes[i]
-            rest_l2 = sum_l2 - (weights[i] * codes[i]) * codes[i]
-            new = nearest((x[i] * rest_l2) / rest_xl).clamp_(-4, 3).float()
-            new_xl = rest_xl + weighted[i] * new
-            new_l2 = rest_l2 + (weights[i] * new) * new
-            better = (rest_xl > 0) & (new != codes[i]) & (new_l2 > 0)
-            better &= (new_xl * new_xl) * sum_l2 > (sum_xl * sum_xl) * new_l2
-            codes[i] = torch.where(better, new, codes[i])
-            sum_xl, sum_l2 = torch.where(better, new_xl, sum_xl), torch.where(better, new_l2, sum_l2)
+def _fit_by_exchange(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale ``[G]`` for codes -4..3 and the codes (+4) ``[n, G]``."""
+    codes, sum_xl, sum_l2 = start_exchange(x, 4)
+    sum_xl, sum_l2 = exchange(x, x * x, -4, 3, codes, sum_xl, sum_l2)
+    zero = x.abs().amax(0) < SMALLEST
     scale = torch.where((sum_l2 > 0) & ~zero, sum_xl / sum_l2, torch.zeros_like(sum_xl))
     return scale, torch.where(zero, torch.zeros_like(codes), codes + 4).to(torch.int32)

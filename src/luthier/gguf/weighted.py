@@ -11,20 +11,10 @@ import numpy as np
 import torch
 
 from luthier.gguf.blocks import fifth_bits, half_bytes, nibbles, ordered_sum
-from luthier.gguf.kquants import (
-    SMALLEST,
-    first_codes,
-    fit_symmetric,
-    fit_with_offset,
-    nearest,
-    store_q2_k,
-    store_q3_k,
-    store_q4_k,
-    store_q5_k,
-    store_q6_k,
-)
+from luthier.gguf.fits import SMALLEST, exchange, first_codes, fit_symmetric, fit_with_offset, nearest
+from luthier.gguf.kquants import store_q2_k, store_q3_k, store_q4_k, store_q5_k, store_q6_k
 
-EXCHANGES = 5  # rounds of changing one code where that lowers the error
+NO_LIMIT = 1 << 30
 
 
 def _error_weights(x: torch.Tensor, importance: torch.Tensor, mean_square: torch.Tensor) -> torch.Tensor:
@@ -59,20 +49,10 @@ def fit_scales(x: torch.Tensor, weights: torch.Tensor, levels: int) -> tuple[tor
         better = new_error < best
         best, grid = torch.where(better, new_error, best), torch.where(better, other, grid)
     codes = nearest(grid * x).clamp_max(levels)
-    weighted = weights * x
-    sum_xl = ordered_sum(weighted * codes.float())
+    sum_xl = ordered_sum((weights * x) * codes.float())
     sum_l2 = ordered_sum((weights * codes.float()) * codes.float())
     codes = (codes & 255).float()
-    for _ in range(EXCHANGES):
-        for i in range(len(x)):
-            rest_xl = sum_xl - weighted[i] * codes[i]
-            rest_l2 = sum_l2 - (weights[i] * codes[i]) * codes[i]
-            new = nearest((x[i] * rest_l2) / rest_xl).clamp_max(levels).float()
-            new_xl, new_l2 = rest_xl + weighted[i] * new, rest_l2 + (weights[i] * new) * new
-            better = (rest_xl > 0) & (rest_l2 > 0) & (new != codes[i])
-            better &= (new_xl * new_xl) * sum_l2 > (sum_xl * sum_xl) * new_l2
-            codes[i] = torch.where(better, new, codes[i])
-            sum_xl, sum_l2 = torch.where(better, new_xl, sum_xl), torch.where(better, new_l2, sum_l2)
+    sum_xl, sum_l2 = exchange(x, weights, -NO_LIMIT, levels, codes, sum_xl, sum_l2, need_rest=True)
     scale = torch.where((sum_l2 > 0) & ~zero, sum_xl / sum_l2, torch.zeros_like(sum_xl))
     return scale, torch.where(zero, torch.zeros_like(codes), codes).to(torch.int32)
 
