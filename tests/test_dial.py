@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from test_accelerate import batch, with_lora
+from stock_pairs import batch, with_lora
 from tiny import tiny_model
 
 from luthier.model import dial as dial_module

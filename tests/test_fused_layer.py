@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from test_accelerate import batch, difference, loss_and_gradients, nf4_model, with_lora
+from stock_pairs import batch, difference, loss_and_gradients, nf4_model, with_lora
 from tiny import FAMILIES, tiny_model
 
 from luthier.model.accelerate import accelerate, dial_of, restore
@@ -307,3 +307,25 @@ def test_restore_takes_everything_back():
     truth = loss_and_gradients(with_lora(tiny_model("llama3")), **batch())
     again = loss_and_gradients(model, **batch())
     assert torch.equal(again[0], truth[0]) and all(torch.equal(again[1][name], truth[1][name]) for name in truth[1])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there the kernels run anyway")
+@pytest.mark.parametrize("family", ["llama3", "qwen3", "gemma3", "phi3", "olmo2", "nf4"])
+def test_a_whole_step_through_the_kernels(tmp_path, monkeypatch, family):
+    """Every Triton kernel in its place in a training step, interpreted."""
+    pytest.importorskip("triton")
+    from triton_interpreter import interprets, repaired
+
+    from luthier.model import fused_layer
+    from luthier.ops import gated_mlp, linear_cross_entropy, lora_linear, nf4, rms_norm, rotary
+
+    if not interprets():
+        pytest.skip("TRITON_INTERPRET=1 was not set when Luthier's kernels were imported")
+    inputs = {name: value[:, :9] for name, value in batch().items()}
+    model = with_lora(nf4_model(tmp_path, intermediate_size=128) if family == "nf4" else tiny_model(family))
+    truth = loss_and_gradients(model, **inputs)
+    fused(model, Mode.ALL_BUT_GATE_UP)
+    for module in (rms_norm, rotary, gated_mlp, nf4, linear_cross_entropy, lora_linear, fused_layer):
+        monkeypatch.setattr(module, "has_kernels", lambda x: True)
+    with repaired():
+        assert_same(model, inputs, truth)

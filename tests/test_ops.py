@@ -30,7 +30,13 @@ from luthier.ops.attention import attention, attention_reference  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"
 DTYPES = [torch.float32, torch.bfloat16]
-RUNS_KERNELS = pytest.param(True, id="kernel", marks=pytest.mark.skipif(not HAS_TRITON, reason="no Triton"))
+if HAS_TRITON:
+    from triton_interpreter import interprets, repaired
+
+KERNELS_RUN = GPU or (HAS_TRITON and interprets())
+RUNS_KERNELS = pytest.param(
+    True, id="kernel", marks=pytest.mark.skipif(not KERNELS_RUN, reason="no Triton, or TRITON_INTERPRET=1 was not set")
+)
 
 
 @pytest.fixture(params=[pytest.param(False, id="reference"), RUNS_KERNELS])
@@ -46,8 +52,6 @@ def path(request, monkeypatch):
     if GPU:
         yield "kernel"
         return
-    from triton_interpreter import repaired
-
     with repaired():
         yield "kernel"
 
@@ -105,11 +109,10 @@ class TestInterpreter:
         bits = torch.from_numpy(rounded_to_bf16(values.numpy()).view("int16")).view(torch.bfloat16)
         torch.testing.assert_close(bits, values.bfloat16(), rtol=0, atol=0, equal_nan=True)
 
-    @pytest.mark.skipif(GPU, reason="a GPU needs no interpreter")
+    @pytest.mark.skipif(GPU or not KERNELS_RUN, reason="nothing is interpreted")
     def test_a_kernel_computes_bf16_like_torch_only_when_repaired(self):
         import triton
         import triton.language as tl
-        from triton_interpreter import repaired
 
         @triton.jit
         def scale(X, OUT, N: tl.constexpr):

@@ -11,11 +11,19 @@ from collections.abc import Iterator
 from unittest import mock
 
 import numpy as np
+import triton
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 CONVERSIONS = ("create_si_to_fp", "create_ui_to_fp", "create_fp_to_si", "create_fp_to_ui", "create_fp_ext", "create_fp_trunc")
+
+
+def interprets() -> bool:
+    """Whether Luthier's kernels were decorated for the interpreter: the variable was set when they were imported."""
+    from luthier.ops import rms_norm
+
+    return not isinstance(rms_norm._norm_forward, triton.runtime.JITFunction)
 
 
 def widened(handle: TensorHandle) -> np.ndarray:
