@@ -45,8 +45,8 @@ PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 def load_vision_model(model_name: str | Path, *args: object, **kwargs: object) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Load a vision-language model and its processor; the arguments are those of ``load_model``.
 
-    In 4 and 8 bits the vision tower and its projector stay in 16: they are a small share of the weights, and what NF4
-    costs them no adapter of the language model gets back. Everything that can be wrong with the arguments or the files is
+    In 4 and 8 bits the vision tower and its projector stay in 16: they are a small share of the weights, and all that the
+    language part learns of a picture comes through them. Everything that can be wrong with the arguments or the files is
     an error before a weight is read; a model without a vision part is one that says which class to use.
     """
     bound = inspect.signature(load_model).bind(model_name, *args, **kwargs)
@@ -96,11 +96,12 @@ def load_vision_model(model_name: str | Path, *args: object, **kwargs: object) -
     ]
     processor = load_processor(with_processor[0] if with_processor else source.base, given.trust_remote_code)
     options |= {"device_map": given.device_map, "attn_implementation": given.attn_implementation}
+    ours = None
     if getattr(config, "quantization_config", None) is None and "quantization_config" not in options:
-        options["quantization_config"] = quantisation_of_language(info, config)
-        precision_given = precision_given and options["quantization_config"] is None
-    model = load_weights(AutoModelForImageTextToText, config, info, precision_given, options)
-    info.precision = precision if options.get("quantization_config") else info.precision
+        ours = options["quantization_config"] = quantisation_of_language(info, config)
+    model = load_weights(AutoModelForImageTextToText, config, info, precision_given and ours is None, options)
+    if ours is not None:
+        info.precision = precision
     with torch.random.fork_rng():
         torch.manual_seed(given.random_state)
         if given.resize_model_vocab is not None:
