@@ -145,6 +145,13 @@ def test_a_sliding_window_that_llama_cpp_ignores_limits_the_context(tmp_path):
         assert np.abs(llama.logits(IDS[:16]) - reference(directory, IDS[:16])).max() < 1e-4
 
 
+def test_a_ramp_that_llama_cpp_rounds_is_said(tmp_path):
+    """gpt-oss as it is published: close, not equal."""
+    directory = tiny.save_tiny("gpt_oss", tmp_path / "model")
+    with pytest.warns(UserWarning, match="rounds YaRN's ramp"):
+        convert_to_gguf(directory, tmp_path / "x.gguf", "f32")
+
+
 @pytest.mark.parametrize(
     "family, changes, message",
     [
@@ -153,6 +160,7 @@ def test_a_sliding_window_that_llama_cpp_ignores_limits_the_context(tmp_path):
         ("gemma2", {"layer_types": ["full_attention", "full_attention"]}, "must alternate"),
         ("llama3", {"hidden_act": "relu"}, "hidden_act must be silu"),
         ("llama3", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type 'dynamic'"),
+        ("llama3", {"rope_parameters": {**YARN, "beta_fast": 16.0}}, "beta_fast 32 and beta_slow 1 only; this model has 16.0"),
         ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob must be true"),
     ],
 )

@@ -82,7 +82,7 @@ def _gemma_scale(layers_of_27b: int) -> Callable[[object], bool]:
 
 
 def _gelu(config: object) -> bool:
-    return (getattr(config, "hidden_activation", None) or config.hidden_act) in ("gelu_pytorch_tanh", "gelu_tanh", "gelu_new")
+    return (getattr(config, "hidden_activation", None) or config.hidden_act) in ("gelu_pytorch_tanh", "gelu_tanh", "gelu_new", "gelu")
 
 
 def _silu(config: object) -> bool:

@@ -115,14 +115,13 @@ def _linear(rope: dict, config: PreTrainedConfig) -> dict[str, Value]:
 
 
 def _yarn(rope: dict, config: PreTrainedConfig) -> dict[str, Value]:
+    _check_yarn_ramp(rope, config)
     original = _original_length(rope, config)
     factor = rope.get("factor") or config.max_position_embeddings / original
     keys: dict[str, Value] = {
         "rope.scaling.type": "yarn",
         "rope.scaling.factor": float(factor),
         "rope.scaling.original_context_length": original,
-        "rope.scaling.yarn_beta_fast": float(rope.get("beta_fast") or 32),
-        "rope.scaling.yarn_beta_slow": float(rope.get("beta_slow") or 1),
     }
     default = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0  # llama.cpp multiplies by this itself
     wanted = rope.get("attention_factor")
@@ -131,6 +130,23 @@ def _yarn(rope: dict, config: PreTrainedConfig) -> dict[str, Value]:
     if wanted is not None and not math.isclose(wanted, default):
         keys["rope.scaling.attn_factor"] = wanted / default
     return keys
+
+
+def _check_yarn_ramp(rope: dict, config: PreTrainedConfig) -> None:
+    """llama.cpp goes over from kept to stretched waves between 32 turns and 1, and rounds to whole dimensions."""
+    betas = rope.get("beta_fast") or 32, rope.get("beta_slow") or 1
+    if betas != (32, 1):
+        raise UnsupportedError(
+            f"llama.cpp has YaRN with beta_fast 32 and beta_slow 1 only; this model has {betas[0]} and {betas[1]}. "
+            "Its GGUF file would give wrong answers. Save with save_pretrained_merged instead."
+        )
+    if not rope.get("truncate", True):
+        warnings.warn(
+            f"{config.model_type}: llama.cpp rounds YaRN's ramp to whole dimensions, this model does not (truncate: false). "
+            "Answers differ slightly from transformers' in every GGUF file of it.",
+            UserWarning,
+            stacklevel=6,
+        )
 
 
 def _longrope(rope: dict, config: PreTrainedConfig) -> dict[str, Value]:

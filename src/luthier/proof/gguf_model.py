@@ -213,14 +213,14 @@ class GGUFModel:
         return None
 
     def _yarn(self, frequencies: torch.Tensor, base: float, width: int) -> tuple[torch.Tensor, float]:
-        """Fast waves are kept, slow ones stretched, those between a mixture."""
+        """Fast waves (32 turns and more) are kept, slow ones (1 turn) stretched, those between a mixture."""
         factor, original = self._get("rope.scaling.factor"), self._get("rope.scaling.original_context_length")
 
         def turning(turns: float) -> float:  # the dimension that makes so many turns in the original context
             return width * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
 
-        first = max(0, math.floor(turning(self._get("rope.scaling.yarn_beta_fast", 32.0))))
-        last = min(width - 1, math.ceil(turning(self._get("rope.scaling.yarn_beta_slow", 1.0))))
+        first = max(0, math.floor(turning(32.0)))
+        last = min(width - 1, math.ceil(turning(1.0)))
         place = torch.arange(width // 2, dtype=torch.float64, device=self.device)
         stretched = ((place - first) / max(0.001, last - first)).clamp(0, 1)
         return frequencies * (1 - stretched) + frequencies / factor * stretched, 0.1 * math.log(factor) + 1
