@@ -160,6 +160,7 @@ def _one_expert(stack: bnb.nn.Params4bit, expert: int) -> Quantised:
         code=state.code,
         blocksize=state.blocksize,
         shape=shape,
+        kind=state.quant_type,
         dtype=state.dtype,
     )
 
