@@ -284,10 +284,29 @@ def test_truncated_safetensors(broken, keep):
         load_model(broken)
 
 
-def test_safetensors_that_are_something_else(broken):
-    (broken / "model.safetensors").write_bytes(struct.pack("<Q", 10) + b"not json!!" + bytes(100))
-    with pytest.raises(ValueError, match="not JSON"):
+@pytest.mark.parametrize("header", [b"not json", b"[1, 2]  ", b'{"a": {"dtype": "F32", "shape": [1]}}  '])
+def test_safetensors_that_are_something_else(broken, header):
+    (broken / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(100))
+    with pytest.raises(ValueError, match="model.safetensors.*damaged"):
         load_model(broken)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "words"),
+    [("num_hidden_layers", 3, "model.layers.2.*9 tensors are missing"), ("intermediate_size", 256, "another shape")],
+)
+def test_weights_that_are_not_the_configs_are_refused(broken, setting, value, words):
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, setting: value}))
+    with pytest.raises(ValueError, match=words):
+        load_model(broken, load_in_16bit=True)
+
+
+def test_weights_that_the_model_does_not_read_are_named(broken):
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    with pytest.warns(UserWarning, match="9 tensors.*left out.*model.layers.1"):
+        load_model(broken, load_in_16bit=True)
 
 
 def test_a_missing_shard_is_named(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -305,9 +306,12 @@ def load_weights(
     settings["quantization_config"] = _quantisation_of(config, info, precision_given, settings.pop("quantization_config", None))
     if settings["quantization_config"] is None:
         del settings["quantization_config"]
+    may_differ = settings.pop("ignore_mismatched_sizes", False)
     settings |= {"dtype": info.dtype, "use_safetensors": True, "trust_remote_code": info.trust_remote_code}
+    settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that all of it is found and said at once
     with checkpoint.without_adapter(info.base_path) as directory:
-        model = auto_class.from_pretrained(directory, config=config, **settings)
+        model, found = auto_class.from_pretrained(directory, config=config, **settings)
+    _require_whole(found, info, may_differ)
     model.config._name_or_path = model.name_or_path = info.base_name
     model.luthier = info
     info.vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -316,6 +320,26 @@ def load_weights(
     if info.precision == "full":
         model.requires_grad_(True).train()
     return model
+
+
+def _require_whole(found: Mapping[str, Iterable], info: LoadInfo, may_differ: bool) -> None:
+    """Refuse weights that would start at random: transformers only logs what a checkpoint lacks or has in another shape."""
+    missing = sorted(found["missing_keys"])
+    different = [] if may_differ else sorted(name for name, *_ in found["mismatched_keys"])
+    faults = [f"it has no {missing[0]} ({len(missing)} tensors are missing)"] if missing else []
+    faults += [f"{different[0]} has another shape ({len(different)} tensors have)"] if different else []
+    if faults:
+        raise ValueError(
+            f"The weights in {info.base_path} are not those of its config.json: {', '.join(faults)}. Copy or download the "
+            "checkpoint again."
+        )
+    unread = [] if info.text_only else sorted(found["unexpected_keys"])
+    if unread:
+        warnings.warn(
+            f"{len(unread)} tensors of {info.model_name} have no place in the model and are left out, such as {unread[0]}.",
+            UserWarning,
+            stacklevel=5,
+        )
 
 
 def default_device_map() -> dict[str, str | int]:
