@@ -117,7 +117,7 @@ def _nothing_left(rows: Dataset, reasons: list[str], tokenizer: Any, max_length:
     if counts[TOO_LONG] == len(rows):
         return ValueError(
             f"max_length {max_length} is shorter than every row: the shortest has {min(lengths)} tokens, the longest "
-            f"{max(lengths)}. Set max_length to at least {min(lengths)}, or too_long='truncate'."
+            f"{max(lengths)}. Set max_length (of a recipe: max_seq_length) to at least {min(lengths)}, or too_long='truncate'."
         )
     if counts[NO_TRAINED_TOKEN]:
         row = rows[reasons.index(NO_TRAINED_TOKEN)]
@@ -127,7 +127,10 @@ def _nothing_left(rows: Dataset, reasons: list[str], tokenizer: Any, max_length:
                 f"Raise max_length to {max(lengths)}, or as far as the memory allows."
             )
         return nothing_trains("the dataset", tokenizer, row["input_ids"], _looked_for(tokenizer))
-    return ValueError(f"No row is left to train on: {', '.join(f'{count} x {why}' for why, count in counts.items())}.")
+    return ValueError(
+        f"No row is left to train on: {', '.join(f'{count} x {why}' for why, count in counts.items())}. "
+        "Look at the rows with `luthier inspect`."
+    )
 
 
 def _looked_for(tokenizer: Any) -> str:

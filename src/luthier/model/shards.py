@@ -42,7 +42,7 @@ def parse_size(size: int | str) -> int:
         except ValueError:
             raise ValueError(f"{size!r} is not a size. Give a number of bytes or one such as '5GB'.") from None
     if unit not in UNITS:
-        raise unknown("unit of a size", unit, UNITS)
+        raise unknown(f"unit of the size {size!r}:", unit, UNITS)
     if number * UNITS[unit] < 1:
         raise ValueError(f"{size!r} is not a size above 0. Give one such as '5GB'.")
     return int(number * UNITS[unit])

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import torch
 from transformers import TextStreamer
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from luthier.data.chat import get_chat_template
 from luthier.fast import FastLanguageModel
@@ -19,7 +20,7 @@ LONGEST = 8192
 
 
 def chat(
-    model: Positional[str],
+    model: Annotated[Positional[str], arg(metavar="MODEL")],
     prompt: str | None = None,
     system: str | None = None,
     chat_template: str | None = None,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from luthier.config import GRPORecipe, SFTRecipe, TrainRecipe
+from luthier.config import GRPORecipe, SFTRecipe, TrainRecipe, VisionRecipe
 from luthier.data.prepare import prepare_chat
 from luthier.data.read import read_dataset
 from luthier.gguf import architectures
 from luthier.model import memory
-from luthier.model.load import DEFAULT_LENGTH
+from luthier.model.load import DEFAULT_LENGTH, find_files, is_vision
 from luthier.model.rope import native_length
+from luthier.model.vision import require_vision
 from luthier.rl.prompts import check_prompts
 from luthier.rl.rewards import load_reward
 from luthier.terminal import table
@@ -25,9 +27,17 @@ def dry_run(recipe: TrainRecipe) -> dict[str, Any]:
     checked(recipe)
     training_arguments(recipe, GRPOConfig if isinstance(recipe, GRPORecipe) else TrainingArguments)
     rows = read_dataset(recipe.data, recipe.split)
+    if recipe.eval_data:
+        read_dataset(recipe.eval_data)
     result: dict[str, Any] = {"rows": len(rows)}
     hub = {"revision": recipe.revision} if recipe.revision else {}
+    if Path(recipe.model).is_dir():
+        find_files(recipe.model)
     config = config_of(recipe.model, recipe.trust_remote_code, **hub)
+    if isinstance(recipe, VisionRecipe):
+        require_vision(config, recipe.model)
+    elif is_vision(config):
+        raise ValueError(f"{recipe.model} is a vision model ({config.model_type}): `luthier vision` trains those")
     if recipe.gguf:
         architectures.find(config)
     length = recipe.max_seq_length or min(DEFAULT_LENGTH, native_length(config) or DEFAULT_LENGTH)

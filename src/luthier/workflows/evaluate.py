@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json as json_format
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from peft import PeftModel
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from luthier.data.chat import get_chat_template
 from luthier.data.prepare import prepare_chat
@@ -20,7 +20,7 @@ from luthier.terminal import table
 
 
 def evaluate(
-    model: Positional[str],
+    model: Annotated[Positional[str], arg(metavar="MODEL")],
     data: str = "",
     task: Literal["loss", "aime", "ocr"] = "loss",
     split: str = "train",

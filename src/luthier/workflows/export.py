@@ -5,9 +5,9 @@ from __future__ import annotations
 import json as json_format
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from luthier.config import SaveMethod
 from luthier.fast import FastModel
@@ -18,7 +18,7 @@ from luthier.terminal import table
 
 
 def merge(
-    adapter: Positional[str],
+    adapter: Annotated[Positional[str], arg(metavar="ADAPTER")],
     output: str = "merged",
     save_method: SaveMethod = "merged_16bit",
     base: Literal["16bit", "nf4"] = "16bit",
@@ -43,7 +43,7 @@ def merge(
 
 
 def gguf(
-    model: Positional[str],
+    model: Annotated[Positional[str], arg(metavar="DIR")],
     quant: list[str] | None = None,
     output: str | None = None,
     base: Literal["16bit", "nf4"] = "16bit",
@@ -60,6 +60,8 @@ def gguf(
         imatrix: Importance matrix file.
         json: Print the result as JSON on standard output.
     """
+    if not Path(model).is_dir():
+        raise FileNotFoundError(f"There is no directory {model}: give that of a model or of an adapter")
     types = [name for entry in quant or ["q8_0"] for name in entry.split(",") if name]
     if is_adapter(Path(model)):
         loaded, processor = FastModel.from_pretrained(model)
@@ -69,7 +71,7 @@ def gguf(
     _show({path.name: path for path in files}, json)
 
 
-def verify(file: Positional[str], against: str, json: bool = False) -> int:
+def verify(file: Annotated[Positional[str], arg(metavar="FILE")], against: str, json: bool = False) -> int:
     """Prove that a GGUF file says what a model says. Exit code 1 where it does not, with the tensor or token that differs.
 
     Args:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json as json_format
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 import luthier
 from luthier.data.chat import get_chat_template
@@ -24,7 +24,7 @@ EMBEDDED = Path(luthier.__file__).parent / "demo" / "base"
 
 
 def inspect(
-    file: Positional[str],
+    file: Annotated[Positional[str], arg(metavar="FILE")],
     model: str | None = None,
     chat_template: str | None = None,
     rows: int = 3,
@@ -60,7 +60,7 @@ def inspect(
 
 
 def estimate(
-    model: Positional[str],
+    model: Annotated[Positional[str], arg(metavar="MODEL")],
     load_in_16bit: bool = False,
     load_in_8bit: bool = False,
     full_finetuning: bool = False,
@@ -90,6 +90,10 @@ def estimate(
     asked = [name for name, on in (("full", full_finetuning), ("16bit", load_in_16bit), ("int8", load_in_8bit)) if on]
     if len(asked) > 1:
         raise ValueError(f"Two precisions were asked for ({' and '.join(asked)}): choose one")
+    counts = {"r": r, "max_seq_length": max_seq_length, "per_device_train_batch_size": per_device_train_batch_size}
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} is {count}: it must be at least 1")
     found = memory.estimate(
         config_of(model),
         precision=asked[0] if asked else "nf4",

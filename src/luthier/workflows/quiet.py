@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 
 import datasets
 import transformers
@@ -11,7 +12,8 @@ from luthier.model.torchvision_repair import repair_torchvision
 
 
 def quiet_libraries() -> None:
-    """Errors only; progress bars of loading and tokenising off."""
+    """Errors only, progress bars of loading and tokenising off, and warnings in a line, without the code that gave them."""
+    warnings.formatwarning = lambda message, *place, **line: f"Warning: {message}\n"
     repair_torchvision()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
