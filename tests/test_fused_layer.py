@@ -14,7 +14,7 @@ from luthier.model.blocks import MlpBlock, Mode
 from luthier.model.dial import LayerPlan
 from luthier.model.fused_layer import LayerState
 
-UNFUSED = {"cohere2", "mixtral", "qwen3_moe", "gpt_oss"}
+UNFUSED = {"gpt_oss"}  # attention sinks
 DENSE = [family for family in FAMILIES if family not in UNFUSED]
 
 
@@ -64,14 +64,20 @@ def test_every_mode_of_a_family_trains_as_stock(family):
 
 @pytest.mark.parametrize("family", DENSE)
 def test_bf16_gradients_are_as_good_as_stock_ones(family):
-    inputs = batch(rows=3, length=40)
-    _, exact = loss_and_gradients(with_lora(tiny_model(family, dtype=torch.bfloat16)).float(), **inputs)
-    stock_model = with_lora(tiny_model(family, dtype=torch.bfloat16))
-    _, stock = loss_and_gradients(stock_model, **inputs)
-    allowed = 2 * difference(stock, exact)
+    """With experts over several batches: a last bit may send a token to another expert, in stock as in ours."""
+    exact_model = with_lora(tiny_model(family, dtype=torch.bfloat16)).float()
+    batches = [batch(rows=3, length=40, seed=seed) for seed in range(6 if "mix" in family or "moe" in family else 1)]
+    exact = [loss_and_gradients(exact_model, **inputs)[1] for inputs in batches]
+    model = with_lora(tiny_model(family, dtype=torch.bfloat16))
+
+    def error() -> float:
+        ours = [loss_and_gradients(model, **inputs)[1] for inputs in batches]
+        return sum(difference(*pair) for pair in zip(ours, exact, strict=True))
+
+    allowed = 2 * error()
     for mode in Mode:
-        _, ours = loss_and_gradients(fused(stock_model, mode), **inputs)
-        assert difference(ours, exact) <= allowed
+        fused(model, mode)
+        assert error() <= allowed
 
 
 @pytest.mark.parametrize("mode", Mode)
@@ -260,12 +266,17 @@ def hooked(model):
     return model
 
 
+def eager(model):
+    model.set_attn_implementation("eager")
+    return model
+
+
 FALLBACKS = {
     "DoRA": (lambda: with_lora(tiny_model("llama3"), use_dora=True), "DoRA"),
     "a hook": (lambda: hooked(with_lora(tiny_model("llama3"))), "hooks are attached"),
     "full fine-tuning": (lambda: tiny_model("llama3"), "base weights are trained"),
-    "parallel blocks": (lambda: with_lora(tiny_model("cohere2")), "parallel"),
-    "experts": (lambda: with_lora(tiny_model("mixtral")), "experts"),
+    "another attention": (lambda: with_lora(eager(tiny_model("llama3"))), "'eager'"),
+    "sinks": (lambda: with_lora(tiny_model("gpt_oss")), "eager"),
 }
 
 

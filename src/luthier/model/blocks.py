@@ -1,7 +1,7 @@
 """The two halves of a decoder layer as one forward and one backward each, without autograd inside.
 
-    x2 = x  + m * post(o(attention(rotate(qkv(norm(x))))))        AttentionBlock
-    x3 = x2 + m * post(down(act(gate) * up)),  gate, up of norm(x2)        MlpBlock
+    x2 = x  + m * post(o(attention(rotate(qkv(norm(x))))))                AttentionBlock
+    x3 = x2 + m * post(down(act(gate) * up)),  gate, up of norm(x2)       MlpBlock (of norm(x), if the two are parallel)
 
 A block keeps what its mode says (``Mode``) and computes the rest again in the backward: what is element-wise always,
 products and attention only where the mode gives up memory for them. All tensors are (n, width), n = batch * tokens.
@@ -107,13 +107,13 @@ class AttentionBlock:
             kept.qkv, kept.out, kept.attention, kept.branch = qkv, out, attention, branch
         return x2
 
-    def recompute(self, call: Call, kept: Kept) -> Tensor:
-        """Fill in what the mode gave up; gives x2."""
+    def recompute(self, call: Call, kept: Kept, wants_output: bool) -> Tensor | None:
+        """Fill in what the mode gave up; gives x2, unless nobody wants it and no post-norm needs its branch."""
         if kept.qkv is None:
             kept.qkv, out, attention = self._attend(kept.x, call, kept, kept.attention is None)
             if kept.attention is None:
                 kept.out, kept.attention = out, attention
-        if kept.x2 is None:
+        if kept.x2 is None and (wants_output or self.post_norm):
             kept.x2, kept.branch = self._output(kept.x, kept.out, self.o.written(kept.x), kept.low_o)
         return kept.x2
 
@@ -233,8 +233,8 @@ class MlpBlock:
     residual_scale: float = 1.0
     rows: int = field(default=MLP_ROWS)
 
-    def forward(self, x: Tensor, kept: Kept, mode: Mode) -> Tensor:
-        """x2 (n, D) -> x3 (n, D)."""
+    def forward(self, x: Tensor, residual: Tensor, kept: Kept, mode: Mode) -> Tensor:
+        """x (n, D), what the branch reads, and what it is added to (n, D) -> x3 (n, D)."""
         n = x.shape[0]
         gate_up, down = self.gate_up.written(x), self.down.written(x)
         h, kept.low_gate_up = self._input(x, gate_up)
@@ -251,16 +251,19 @@ class MlpBlock:
             if self.post_norm:
                 self.down.forward(act, down, out=outputs[chunk])
             else:
-                self.down.add_to(x[chunk], act, down, self.residual_scale, out=outputs[chunk])
+                self.down.add_to(residual[chunk], act, down, self.residual_scale, out=outputs[chunk])
         kept.low_down = None if lows[0] is None else torch.cat(lows)
         kept.gate_up = keep_all
         if not self.post_norm:
             return outputs
         kept.mlp_branch = outputs if mode >= Mode.KEEP else None
-        return torch.add(x, self.post_norm.forward(outputs), alpha=self.residual_scale)
+        return torch.add(residual, self.post_norm.forward(outputs), alpha=self.residual_scale)
 
-    def backward(self, grad: Tensor, x: Tensor, kept: Kept) -> tuple[Tensor, list[Tensor]]:
-        """grad (n, D) of x3, x (n, D) = x2 -> (gradient of x2, gradients of gate's, up's and down's A and B)."""
+    def backward(self, grad: Tensor, x: Tensor, kept: Kept, adds: bool) -> tuple[Tensor, list[Tensor]]:
+        """grad (n, D) of x3 -> (gradient of x, gradients of gate's, up's and down's A and B).
+
+        ``adds``: x is also what the branch was added to, so its gradient holds ``grad`` itself.
+        """
         n, gate_up, down = grad.shape[0], self.gate_up.written(grad), self.down.written(grad)
         h, _ = self._input(x, gate_up, kept.low_gate_up)
         branch_grad = grad
@@ -294,7 +297,9 @@ class MlpBlock:
             b_down = self.down.gradients_of_b(wide[:, : self.down.width_out], kept.low_down)
             gradients += _interleaved(self.down, a_down, b_down)
         del wide, h, narrow
-        return (self.norm.backward(h_grad, x, grad, out=h_grad) if self.norm else h_grad.add_(grad)), gradients
+        if self.norm:
+            return self.norm.backward(h_grad, x, grad if adds else None, out=h_grad), gradients
+        return (h_grad.add_(grad) if adds else h_grad), gradients
 
     def _input(self, x: Tensor, written: Tensor, low: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         h = self.gate_up.new_input(x.shape[0], x)

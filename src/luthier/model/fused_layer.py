@@ -15,6 +15,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from luthier.adapters.spec import Spec
 from luthier.model.backbone import ModelState
@@ -37,14 +38,16 @@ class Unfused(Exception):
 @dataclass
 class Blocks:
     attention: AttentionBlock
-    mlp: MlpBlock
+    mlp: MlpBlock | None  # None: a mixture of experts, whose stock module runs behind the attention
+    parallel: bool = False  # attention and MLP read the same input
 
     def adapters(self) -> list[Tensor]:
         """A and B of every adapter, in the order in which the backward gives their gradients."""
         return [parameter for projection in self.projections() for pair in projection.adapters() for parameter in pair]
 
     def projections(self) -> tuple[Projection, ...]:
-        return self.attention.qkv, self.attention.o, self.mlp.gate_up, self.mlp.down
+        mlp = (self.mlp.gate_up, self.mlp.down) if self.mlp else ()
+        return self.attention.qkv, self.attention.o, *mlp
 
     def forget(self) -> None:
         """What the projections wrote into the workspace is another layer's by now."""
@@ -53,10 +56,10 @@ class Blocks:
 
     def shape(self, x: Tensor) -> Shape:
         """The widths from which the dial computes what this layer keeps."""
-        attention, mlp = self.attention, self.mlp
+        attention = self.attention
         low = sum(projection.rank for projection in self.projections())
         extra = x.shape[-1] if attention.post_norm else 0
-        widths = attention.qkv.width_out, attention.o.width_in, mlp.down.width_in
+        widths = attention.qkv.width_out, attention.o.width_in, self.mlp.down.width_in if self.mlp else 0
         return Shape(x.shape[-1], *widths, low, x.element_size(), extra)
 
 
@@ -111,16 +114,27 @@ def run(layer: nn.Module, blocks: Blocks, spec: Spec, hidden_states: Tensor, kwa
     else:
         call.window, call.segments = _window(layer.self_attn, spec), structure.segments
     with torch.autocast(hidden_states.device.type, enabled=False):
-        return _Layer.apply(hidden_states, blocks, call, state, plan, *blocks.adapters())
+        output = _Layer.apply(hidden_states, blocks, call, state, plan, *blocks.adapters())
+    if blocks.mlp is not None:
+        return output
+    experts = partial(_experts, layer, spec)
+    return checkpoint(experts, output, use_reentrant=False) if plan.mode < Mode.KEEP else experts(output)
+
+
+def _experts(layer: nn.Module, spec: Spec, x2: Tensor) -> Tensor:
+    """The second half of a layer with experts, through its own modules."""
+    branch = layer.mlp(getattr(layer, spec.mlp_norms[0])(x2))
+    return x2 + (branch[0] if isinstance(branch, tuple) else branch)
 
 
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, blocks, call, state, plan, *adapters):
         kept = Kept(x.reshape(-1, x.shape[-1]))
-        x2 = blocks.attention.forward(kept.x, call, kept, plan.mode)
-        x3 = blocks.mlp.forward(x2, kept, plan.mode)
-        kept.x2 = x2 if plan.mode >= Mode.ALL_BUT_GATE_UP else None
+        x2 = x3 = blocks.attention.forward(kept.x, call, kept, plan.mode)
+        if blocks.mlp is not None:
+            x3 = blocks.mlp.forward(kept.x if blocks.parallel else x2, x2, kept, plan.mode)
+            kept.x2 = x2 if plan.mode >= Mode.ALL_BUT_GATE_UP and not blocks.parallel else None
         ctx.blocks, ctx.call, ctx.kept, ctx.offload = blocks, call, kept, state.model.dial.offload
         if ctx.offload is not None and any(ctx.needs_input_grad):
             ctx.offload.park(state.index, kept, plan.offload)
@@ -140,10 +154,15 @@ class _Layer(torch.autograd.Function):
         blocks.forget()
         if ctx.offload is not None:
             ctx.offload.fetch(kept)
-        x2 = blocks.attention.recompute(call, kept)
-        grad_x2, of_mlp = blocks.mlp.backward(flat, x2, kept)
+        sequential = blocks.mlp is not None and not blocks.parallel
+        x2 = blocks.attention.recompute(call, kept, wants_output=sequential)
+        of_mlp, grad_mlp = [], flat
+        if blocks.mlp is not None:
+            grad_mlp, of_mlp = blocks.mlp.backward(flat, x2 if sequential else kept.x, kept, adds=sequential)
         kept.gate_up = kept.mlp_branch = kept.x2 = x2 = None
-        grad_x, of_attention = blocks.attention.backward(grad_x2, call, kept, wants_x)
+        grad_x, of_attention = blocks.attention.backward(flat if blocks.parallel else grad_mlp, call, kept, wants_x)
+        if blocks.parallel and wants_x:
+            grad_x = grad_x + grad_mlp
         gradients = [gradient.to(dtype) for gradient, dtype in zip(of_attention + of_mlp, dtypes, strict=True)]
         return (None if grad_x is None else grad_x.view(grad.shape)), None, None, None, None, *gradients
 
@@ -157,9 +176,6 @@ def read_blocks(layer: nn.Module, spec: Spec, hidden_states: Tensor, kwargs: dic
     names = ("qkv_proj",) if spec.qkv == "fused" else ("q_proj", "k_proj", "v_proj")
     qkv = Projection("qkv", [read_part(getattr(attention, name)) for name in names], workspace)
     o = Projection("o", [read_part(attention.o_proj)], workspace)
-    names = ("gate_up_proj",) if spec.mlp == "fused" else ("gate_proj", "up_proj")
-    gate_up = Projection("gate_up", [read_part(getattr(mlp, name)) for name in names], workspace)
-    down = Projection("down", [read_part(mlp.down_proj)], workspace)
     width = attention.head_dim
     heads = o.width_in // width
     before, after = (read_norm(layer, name, spec) for name in spec.attention_norms)
@@ -179,8 +195,14 @@ def read_blocks(layer: nn.Module, spec: Spec, hidden_states: Tensor, kwargs: dic
         residual_scale=residual_scale,
         norm_is_wide=spec.qk_norm == "width",
     )
-    before, after = (read_norm(layer, name, spec) for name in spec.mlp_norms)
-    return Blocks(attention_block, MlpBlock(gate_up, down, _activation(attention.config), before, after, residual_scale))
+    if hasattr(mlp, "experts"):
+        return Blocks(attention_block, None)
+    names = ("gate_up_proj",) if spec.mlp == "fused" else ("gate_proj", "up_proj")
+    gate_up = Projection("gate_up", [read_part(getattr(mlp, name)) for name in names], workspace)
+    down = Projection("down", [read_part(mlp.down_proj)], workspace)
+    before, after = (read_norm(layer, name, spec) for name in (spec.attention_norms if spec.parallel else spec.mlp_norms))
+    mlp_block = MlpBlock(gate_up, down, _activation(attention.config), before, after, residual_scale)
+    return Blocks(attention_block, mlp_block, spec.parallel)
 
 
 def read_part(module: nn.Module) -> Part:
@@ -278,17 +300,14 @@ def _check_structure(layer: nn.Module, spec: Spec) -> None:
         raise Unfused(f"attn_implementation is {implementation!r}")
     if not attention.is_causal:
         raise Unfused("its attention is bidirectional")
-    if spec.parallel:
-        raise Unfused("attention and MLP run in parallel")
     if spec.sinks:
         raise Unfused("its attention has sinks")
-    if hasattr(mlp, "experts"):
-        raise Unfused("its MLP is a mixture of experts")
     dropout = attention.attention_dropout if hasattr(attention, "attention_dropout") else attention.dropout
     if dropout or any(isinstance(child, nn.Dropout) and child.p for child in layer.children()):
         raise Unfused("it drops activations")
-    for module in (attention, mlp):
-        _check_hooks(module)
+    _check_hooks(attention)
+    if not hasattr(mlp, "experts"):
+        _check_hooks(mlp)
 
 
 def _check_hooks(module: nn.Module) -> None:
