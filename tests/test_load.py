@@ -11,6 +11,7 @@ import pytest
 import tiny
 import tiny_vision
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Qwen2_5_VLConfig
 
 from luthier.errors import UnsupportedError
@@ -178,6 +179,29 @@ def test_an_adapter_whose_base_is_gone_names_both_paths(adapter):
     with pytest.raises(FileNotFoundError, match="/gone/base") as error:
         load_model(directory)
     assert str(directory) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "changed", "tensors", "words"),
+    [
+        ("llama3", {"r": 8}, None, "size mismatch.*lora_A"),
+        ("llama3", {"r": 0}, None, "positive"),
+        ("llama3", {"peft_type": "LORRA"}, None, "Did you mean 'LORA'"),
+        ("llama3", {}, lambda tensors: dict([*tensors.items()][:4]), "24 are missing"),
+        ("llama3", {}, lambda tensors: tensors | {"base_model.model.model.layers.7.x": torch.ones(1)}, "layers.7.x.*no place"),
+        ("phi3", {}, None, "does not fit"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused(adapter, checkpoints, family, changed, tensors, words):
+    directory, _ = adapter
+    config = json.loads((directory / "adapter_config.json").read_text())
+    config |= {"base_model_name_or_path": str(checkpoints(family)), **changed}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    if tensors is not None:
+        weights = directory / "adapter_model.safetensors"
+        save_file(tensors(load_file(weights)), weights)
+    with pytest.raises(ValueError, match=words):
+        load_model(directory, load_in_16bit=True)
 
 
 def test_of_a_model_and_an_adapter_in_one_directory_the_adapter_wins_only_on_its_own_base(adapter, broken, checkpoints):

@@ -120,14 +120,42 @@ def get_peft_model(
 
 
 def attach_adapter(model: PreTrainedModel, directory: Path) -> PeftModel:
-    """Attach the adapter in ``directory`` to its base model, trainable, in fp32."""
+    """Attach the adapter in ``directory`` to its base model, trainable, in fp32.
+
+    Raises ``ValueError`` if its weights are not those that its config makes on this model: peft would start what is missing
+    at zero, and leave out what has no place.
+    """
+    file = directory / checkpoint.ADAPTER_CONFIG
+    method = checkpoint.read_json(file).get("peft_type")
+    if method not in peft.PEFT_TYPE_TO_TUNER_MAPPING:
+        raise unknown(f"peft_type in {file}:", method, (known.value for known in peft.PEFT_TYPE_TO_TUNER_MAPPING))
     rows = _saved_vocabulary(directory)
     if rows is not None and rows > model.get_input_embeddings().weight.shape[0]:
         resize_embeddings(model, rows)
     config = PeftConfig.from_pretrained(directory)
+    config.inference_mode = False
     if isinstance(config, LoraConfig):
         _register_experts(model, config)
-    return _ready(PeftModel.from_pretrained(model, directory, is_trainable=True, config=config), None)
+    try:
+        adapted = peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)(model, config)
+        found = adapted.load_adapter(directory, adapted.active_adapter, is_trainable=True)
+    except (RuntimeError, ValueError) as error:  # another shape, no such module, a rank of 0
+        lines = [line.strip() for line in str(error).splitlines()]
+        raise ValueError(_misfit(directory, next((line for line in lines if "size mismatch" in line), lines[0]))) from error
+    if found.missing_keys:
+        raise ValueError(_misfit(directory, f"it has no {found.missing_keys[0]} ({len(found.missing_keys)} are missing)"))
+    if found.unexpected_keys:
+        extra = f"{found.unexpected_keys[0]} has no place in the model ({len(found.unexpected_keys)} have none)"
+        raise ValueError(_misfit(directory, extra))
+    return _ready(adapted, None)
+
+
+def _misfit(directory: Path, why: str) -> str:
+    base = checkpoint.base_of_adapter(directory)
+    return (
+        f"The adapter {directory} does not fit its base model {base}: {why}. Give the base that it was trained on "
+        f"('base_model_name_or_path' in its {checkpoint.ADAPTER_CONFIG}), or save the adapter again."
+    )
 
 
 def _saved_vocabulary(directory: Path) -> int | None:
