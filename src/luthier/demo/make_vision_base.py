@@ -91,11 +91,11 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     text = {
         "vocab_size": 288,  # 263 tokens, rounded up to what 4-bit matrix kernels divide by
-        "hidden_size": 192,  # widths are multiples of 64, the block of NF4
-        "intermediate_size": 512,
+        "hidden_size": 160,
+        "intermediate_size": 448,
         "num_hidden_layers": 4,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 6,
+        "num_attention_heads": 5,
+        "num_key_value_heads": 5,
         "max_position_embeddings": 512,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
         "bos_token_id": None,

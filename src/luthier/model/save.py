@@ -177,7 +177,9 @@ def merged_config(merge: Merge) -> PreTrainedConfig:
     config.architectures = [type(model).__name__]
     config.dtype = merge.dtype
     text = config.get_text_config()
-    text.vocab_size = model.get_input_embeddings().weight.shape[0]
+    rows = model.get_input_embeddings().weight.shape[0]
+    if merge.info is None or rows != merge.info.vocabulary:  # some families have more rows than vocab_size says
+        text.vocab_size = rows
     for part in (config, text):
         if merge.is_untied:
             part.tie_word_embeddings = False
@@ -216,7 +218,7 @@ class Quantiser:
         """Names of the weights to quantise, and the linear layers to leave alone: the head, and what was in 16 bits."""
         slots, head = self.merge.slots, self.merge.model.get_output_embeddings()
         already = any(slot.is_quantised for slot in slots.values())
-        names, skipped = set(), []
+        names, skipped = set(), [name for name, module in self.merge.model.named_modules() if module is head]  # tied ones too
         for group in self.merge.groups:
             slot = slots[group.parameters[0]]
             layer, _, part = group.parameters[0].rpartition(".")
@@ -224,7 +226,7 @@ class Quantiser:
                 continue
             if group.is_one_to_one and (slot.is_quantised if already else slot.owner is not head):
                 names.add(next(iter(group.tensors)))
-            else:
+            elif layer not in skipped:
                 skipped.append(layer)
         return names, skipped
 
