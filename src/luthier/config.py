@@ -267,7 +267,8 @@ class VisionRecipe(TrainRecipe):
     finetune_mlp_modules: bool = True
     """Put adapters into MLPs."""
     resize: Literal["min", "max"] | int | None = "min"
-    """Resize images to the model's smallest or largest size, or to so many pixels on the longer side."""
+    """min: shrink images to the model's default size, where it has one. max: leave them as they are. A number: at most so
+    many pixels on the longer side."""
     too_long: Literal["drop", "raise"] = "drop"
     """What happens to a row longer than max_seq_length. An image is never cut."""
     train_on: Literal["responses", "all"] = "responses"
