@@ -30,6 +30,10 @@ MODELS = {
     **{name: (name, {}) for name in ("granite", "olmo2", "mixtral", "qwen3_moe")},
     "mistral": ("mistral", {"sliding_window": None}),
     "smollm3": ("smollm3", {"no_rope_layer_interval": 4, "num_hidden_layers": 4}),
+    "granite llama3": ("granite", {"rope_parameters": tiny.LLAMA3_ROPE, "embedding_multiplier": 12.0}),
+    "gemma2, capped": ("gemma2", {"attn_logit_softcapping": 1.0, "final_logit_softcapping": 0.5}),
+    "llama, large heads": ("llama3", {"head_dim": 32, "num_key_value_heads": 1}),
+    "mixtral yarn, 8 experts": ("mixtral", {"num_local_experts": 8, "rope_parameters": YARN}),
     "llama with biases": ("llama3", {"attention_bias": True, "mlp_bias": True}),
     "llama linear": ("llama3", {"rope_parameters": LINEAR}),
     "llama yarn": ("llama3", {"rope_parameters": YARN}),
@@ -85,7 +89,7 @@ def test_logits_and_greedy_tokens_equal_transformers(name, tmp_path, monkeypatch
         tokens = llama.greedy(IDS[:8], 12)
     # llama.cpp takes GELU from a table of half precision
     assert np.abs(found - expected).max() < (1e-2 if name.startswith("gemma") else 1e-4)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
     prompt = torch.tensor([IDS[:8]])
     wanted = model.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False, eos_token_id=None
@@ -161,6 +165,10 @@ def test_a_ramp_that_llama_cpp_rounds_is_said(tmp_path):
         ("llama3", {"hidden_act": "relu"}, "hidden_act must be silu"),
         ("llama3", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type 'dynamic'"),
         ("llama3", {"rope_parameters": {**YARN, "beta_fast": 16.0}}, "beta_fast 32 and beta_slow 1 only; this model has 16.0"),
+        ("qwen3", {"rope_parameters": tiny.LLAMA3_ROPE}, "does not have rope_type 'llama3' in qwen3"),
+        ("qwen3", {"attention_bias": True}, "attention_bias must be false"),
+        ("qwen2", {"head_dim": 32}, "head_dim must be hidden_size"),
+        ("gemma2", {"attn_logit_softcapping": 0.0}, "both soft caps must be set"),
         ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob must be true"),
     ],
 )

@@ -50,8 +50,8 @@ class Architecture:
     ``name``: llama.cpp's name of it. ``layer``: modules of a layer and their GGUF tensors. ``interleaved_rope``: llama.cpp
     rotates neighbouring pairs, so rows of q and k are reordered. ``norm_offset``: added to every norm weight, for
     models that multiply by 1 + w. ``keys``: numbers of the configuration to write. ``split``: tensors that become several,
-    each by a function. ``windowed``: llama.cpp honours the sliding window. ``fixed``: (what llama.cpp takes for granted, a
-    test of the configuration).
+    each by a function. ``windowed``: llama.cpp honours the sliding window. ``rope_types``: kinds of rotary scaling that it
+    has there. ``fixed``: (what llama.cpp takes for granted, a test of the configuration).
     """
 
     name: str
@@ -61,6 +61,7 @@ class Architecture:
     keys: Mapping[str, str] = field(default_factory=dict)
     split: Mapping[str, tuple[tuple[str, Callable[[torch.Tensor], torch.Tensor]], ...]] = field(default_factory=dict)
     windowed: bool = False
+    rope_types: tuple[str, ...] = ("default", "linear", "yarn")
     fixed: tuple[tuple[str, Callable[[object], bool]], ...] = ()
 
 
@@ -82,18 +83,29 @@ def _gemma_scale(layers_of_27b: int) -> Callable[[object], bool]:
 
 
 def _gelu(config: object) -> bool:
-    return (getattr(config, "hidden_activation", None) or config.hidden_act) in ("gelu_pytorch_tanh", "gelu_tanh", "gelu_new", "gelu")
+    return (getattr(config, "hidden_activation", None) or config.hidden_act) in (
+        "gelu_pytorch_tanh",
+        "gelu_tanh",
+        "gelu_new",
+        "gelu",
+    )
 
 
 def _silu(config: object) -> bool:
     return config.hidden_act in ("silu", "swish")
 
 
+NO_BIAS = ("attention_bias must be false", lambda c: not getattr(c, "attention_bias", False))
+HEADS_FILL = (
+    "head_dim must be hidden_size / num_attention_heads",
+    lambda c: (getattr(c, "head_dim", None) or 0) in (0, c.hidden_size // c.num_attention_heads),
+)
 SILU = ("hidden_act must be silu", _silu)
 GELU = ("hidden_act must be gelu_pytorch_tanh", _gelu)
-LLAMA = Architecture("llama", PRE_NORM | ATTENTION | MLP, interleaved_rope=True, fixed=(SILU,))
+LLAMA_ROPE = ("default", "linear", "yarn", "llama3")
+LLAMA = Architecture("llama", PRE_NORM | ATTENTION | MLP, interleaved_rope=True, rope_types=LLAMA_ROPE, fixed=(SILU,))
 
-QWEN2_VL = Architecture("qwen2vl", PRE_NORM | ATTENTION | MLP, fixed=(SILU,))
+QWEN2_VL = Architecture("qwen2vl", PRE_NORM | ATTENTION | MLP, fixed=(SILU, HEADS_FILL))
 GEMMA_3 = Architecture(
     "gemma3",
     SANDWICH_NORM | ATTENTION | QK_NORM | MLP,
@@ -102,6 +114,8 @@ GEMMA_3 = Architecture(
     windowed=True,
     fixed=(
         GELU,
+        NO_BIAS,
+        ("attention must have no soft cap", lambda c: not c.attn_logit_softcapping),
         ("query_pre_attn_scalar must be the head's size", _gemma_scale(62)),
         ("every sixth layer, and no other, must be a full one", lambda c: _every(6, c)),
     ),
@@ -116,27 +130,29 @@ ARCHITECTURES = {
         PRE_NORM | ATTENTION | {"block_sparse_moe.gate": "ffn_gate_inp"} | MIXTRAL_EXPERTS,
         interleaved_rope=True,
         keys=LOCAL_MOE,
+        rope_types=LLAMA_ROPE,
         fixed=(SILU,),
     ),
-    "Qwen2ForCausalLM": Architecture("qwen2", PRE_NORM | ATTENTION | MLP, fixed=(SILU,)),
+    "Qwen2ForCausalLM": Architecture("qwen2", PRE_NORM | ATTENTION | MLP, fixed=(SILU, HEADS_FILL)),
     "Qwen2VLForConditionalGeneration": QWEN2_VL,
     "Qwen2_5_VLForConditionalGeneration": QWEN2_VL,
-    "Qwen3VLForConditionalGeneration": Architecture("qwen3vl", PRE_NORM | ATTENTION | QK_NORM | MLP, fixed=(SILU,)),
+    "Qwen3VLForConditionalGeneration": Architecture("qwen3vl", PRE_NORM | ATTENTION | QK_NORM | MLP, fixed=(SILU, NO_BIAS)),
     "LlavaForConditionalGeneration": LLAMA,
     "Mistral3ForConditionalGeneration": LLAMA,
     "Gemma3ForConditionalGeneration": GEMMA_3,
-    "Qwen3ForCausalLM": Architecture("qwen3", PRE_NORM | ATTENTION | QK_NORM | MLP, fixed=(SILU,)),
+    "Qwen3ForCausalLM": Architecture("qwen3", PRE_NORM | ATTENTION | QK_NORM | MLP, fixed=(SILU, NO_BIAS)),
     "Qwen3MoeForCausalLM": Architecture(
         "qwen3moe",
         PRE_NORM | ATTENTION | QK_NORM | {"mlp.gate": "ffn_gate_inp"} | EXPERTS,
         keys=MOE | {"expert_feed_forward_length": "moe_intermediate_size"},
         fixed=(
             SILU,
+            NO_BIAS,
             ("norm_topk_prob must be true", lambda c: c.norm_topk_prob),
             ("every layer must have experts", lambda c: c.decoder_sparse_step == 1 and not c.mlp_only_layers),
         ),
     ),
-    "GemmaForCausalLM": Architecture("gemma", PRE_NORM | ATTENTION | MLP, norm_offset=1.0, fixed=(GELU,)),
+    "GemmaForCausalLM": Architecture("gemma", PRE_NORM | ATTENTION | MLP, norm_offset=1.0, fixed=(GELU, NO_BIAS)),
     "Gemma2ForCausalLM": Architecture(
         "gemma2",
         SANDWICH_NORM | ATTENTION | MLP,
@@ -145,6 +161,8 @@ ARCHITECTURES = {
         windowed=True,
         fixed=(
             GELU,
+            NO_BIAS,
+            ("both soft caps must be set", lambda c: c.attn_logit_softcapping and c.final_logit_softcapping),
             ("query_pre_attn_scalar must be the head's size", _gemma_scale(46)),
             ("sliding and full layers must alternate, sliding first", lambda c: _every(2, c)),
         ),
@@ -155,10 +173,11 @@ ARCHITECTURES = {
         PRE_NORM
         | {"self_attn.qkv_proj": "attn_qkv", "self_attn.o_proj": "attn_output"}
         | {"mlp.gate_up_proj": "ffn_up", "mlp.down_proj": "ffn_down"},
-        fixed=(SILU,),
+        rope_types=("default", "linear", "longrope"),
+        fixed=(SILU, HEADS_FILL),
     ),
     "GraniteForCausalLM": Architecture(
-        "granite", PRE_NORM | ATTENTION | MLP, interleaved_rope=True, keys=GRANITE, fixed=(SILU,)
+        "granite", PRE_NORM | ATTENTION | MLP, interleaved_rope=True, keys=GRANITE, rope_types=LLAMA_ROPE, fixed=(SILU,)
     ),
     "SmolLM3ForCausalLM": Architecture(
         "smollm3",
@@ -166,13 +185,14 @@ ARCHITECTURES = {
         interleaved_rope=True,
         fixed=(
             SILU,
+            NO_BIAS,
             (
                 "every fourth layer, and no other, must be without rotary embedding",
                 lambda c: list(c.no_rope_layers) == [int((i + 1) % 4 != 0) for i in range(c.num_hidden_layers)],
             ),
         ),
     ),
-    "Olmo2ForCausalLM": Architecture("olmo2", POST_NORM | ATTENTION | QK_NORM | MLP, fixed=(SILU,)),
+    "Olmo2ForCausalLM": Architecture("olmo2", POST_NORM | ATTENTION | QK_NORM | MLP, fixed=(SILU, NO_BIAS, HEADS_FILL)),
     "GptOssForCausalLM": Architecture(
         "gpt-oss",
         {"input_layernorm": "attn_norm", "post_attention_layernorm": "post_attention_norm"}
@@ -193,7 +213,10 @@ ARCHITECTURES = {
             "mlp.experts.down_proj": (("ffn_down_exps.weight", lambda w: w.transpose(1, 2)),),
             "mlp.experts.down_proj_bias": (("ffn_down_exps.bias", lambda b: b),),
         },
-        fixed=(("sliding and full layers must alternate, sliding first", lambda c: _every(2, c)),),
+        fixed=(
+            ("attention_bias must be true", lambda c: c.attention_bias),
+            ("sliding and full layers must alternate, sliding first", lambda c: _every(2, c)),
+        ),
     ),
 }
 

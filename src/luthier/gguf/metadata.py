@@ -100,8 +100,10 @@ def _rope(architecture: Architecture, config: PreTrainedConfig) -> dict[str, Val
     if architecture.name == "phi3":  # llama.cpp insists on it
         keys["rope.scaling.original_context_length"] = _original_length(rope, config)
     kind = rope["rope_type"]
-    if kind not in _SCALING:
-        raise UnsupportedError(f"GGUF export does not cover rope_type {kind!r}. Covered: {', '.join(_SCALING)}.")
+    if kind not in architecture.rope_types:
+        raise UnsupportedError(
+            f"llama.cpp does not have rope_type {kind!r} in {architecture.name}. It has {', '.join(architecture.rope_types)}."
+        )
     return keys | _SCALING[kind](rope, config)
 
 
