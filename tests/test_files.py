@@ -48,6 +48,42 @@ def test_a_directory_takes_the_place_of_the_old_one(tmp_path):
     assert contents(tmp_path) == {"model"}
 
 
+def test_other_weights_are_not_stale(tmp_path):
+    for name in ("model.safetensors", "mine.safetensors"):
+        (tmp_path / name).write_text("kept")
+    with files.atomic_directory(tmp_path) as place:
+        (place / "adapter_model.safetensors").write_text("new")
+    assert contents(tmp_path) == {"model.safetensors", "mine.safetensors", "adapter_model.safetensors"}
+
+
+def test_a_link_is_followed(tmp_path):
+    (tmp_path / "disk" / "model").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "model")
+    with files.atomic_directory(tmp_path / "link") as place:
+        (place / "config.json").write_text("new")
+        assert place.parent == tmp_path / "disk", "on the disk that it will be on"
+    assert (tmp_path / "link").is_symlink() and contents(tmp_path / "disk" / "model") == {"config.json"}
+
+
+@pytest.mark.parametrize("reason", ["mounted", "working directory"])
+def test_a_directory_that_cannot_be_renamed_is_filled(tmp_path, monkeypatch, reason):
+    volume = tmp_path / "volume"
+    volume.mkdir()
+    for name in ("model-00001-of-00002.safetensors", "mine.txt", "config.json"):
+        (volume / name).write_text("old")
+    before = volume.stat().st_ino
+    if reason == "mounted":
+        monkeypatch.setattr(Path, "is_mount", lambda path: path == volume)
+    else:
+        monkeypatch.chdir(volume)
+    with files.atomic_directory("." if reason == "working directory" else volume) as place:
+        (place / "model.safetensors").write_text("new")
+        (place / "config.json").write_text("new")
+        assert (volume / "config.json").read_text() == "old" and place.is_relative_to(volume)
+    assert volume.stat().st_ino == before and contents(volume) == {"model.safetensors", "mine.txt", "config.json"}
+    assert (volume / "config.json").read_text() == "new"
+
+
 def test_a_failed_directory_leaves_the_old_one(tmp_path):
     old = tmp_path / "model"
     old.mkdir()

@@ -14,13 +14,13 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
+WEIGHTS = "model*.safetensors*"  # of a whole model: its shards and their index
 
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it is fsynced and renamed to ``path``, on error removed."""
-    path = Path(path)
+    path = _followed(path)
     make_directory(path.parent)
     with _explained(path):
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
@@ -38,12 +38,14 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 def atomic_directory(path: str | Path) -> Iterator[Path]:
     """Yield a temporary directory beside ``path``; on success it takes the place of ``path``, on error it is removed.
 
-    Files already in ``path`` that were not written again are kept, except model weights, which would be stale.
+    Files already in ``path`` that were not written again are kept, except the weights of a model that was written again. A
+    directory that cannot be renamed (a mounted volume, the working directory) is filled file by file, weights first.
     """
-    path = Path(path)
+    path = _followed(path)
     make_directory(path.parent)
+    fixed = _stays_in_place(path)
     with _explained(path):
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path if fixed else path.parent))
     os.chmod(temporary, 0o777 & ~_umask())
     try:
         with _explained(path):
@@ -51,9 +53,14 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
             for file in temporary.rglob("*"):
                 if file.is_file():
                     _fsync(file)
-            if path.exists():
+            if fixed:
+                _move_into(path, temporary)
+            elif path.exists():
                 _keep_other_files(path, temporary)
-            _swap(temporary, path)
+                _exchange(temporary, path)
+            else:
+                os.rename(temporary, path)
+            _fsync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -94,8 +101,33 @@ def _publish(temporary: Path, path: Path) -> None:
     _fsync(path.parent)
 
 
+def _followed(path: str | Path) -> Path:
+    """The place that links lead to, so that a link stays one and the disk behind it is the one that is written."""
+    return Path(path).resolve()
+
+
+def _stays_in_place(directory: Path) -> bool:
+    if not directory.is_dir():
+        return False
+    return directory.is_mount() or Path.cwd().is_relative_to(directory) or not os.access(directory.parent, os.W_OK)
+
+
+def _move_into(directory: Path, new: Path) -> None:
+    for file in _stale(directory, new):
+        file.unlink()
+    for entry in sorted(new.iterdir(), key=lambda entry: not entry.match(WEIGHTS)):
+        if entry.is_dir():
+            shutil.rmtree(directory / entry.name, ignore_errors=True)
+        os.replace(entry, directory / entry.name)
+
+
+def _stale(old: Path, new: Path) -> list[Path]:
+    """The weights in ``old`` that those in ``new``, if there are any, take the place of."""
+    return list(old.glob(WEIGHTS)) if any(new.glob(WEIGHTS)) else []
+
+
 def _keep_other_files(old: Path, new: Path) -> None:
-    stale = {file for pattern in WEIGHT_PATTERNS for file in old.glob(pattern)}
+    stale = _stale(old, new)
     for entry in old.iterdir():
         if entry not in stale and not (new / entry.name).exists():
             shutil.copytree(entry, new / entry.name, copy_function=_link) if entry.is_dir() else _link(entry, new / entry.name)
@@ -108,15 +140,11 @@ def _link(source: str | Path, target: str | Path) -> None:
         shutil.copy2(source, target)
 
 
-def _swap(temporary: Path, path: Path) -> None:
-    if not path.exists():
-        os.rename(temporary, path)
-    else:
-        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-        os.rename(path, aside / path.name)
-        os.rename(temporary, path)
-        shutil.rmtree(aside)
-    _fsync(path.parent)
+def _exchange(temporary: Path, path: Path) -> None:
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+    os.rename(path, aside / path.name)
+    os.rename(temporary, path)
+    shutil.rmtree(aside)
 
 
 def _fsync(path: Path) -> None:
