@@ -241,6 +241,15 @@ def test_a_failed_save_leaves_what_was_there(trained, tmp_path, monkeypatch, sav
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.parametrize("save_method", ["merged_16bit", "merged_4bit"])
+def test_weights_that_are_not_numbers_are_not_saved(trained, tmp_path, save_method):
+    model, tokenizer = trained
+    model.get_parameter("base_model.model.model.layers.1.mlp.up_proj.lora_B.default.weight").data[3, 2] = float("nan")
+    with pytest.raises(ValueError, match="model.layers.1.mlp.up_proj.weight.*NaN"):
+        save_pretrained_merged(model, tmp_path / "out", tokenizer, save_method=save_method)
+    assert not list(tmp_path.iterdir())
+
+
 def test_saving_again_leaves_no_stale_shards(trained, tmp_path):
     model, tokenizer = trained
     save_pretrained_merged(model, tmp_path / "out", tokenizer, max_shard_size="60KB")

@@ -219,7 +219,13 @@ class Merge:
         """Every tensor of the merged checkpoint, on the CPU; ``rounded=False`` leaves merged ones in fp32."""
         for group in self.groups:
             for name, value in self._group(group).items():
-                yield name, (value.to(self.dtypes[name]) if rounded else value).contiguous()
+                value = value.to(self.dtypes[name]) if rounded else value
+                if value.is_floating_point() and not value.isfinite().all():
+                    raise ValueError(
+                        f"{name} of the merged model holds NaN or infinite values in {value.dtype}: the base or the adapter is "
+                        "damaged, or its training diverged. Save an earlier checkpoint."
+                    )
+                yield name, value.contiguous()
 
     def _group(self, group: Group) -> dict[str, Tensor]:
         slots = {name: self.slots[name] for name in group.parameters}
