@@ -144,6 +144,14 @@ def test_lora_saves_the_adapter_with_its_base_and_tokenizer(trained, tmp_path, b
     assert torch.equal(again.eval()(IDS).logits, model(IDS).logits)
 
 
+def test_an_adapter_may_be_saved_beside_its_base(base, tmp_path):
+    own = shutil.copytree(base, tmp_path / "own")
+    model, tokenizer = load_model(own)
+    save_pretrained_merged(get_peft_model(model, r=4), own, tokenizer, save_method="lora")
+    again, _ = load_model(own)
+    assert again.luthier.base_path == own and "default" in again.peft_config
+
+
 def test_an_adapter_of_a_grown_vocabulary_comes_back_whole(base, tmp_path):
     model, tokenizer = load_model(base, resize_model_vocab=500, load_in_16bit=True)
     model = get_peft_model(model, r=2)
@@ -162,6 +170,12 @@ def test_wrong_arguments_are_named(trained, tmp_path, base):
         save_pretrained_merged(model, tmp_path / "out", tokenizer, base="16")
     with pytest.raises(ValueError, match="is the base model"):
         save_pretrained_merged(model, base, tokenizer)
+    save_pretrained_merged(model, tmp_path / "adapter", tokenizer, save_method="lora")
+    with pytest.raises(ValueError, match="holds an adapter"):
+        save_pretrained_merged(model, tmp_path / "adapter", tokenizer)
+    save_pretrained_merged(model, tmp_path / "model", tokenizer)
+    with pytest.raises(ValueError, match="holds a whole model"):
+        save_pretrained_merged(model, tmp_path / "model", tokenizer, save_method="lora")
     plain, _ = load_model(base, full_finetuning=True)
     with pytest.raises(ValueError, match="has none"):
         save_pretrained_merged(plain, tmp_path / "out", tokenizer, save_method="lora")
@@ -228,7 +242,7 @@ def test_a_failed_save_leaves_what_was_there(trained, tmp_path, monkeypatch, sav
         trouble = disk_full_at_the_end  # peft writes the adapter, through other calls
     model, tokenizer = trained
     out = tmp_path / "out"
-    save_pretrained_merged(model, out, tokenizer)
+    save_pretrained_merged(model, out, tokenizer, save_method=save_method)
     before = snapshot(tmp_path)
     with monkeypatch.context() as patch, pytest.raises(OSError, match="out") as error:
         trouble(patch)

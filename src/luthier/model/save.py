@@ -18,7 +18,7 @@ from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, 
 from luthier.data.chat import strip_generation_marks
 from luthier.errors import unknown
 from luthier.files import atomic_directory, require_space
-from luthier.model.checkpoint import HUB_NAME
+from luthier.model.checkpoint import HUB_NAME, INDEX, SINGLE, is_adapter
 from luthier.model.merge import BASES, Base, Merge
 from luthier.model.shards import parse_size, room_for, write_shards
 from luthier.ops.nf4 import dequantise, quantised
@@ -131,8 +131,14 @@ def _check(model: nn.Module, directory: Path, save_method: str, base: str, max_s
         raise unknown("base", base, BASES)
     parse_size(max_shard_size)
     info = getattr(model, "luthier", None)
-    if info is not None and save_method != "lora" and directory.exists() and directory.resolve() == info.base_path.resolve():
-        raise ValueError(f"{directory} is the base model that is merged onto. Choose another output directory.")
+    is_base = info is not None and directory.resolve() == info.base_path.resolve()
+    if save_method != "lora":
+        if is_base:
+            raise ValueError(f"{directory} is the base model that is merged onto. Choose another output directory.")
+        if is_adapter(directory):
+            raise ValueError(f"{directory} holds an adapter, which a model beside it would hide. Choose another directory.")
+    elif not is_base and ((directory / SINGLE).exists() or (directory / INDEX).exists()):
+        raise ValueError(f"{directory} holds a whole model, and not the base of this adapter. Choose another directory.")
 
 
 def _save_merged(
