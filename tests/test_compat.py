@@ -423,6 +423,76 @@ VISION = """
     print("DONE", trainer_stats.training_loss)
 """
 
+OLLAMA = """
+    import sys
+    from unsloth import FastModel, is_bfloat16_supported, to_sharegpt, standardize_sharegpt, apply_chat_template
+    model, tokenizer = FastModel.from_pretrained(
+        model_name = sys.argv[1], max_seq_length = 256, load_in_4bit = True, load_in_8bit = False, full_finetuning = False,
+    )
+    model = FastModel.get_peft_model(
+        model,
+        finetune_vision_layers     = False, # Turn off for just text!
+        finetune_language_layers   = True,  # Should leave on!
+        finetune_attention_modules = True,  # Attention good for GRPO
+        finetune_mlp_modules       = True,  # Should leave on always!
+        r = 8, lora_alpha = 8, lora_dropout = 0, bias = "none", random_state = 3407,
+    )
+    from datasets import Dataset
+    dataset = Dataset.from_list([
+        {"instruction": f"Add 1 to {n}.", "input": "" if n % 2 else "Quickly.", "output": str(n + 1)} for n in range(8)
+    ])
+    dataset = to_sharegpt(
+        dataset,
+        merged_prompt = "{instruction}[[\\nYour input is:\\n{input}]]",
+        output_column_name = "output",
+        conversation_extension = 2, # Select more to handle longer conversations
+    )
+    dataset = standardize_sharegpt(dataset)
+    chat_template = '''Below are some instructions that describe some tasks.
+
+    ### Instruction:
+    {INPUT}
+
+    ### Response:
+    {OUTPUT}'''
+    dataset = apply_chat_template(
+        dataset,
+        tokenizer = tokenizer,
+        chat_template = chat_template,
+        # default_system_message = "You are a helpful assistant", << [OPTIONAL]
+    )
+    assert dataset[0]["text"].count("### Response:") == 2
+    from trl import SFTTrainer, SFTConfig
+    trainer = SFTTrainer(
+        model = model,
+        tokenizer = tokenizer,
+        train_dataset = dataset,
+        eval_dataset = None, # Can set up evaluation!
+        args = SFTConfig(
+            dataset_text_field = "text",
+            per_device_train_batch_size = 2,
+            gradient_accumulation_steps = 1, # Use GA to mimic batch size!
+            warmup_ratio = 0.1,
+            max_steps = 2,
+            learning_rate = 2e-4,
+            logging_steps = 1,
+            optim = "adamw_8bit",
+            fp16 = not is_bfloat16_supported(),
+            bf16 = is_bfloat16_supported(),
+            packing = True,
+            report_to = "none",
+            output_dir = sys.argv[2],
+        ),
+    )
+    trainer.train()
+    messages = [{"role": "user", "content": "Add 1 to 3."}]
+    input_ids = tokenizer.apply_chat_template(messages, add_generation_prompt = True, return_tensors = "pt").to("cuda")
+    from transformers import TextStreamer
+    _ = model.generate(input_ids, streamer = TextStreamer(tokenizer), max_new_tokens = 4, pad_token_id = tokenizer.eos_token_id)
+    model.save_pretrained_gguf(sys.argv[2] + "/model", tokenizer, quantization_method = "q4_k_m")
+    print(tokenizer._ollama_modelfile)
+"""
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
@@ -487,6 +557,10 @@ def test_vision_script(tmp_path, capsys):
     tiny_vision = pytest.importorskip("tiny_vision")
     model = tiny_vision.save_tiny_vision("qwen2_5_vl", tmp_path / "model")
     assert "DONE" in run(tmp_path, capsys, VISION, model, tmp_path)
+
+
+def test_ollama_script(tmp_path, capsys, checkpoint):
+    assert "FROM ./model-Q4_K_M.gguf" in run(tmp_path, capsys, OLLAMA, checkpoint, tmp_path)
 
 
 @pytest.mark.parametrize(

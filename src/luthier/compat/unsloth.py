@@ -174,7 +174,8 @@ def _with_methods(model: Any) -> Any:
     for name in ("save_pretrained_merged", "push_to_hub_merged", "push_to_hub_gguf"):
         setattr(model, name, functools.partial(_save, getattr(model, name)))
     model.save_pretrained_gguf = functools.partial(_save_gguf, model.save_pretrained_gguf)
-    model.fast_generate = functools.partial(_fast_generate, model, tokenizer=model.fast_generate.keywords["tokenizer"])
+    if "fast_generate" in vars(model):  # not on a model that was loaded otherwise
+        model.fast_generate = functools.partial(_fast_generate, model, **model.fast_generate.keywords)
     return model
 
 
