@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from llama_oracle import Llama
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from luthier.errors import UnsupportedError
 from luthier.gguf import ALLOWED_QUANTS, GGUFFile, convert_to_gguf, print_quantization_methods
 from luthier.gguf.convert import read_config, write_gguf
+from luthier.gguf.source import CheckpointSource
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
 LONG = {
@@ -236,6 +239,41 @@ def test_other_bad_input(tmp_path):
         (directory / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(UnsupportedError, match=message):
             convert_to_gguf(directory, tmp_path / "x.gguf", "f16")
+
+
+@pytest.mark.parametrize(
+    "index, message",
+    [
+        ("{", "damaged or not an index"),
+        ("[]", "damaged or not an index"),
+        ('{"weight_map": {"a": 3}}', "damaged or not an index"),
+        ('{"weight_map": {}}', "names no file"),
+        ('{"weight_map": {"a": "../../etc/passwd"}}', "not files of its own directory"),
+    ],
+)
+def test_a_hostile_index_is_refused(index, message, tmp_path):
+    directory = tiny.save_tiny("qwen2", tmp_path / "model")
+    (directory / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ValueError, match=message):
+        convert_to_gguf(directory, tmp_path / "x.gguf", "f16")
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_no_damage_of_a_checkpoint_breaks_the_reader(data, tmp_path):
+    """Any bytes of a safetensors file changed or cut: it reads, or is refused with a ValueError; nothing else."""
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(3, 4), "b": torch.ones(2, dtype=torch.bfloat16)}, path)
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, len(content) - 1))
+        content[place : place + data.draw(st.integers(0, 8))] = data.draw(st.binary(max_size=12))
+    path.write_bytes(content)
+    try:
+        source = CheckpointSource(tmp_path)
+        assert all(tuple(tensor.shape) == source.shapes[name] for name, tensor in source)
+    except ValueError:
+        pass
 
 
 def test_a_full_disk_is_found_before_anything_is_written(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -50,9 +51,11 @@ class CheckpointSource:
                     yield name, weights.get_tensor(name)
 
 
-def _opened(file: Path) -> safe_open:
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[safe_open]:
     try:
-        return safe_open(file, "pt")
+        with safe_open(file, "pt") as weights:
+            yield weights
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged or not a safetensors file ({error}). Download or save it again.") from error
 
@@ -62,11 +65,7 @@ def _weight_files(directory: Path) -> list[Path]:
         raise FileNotFoundError(f"{directory} is not a directory.")
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        files = [directory / name for name in sorted(set(json.loads(index.read_text("utf8"))["weight_map"].values()))]
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise FileNotFoundError(f"{directory} lacks {', '.join(missing)}, which its index names.")
-        return files
+        return _indexed_files(index)
     if (directory / "model.safetensors").is_file():
         return [directory / "model.safetensors"]
     if (directory / "adapter_model.safetensors").is_file():
@@ -75,3 +74,18 @@ def _weight_files(directory: Path) -> list[Path]:
     if pickles:
         raise ValueError(f"{directory} has its weights as pickles ({pickles[0]}), which are never read. Use safetensors.")
     raise FileNotFoundError(f"{directory} has no model.safetensors.")
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    """The shards that an index names, all of them in its own directory."""
+    try:
+        names = sorted(set(json.loads(index.read_text("utf8"))["weight_map"].values()))
+        strange = [name for name in names if Path(name).name != name]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is damaged or not an index of safetensors ({error!r}).") from error
+    if strange or not names:
+        raise ValueError(f"{index} names {strange[0] if strange else 'no file'}, not files of its own directory.")
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{index.parent} lacks {', '.join(missing)}, which its index names.")
+    return [index.parent / name for name in names]

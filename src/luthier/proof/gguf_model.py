@@ -229,7 +229,7 @@ class GGUFModel:
         return x if weight is None else F.rms_norm(x, weight.shape, weight, self.epsilon)
 
     def _tensor(self, name: str) -> torch.Tensor:
-        return load_tensor(self.file, name).to(self.device)
+        return load_tensor(self.file, name, self.device)
 
     def _get(self, key: str, *default: Any) -> Any:
         full = f"{self.name}.{key}"
