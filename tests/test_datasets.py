@@ -130,6 +130,10 @@ def test_reads_the_files_of_a_split_in_a_directory(tmp_path):
         ("a.csv", "a,b\n1,2,3\n", ValueError, "Expected 2 columns, got 3"),
         ("a.parquet", "PAR1", ValueError, "not a Parquet file"),
         ("a.txt", "hello", ValueError, "unknown kind '.txt'. Allowed: .jsonl"),
+        ("a.jsonl", '{"a": 1}\n{"a": "\\ud83d\\ude00 \\ud83d"}', ValueError, "line 2: half of a character"),
+        ("a.json", "[" * 100_000, ValueError, "nested too deeply"),
+        ("a.jsonl", '{"a":' + "[" * 900 + "]" * 900 + "}", ValueError, "nested too deeply"),
+        ("a.csv", "a,b,a\n1,2,3\n", ValueError, "two columns named 'a'"),
     ],
 )
 def test_says_what_is_wrong_with_a_file(tmp_path, name, content, error, message):
@@ -527,6 +531,10 @@ def test_all_rows_masked_shows_a_row_and_what_was_looked_for(ids):
         (Dataset.from_list([{"text": "a"}, {"text": None}]), {"train_on": "all"}, "row 2: 'text' is missing"),
         (Dataset.from_list([{"input_ids": [1, 2], "labels": [1]}]), {}, "row 1: it has 2 input_ids but 1 values in labels"),
         (Dataset.from_dict({"messages": [CHAT], "tools": ["{"]}), {}, "row 1: its 'tools' are not JSON"),
+        (Dataset.from_list([{"input_ids": "abc"}]), {}, "row 1: its input_ids must be a list of whole numbers"),
+        (Dataset.from_list([{"input_ids": [1.5]}]), {}, "row 1: its input_ids must be a list of whole numbers"),
+        (Dataset.from_list([{"input_ids": [5, -1]}]), {}, "row 1: its input_ids go from -1 to 5"),
+        (Dataset.from_list([{"input_ids": [1, 2], "labels": [-1, 2]}]), {}, "row 1: its labels hold -1"),
     ],
 )
 def test_prepare_names_bad_rows_and_arguments(rows, options, reason):

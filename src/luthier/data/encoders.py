@@ -5,6 +5,7 @@ They return None for a row whose answers are all empty: trained on, it would tea
 
 from __future__ import annotations
 
+import operator
 import os.path
 from collections.abc import Callable
 from functools import partial
@@ -50,13 +51,26 @@ def _text_mask(tokenizer: Any) -> ResponseMask:
 
 def _encode_ids(row: Row, mask: ResponseMask | None) -> Encoded:
     """Rows that were tokenised elsewhere, with labels or masks, or what ``mask`` finds, or all tokens."""
-    ids = row["input_ids"]
+    ids = _token_ids(row["input_ids"])
     labels = row["labels"] if row.get("labels") is not None else mask(ids) if mask else ids
     masks = [row[name] for name in MASK_COLUMNS if row.get(name) is not None]
     for name, values in [("labels", labels), *zip(MASK_COLUMNS, masks, strict=False)]:
         if len(values) != len(ids):
             raise ValueError(f"it has {len(ids)} input_ids but {len(values)} values in {name}")
+    strange = next((label for label in labels if label < 0 and label != IGNORED), None)
+    if strange is not None:
+        raise ValueError(f"its labels hold {strange}: give the id of a token, or {IGNORED} for one that does not train")
     return ids, [label if all(bits) else IGNORED for label, *bits in zip(labels, *masks, strict=True)]
+
+
+def _token_ids(ids: Any) -> list[int]:
+    try:
+        ids = [*map(operator.index, ids)]
+    except TypeError as error:
+        raise ValueError(f"its input_ids must be a list of whole numbers, but are {shown(ids)}") from error
+    if ids and not 0 <= min(ids) <= max(ids) < 2**31:
+        raise ValueError(f"its input_ids go from {min(ids)} to {max(ids)}, which are no token ids")
+    return ids
 
 
 def _encode_text(row: Row, tokenizer: Any, mask: ResponseMask | None, stops: tuple[str, ...]) -> Encoded:

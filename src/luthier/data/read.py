@@ -24,6 +24,7 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")
 SCALARS = {type(None): "null", str: "text", bool: "true/false", int: "a whole number", float: "a number"}
 ARROW_TYPES = {"null": "string", "text": "string", "true/false": "bool", "a whole number": "int64", "a number": "float64"}
 NULL, EMPTY_LIST, LIST_OF, MIXED = "null", "an empty list", "a list of ", "mixed"
+HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]..")  # JSON spells an emoji as two of these
 CHUNK = 10_000
 
 
@@ -57,7 +58,10 @@ def _read_file(path: Path, split: str) -> Dataset:
         raise ValueError(f"{path} is of an unknown kind {path.suffix!r}. Allowed: {', '.join(READERS)}.")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty: it must hold at least one row.")
-    dataset = reader(path, split)
+    try:
+        dataset = reader(path, split)
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply to be rows of a dataset.") from error
     if len(dataset) == 0:
         raise ValueError(f"{path} holds no rows: it must hold at least one.")
     return dataset
@@ -143,7 +147,11 @@ def _lines(path: Path) -> Iterator[tuple[str, object]]:
 
 
 def _loads(text: str) -> object:
-    return json.loads(text, parse_constant=_no_constant)
+    value = json.loads(text, parse_constant=_no_constant)
+    escape = HALF_CHARACTER.search(text)
+    if escape and any("\ud800" <= character <= "\udfff" for character in json.dumps(value, ensure_ascii=False)):
+        raise json.JSONDecodeError("half of a character, a surrogate without its other half", text, escape.start())
+    return value
 
 
 def _no_constant(name: str) -> None:
@@ -249,6 +257,8 @@ def _read_delimited(path: Path, split: str) -> Dataset:
     try:
         with pyarrow.csv.open_csv(path, parse_options=parse) as head:
             names = head.schema.names
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"{path} has two columns named {twice[0]!r}: rename one of them.")
         convert = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(names, pyarrow.string()), strings_can_be_null=False)
         return Dataset(pyarrow.csv.read_csv(path, parse_options=parse, convert_options=convert))
     except pyarrow.ArrowInvalid as error:
