@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -24,7 +25,7 @@ from luthier.model.dial import Shape
 from luthier.ops.backend import has_kernels
 from luthier.ops.gated_mlp import ACTIVATIONS
 from luthier.ops.lora_linear import Part, Projection
-from luthier.ops.nf4 import quantised
+from luthier.ops.nf4 import Quantised, quantised
 from luthier.ops.rms_norm import rms_norm
 from luthier.ops.rotary import half_tables
 
@@ -209,28 +210,26 @@ def read_part(module: nn.Module) -> Part:
     """A linear layer with the adapter that is active on it now."""
     _check_hooks(module)
     if not isinstance(module, LoraLayer):
-        weight, bias = _weight(module)
-        return Part(weight, bias)
-    base = module.get_base_layer()
+        return Part(*_weight(module))
+    base, merged, disabled, adapters = module.get_base_layer(), module.merged, module.disable_adapters, module.lora_A
     _check_hooks(base)
     weight, bias = _weight(base)
-    if module.merged and module.disable_adapters:
+    if merged and disabled:
         raise Unfused("a merged adapter is disabled")
-    if module.merged or module.disable_adapters:
-        return Part(weight, bias)
-    active = [name for name in module.active_adapters if name in module.lora_A]
-    if len(active) > 1:
-        raise Unfused(f"several adapters are active: {', '.join(active)}")
+    active = [] if merged or disabled else [name for name in module.active_adapters if name in adapters]
     if not active:
         return Part(weight, bias)
+    if len(active) > 1:
+        raise Unfused(f"several adapters are active: {', '.join(active)}")
     name = active[0]
     if name in module.lora_variant:
         raise Unfused(f"the adapter {name!r} is a variant of LoRA (DoRA or another)")
-    if module.lora_dropout[name].p if isinstance(module.lora_dropout[name], nn.Dropout) else 0.0:
+    dropout = module.lora_dropout[name]
+    if isinstance(dropout, nn.Dropout) and dropout.p:
         raise Unfused("the adapter has dropout")
     if module.lora_bias.get(name):
         raise Unfused("the adapter has a bias of its own")
-    a, b = module.lora_A[name], module.lora_B[name]
+    a, b = adapters[name], module.lora_B[name]
     _check_hooks(a)
     _check_hooks(b)
     return Part(weight, bias, a.weight, b.weight, module.scaling[name])
@@ -250,20 +249,21 @@ def _eps(norm: nn.Module) -> float:
     return norm.eps if hasattr(norm, "eps") else norm.variance_epsilon  # transformers has both names
 
 
-def _weight(linear: nn.Module) -> tuple[Tensor | object, Tensor | None]:
-    kind = type(linear).__name__
-    if linear.weight.requires_grad or (linear.bias is not None and linear.bias.requires_grad):
+def _weight(linear: nn.Module) -> tuple[Tensor | Quantised, Tensor | None]:
+    weight, bias = linear.weight, linear.bias
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
         raise Unfused("its base weights are trained")
     if type(linear) is nn.Linear:
-        return linear.weight, linear.bias
-    if kind != "Linear4bit" or getattr(linear.weight, "quant_state", None) is None:
-        raise Unfused(f"it holds a layer of kind {kind}")
-    weight = linear.weight.__dict__.get("luthier_quantised")
-    if weight is None or weight.packed.data_ptr() != linear.weight.data_ptr():
-        weight = linear.weight.luthier_quantised = quantised(linear.weight)
-    if weight.packed.device.type == "cpu" and weight.shape[1] % weight.blocksize:
+        return weight, bias
+    if type(linear).__name__ != "Linear4bit":
+        raise Unfused(f"it holds a layer of kind {type(linear).__name__}")
+    fix_4bit_weight_quant_state_from_module(linear)  # FSDP2 hands out plain parameters; bitsandbytes' own forward does this
+    known, state = weight.__dict__.get("luthier_quantised"), weight.quant_state
+    if known is None or known.absmax is not state.absmax or known.packed.data_ptr() != weight.data_ptr():
+        known = weight.luthier_quantised = quantised(weight)
+    if known.packed.device.type == "cpu" and known.shape[1] % known.blocksize:
         raise Unfused("its width is no multiple of the 4-bit block, where bitsandbytes' CPU kernel takes other scales")
-    return weight, linear.bias
+    return known, bias
 
 
 def _window(attention: nn.Module, spec: Spec) -> int | None:
@@ -311,8 +311,11 @@ def _check_structure(layer: nn.Module, spec: Spec) -> None:
 
 
 def _check_hooks(module: nn.Module) -> None:
+    replaced = "forward" in module.__dict__
+    if not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or replaced):
+        return
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values(), *module._backward_hooks.values()]
-    if any(hook.__module__ != CAPTURES for hook in hooks) or "forward" in module.__dict__:
+    if replaced or any(hook.__module__ != CAPTURES for hook in hooks):
         raise Unfused(f"hooks are attached to one of its {type(module).__name__}")
 
 
