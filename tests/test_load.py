@@ -257,7 +257,7 @@ def test_mxfp4_experts_are_dequantised_with_a_warning(checkpoints, tmp_path):
 
 
 def test_an_unknown_argument_is_named_with_its_nearest(checkpoints):
-    with pytest.raises(ValueError, match="'load_in_4bits'.*Did you mean 'load_in_4bit'"):
+    with pytest.raises(TypeError, match="'load_in_4bits'.*Did you mean 'load_in_4bit'"):
         load_model(checkpoints(), load_in_4bits=True)
 
 

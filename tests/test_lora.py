@@ -5,7 +5,9 @@ import warnings
 import pytest
 import tiny
 import torch
+from datasets import Dataset
 from transformers import AutoModelForCausalLM
+from trl import SFTConfig, SFTTrainer
 
 from luthier.errors import UnsupportedError
 from luthier.model.experts import ExpertsLora, Nf4Experts
@@ -187,19 +189,23 @@ def test_a_loaded_adapter_may_be_asked_for_again(checkpoints, tmp_path):
         ({"r": 0}, ValueError, "r is 0.*at least 1"),
         ({"r": -4}, ValueError, "r is -4"),
         ({"r": 2.5}, TypeError, "2.5"),
+        ({"lora_alpha": "16"}, TypeError, "lora_alpha must be a number, not '16'"),
+        ({"use_dora": "yes"}, TypeError, "use_dora must be True or False, not 'yes'"),
         ({"lora_alpha": 0}, ValueError, "lora_alpha is 0"),
         ({"lora_dropout": 1.0}, ValueError, "lora_dropout is 1.0"),
         ({"bias": "some"}, ValueError, "'some'.*all, lora_only, none"),
         ({"target_modules": ["q_prj"]}, ValueError, "'q_prj'.*Did you mean 'q_proj'.*down_proj, gate_proj, k_proj"),
         ({"target_modules": "q_proj"}, ValueError, "regular expression.*q_proj"),
+        ({"target_modules": "(q_proj"}, ValueError, "'\\(q_proj' is no regular expression"),
         ({"target_modules": []}, ValueError, "nothing to train"),
+        ({"rank_pattern": {"q_prj": 4}}, ValueError, "rank_pattern 'q_prj'.*Did you mean 'q_proj'"),
         ({"modules_to_save": ["lm_haed"]}, ValueError, "'lm_haed'.*Did you mean 'lm_head'"),
         ({"modules_to_save": "lm_head"}, TypeError, "list"),
         ({"target_parameters": ["mlp.experts.down_proj"]}, ValueError, "target parameter"),
         ({"layers_to_transform": [2]}, ValueError, "layers 0 to 1"),
         ({"finetune_last_n_layers": 3}, ValueError, "has 2 layers"),
         ({"finetune_last_n_layers": 1, "layers_to_transform": [0]}, ValueError, "choose one"),
-        ({"lora_alfa": 3}, ValueError, "'lora_alfa'.*Did you mean 'lora_alpha'"),
+        ({"lora_alfa": 3}, TypeError, "'lora_alfa'.*Did you mean 'lora_alpha'"),
         ({"loftq_config": {"loftq_bits": 4}}, UnsupportedError, "quantised already"),
         ({"init_lora_weights": "loftq"}, UnsupportedError, "quantised already"),
         ({"init_lora_weights": "pissa"}, UnsupportedError, "'pissa' changes the base"),
@@ -212,6 +218,25 @@ def test_a_wrong_argument_is_named_before_the_model_changes(checkpoints, argumen
     with pytest.raises(kind, match=words):
         get_peft_model(model, **arguments)
     assert [name for name, _ in model.named_modules()] == names
+
+
+def test_what_is_no_model_is_a_type_error():
+    with pytest.raises(TypeError, match="got str"):
+        get_peft_model("model")
+
+
+def test_the_adapter_stays_in_fp32_under_trls_own_trainer(checkpoints, tmp_path):
+    model, tokenizer = load_model(checkpoints())
+    model = get_peft_model(model, r=4, task_type="CAUSAL_LM", modules_to_save=["lm_head"])
+    arguments = {"max_steps": 1, "report_to": "none", "save_strategy": "no", "use_cpu": True, "bf16": False}
+    rows = Dataset.from_list([{"text": "How are you?"}] * 2)
+    trainer = SFTTrainer(model, SFTConfig(str(tmp_path), **arguments), train_dataset=rows, processing_class=tokenizer)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert {parameter.dtype for parameter in trained} == {torch.bfloat16}  # TRL's doing
+    trainer.train()
+    assert {parameter.dtype for parameter in trained} == {torch.float32}
+    states = [state["exp_avg"] for state in trainer.optimizer.optimizer.state.values()]
+    assert len(states) == len(trained) and {state.dtype for state in states} == {torch.float32}
 
 
 def test_dora_on_a_layer_that_peft_would_read_wrongly_is_refused(tmp_path, monkeypatch):

@@ -44,8 +44,9 @@ class FastLanguageModel:
     @staticmethod
     @functools.wraps(get_peft_model)
     def get_peft_model(model: PreTrainedModel, *args: Any, **kwargs: Any) -> PeftModel:
+        adapted = accelerate(get_peft_model(model, *args, **kwargs))
         tokenizer = model.fast_generate.keywords["tokenizer"] if "fast_generate" in model.__dict__ else None
-        return _with_methods(accelerate(get_peft_model(model, *args, **kwargs)), tokenizer)
+        return _with_methods(adapted, tokenizer)
 
     @staticmethod
     def for_inference(model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:

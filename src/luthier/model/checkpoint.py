@@ -73,6 +73,8 @@ def locate(
     Raises ``FileNotFoundError`` for a name that is neither, ``NotADirectoryError`` for a file, ``PermissionError`` for a
     gated or private repository, ``ConnectionError`` when a Hub name is not in the local cache and the Hub is out of reach.
     """
+    if not isinstance(name, str | Path):
+        raise TypeError(f"A model is named by its directory or its Hub name, not by {name!r}.")
     path = Path(name).expanduser()
     if path.is_dir():
         return path.resolve()

@@ -177,7 +177,7 @@ def check_options(
     allowed = {*HUB_OPTIONS, *MODEL_OPTIONS, *inspect.signature(load_model).parameters} - {"hf_kwargs"}
     for name in hf_kwargs:
         if name not in allowed:
-            raise unknown("argument", name, allowed)
+            raise TypeError(str(unknown("argument", name, allowed)))
     if hf_kwargs.get("use_safetensors") is False:
         raise ValueError("use_safetensors=False would read pickle, and that can run code. Leave it out.")
     counts = {"max_seq_length": max_seq_length, "max_lora_rank": max_lora_rank, "resize_model_vocab": resize_model_vocab}

@@ -6,12 +6,14 @@ import dataclasses
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import bitsandbytes as bnb
 import peft
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
+from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -19,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from luthier import adapters
 from luthier.errors import UnsupportedError, unknown
 from luthier.model import checkpoint
+from luthier.model.accelerate import base_model
 from luthier.model.checkpointing import checkpointing_mode, set_checkpointing
 from luthier.model.cpu_4bit import is_misread
 from luthier.model.experts import ExpertsLora, Nf4Experts, expert_stacks
@@ -71,9 +74,9 @@ def get_peft_model(
     if not isinstance(model, PeftModel) and getattr(getattr(model, "luthier", None), "precision", None) == "full":
         warnings.warn("full_finetuning=True trains every weight: no adapter is attached.", UserWarning, stacklevel=2)
         return model
-    _check_values(r, lora_alpha, lora_dropout, bias, lora_fields)
+    base = base_model(model)
+    _check_values(r, lora_alpha, lora_dropout, bias, lora_fields, use_rslora=use_rslora, use_dora=use_dora)
     checkpointing_mode(use_gradient_checkpointing)
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
     _check_initialisation(base, init_lora_weights, loftq_config)
 
     groups = _Groups(finetune_vision_layers, finetune_language_layers, finetune_attention_modules, finetune_mlp_modules)
@@ -90,6 +93,8 @@ def get_peft_model(
             "use_dora=True on a 4-bit model on the CPU needs layer widths that are multiples of 64: bitsandbytes expands "
             "others wrongly there. Use load_in_16bit=True, or use_dora=False."
         )
+    for field in ("rank_pattern", "alpha_pattern"):
+        _check_pattern(field, lora_fields.get(field) or {}, [*modules, *stacks])
     saved = _modules_to_save(base, modules_to_save)
     narrow = layers is not None and not groups.has_vision(base)
     config = LoraConfig(
@@ -107,8 +112,7 @@ def get_peft_model(
         ensure_weight_tying=bool(saved) and base.config.get_text_config().tie_word_embeddings and _touches_table(base, saved),
         init_lora_weights=init_lora_weights,
         loftq_config=dict(loftq_config or {}),
-        task_type="CAUSAL_LM",
-        **lora_fields,
+        **{"task_type": "CAUSAL_LM", **lora_fields},
     )
     if isinstance(model, PeftModel):
         return _same_adapter(model, config)
@@ -169,10 +173,21 @@ def _ready(model: PeftModel, use_gradient_checkpointing: bool | str | None) -> P
     for name, parameter in model.named_parameters():
         if ".lora_" in name and parameter.is_floating_point():
             parameter.data = parameter.data.float()
+    trained = [(parameter, parameter.dtype) for parameter in model.parameters() if parameter.requires_grad]
+    model.get_base_model().register_forward_pre_hook(partial(_keep_precision, trained))
     if use_gradient_checkpointing is None:
         info = getattr(model, "luthier", None)
         use_gradient_checkpointing = info.use_gradient_checkpointing if info is not None else "auto"
     return set_checkpointing(model.train(), use_gradient_checkpointing)
+
+
+def _keep_precision(trained: list[tuple[nn.Parameter, torch.dtype]], model: nn.Module, _: object) -> None:
+    """Before a forward in training: undo what every trainer of TRL's does to a quantised model's adapter, a cast to bf16,
+    in which the small steps of an optimizer are lost. It has made no step yet."""
+    if model.training:
+        for parameter, dtype in trained:
+            if parameter.dtype != dtype:
+                parameter.data = parameter.data.to(dtype)
 
 
 def _register_experts(model: PreTrainedModel, config: LoraConfig) -> None:
@@ -197,9 +212,15 @@ def _as_set(value: object) -> object:
     return frozenset(value) if isinstance(value, list | set | tuple) else value or None
 
 
-def _check_values(r: int, lora_alpha: float, lora_dropout: float, bias: str, lora_fields: dict) -> None:
+def _check_values(r: int, lora_alpha: float, lora_dropout: float, bias: str, lora_fields: Mapping, **switches: bool) -> None:
     if isinstance(r, bool) or not isinstance(r, int):
         raise TypeError(f"r must be a whole number, not {r!r}.")
+    for name, value in {"lora_alpha": lora_alpha, "lora_dropout": lora_dropout}.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"{name} must be a number, not {value!r}.")
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, not {value!r}.")
     if r <= 0:
         raise ValueError(f"r is {r}: the rank of an adapter must be at least 1 (usual: 8 to 64).")
     if lora_alpha <= 0:
@@ -211,7 +232,14 @@ def _check_values(r: int, lora_alpha: float, lora_dropout: float, bias: str, lor
     allowed = {field.name for field in dataclasses.fields(LoraConfig) if field.init}
     for name in lora_fields:
         if name not in allowed:
-            raise unknown("argument", name, allowed)
+            raise TypeError(str(unknown("argument", name, allowed)))
+
+
+def _check_pattern(field: str, pattern: Mapping, modules: Sequence[str]) -> None:
+    """Raise ``ValueError`` for a key that no module with an adapter matches: peft would leave it out."""
+    for key in pattern:
+        if not any(get_pattern_key([key], name) == key for name in modules):
+            raise unknown(f"module in {field}", key, _last_parts(modules))
 
 
 def _check_initialisation(model: PreTrainedModel, init: bool | str, loftq_config: Mapping | None) -> None:
@@ -321,7 +349,10 @@ def _chosen_targets(
     if targets is None or targets == "all-linear":
         chosen, chosen_stacks = linears, stacks
     elif isinstance(targets, str):
-        chosen = [name for name in modules if re.fullmatch(targets, name)]
+        try:
+            chosen = [name for name in modules if re.fullmatch(targets, name)]
+        except re.error as error:
+            raise ValueError(f"target_modules={targets!r} is no regular expression: {error}. Give a list of names.") from error
         chosen_stacks = []
         if not chosen:
             raise ValueError(
