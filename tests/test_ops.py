@@ -213,7 +213,7 @@ class TestGatedActivation:
         wide = unwritten(4, 49, dtype=dtype)
         gated_mlp.gated_forward(gate, up, activation, wide[:, :33])
         torch.testing.assert_close(wide[:, :33], gated_mlp.gated_activation_reference(gate, up, activation))
-        expected = gated_mlp.gated_activation_backward_reference(grad, gate, up, activation)
+        expected = gated_mlp.gated_backward_reference(grad, gate, up, activation)
         out = gated_mlp.gated_backward_(grad, gate, up, activation)
         for value, truth in zip((out, gate, up), expected, strict=True):
             torch.testing.assert_close(value, truth)

@@ -33,9 +33,7 @@ def gated_activation_reference(gate: Tensor, up: Tensor, activation: str) -> Ten
     return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none") * up
 
 
-def gated_activation_backward_reference(
-    grad: Tensor, gate: Tensor, up: Tensor, activation: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def gated_backward_reference(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
     """grad, gate, up (..., F) -> (the activation's output again, grad of gate, grad of up), in fp32 inside."""
     wide, other, outer = gate.float(), up.float(), grad.float()
     if activation == "silu":
@@ -64,7 +62,7 @@ def gated_forward(gate: Tensor, up: Tensor, activation: str, out: Tensor) -> Ten
 def gated_backward_(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """In place: gate and up (N, F) become their gradients, and ``grad`` (N, F) becomes the activation's output, returned."""
     if not has_kernels(gate):
-        out, grad_gate, grad_up = gated_activation_backward_reference(grad, gate, up, activation)
+        out, grad_gate, grad_up = gated_backward_reference(grad, gate, up, activation)
         gate.copy_(grad_gate)
         up.copy_(grad_up)
         return grad.copy_(out)
