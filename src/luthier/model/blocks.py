@@ -9,7 +9,7 @@ products and attention only where the mode gives up memory for them. All tensors
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
 
 import torch
@@ -21,7 +21,7 @@ from luthier.ops.lora_linear import Projection
 from luthier.ops.rms_norm import rms_norm_backward, rms_norm_forward
 from luthier.ops.rotary import rotate
 
-MLP_ROWS = 4096  # rows that the MLP handles at a time where it does not keep gate and up: bounds its transients
+MLP_ROWS = 4096  # rows that the MLP handles at a time: bounds its transients
 
 
 class Mode(IntEnum):
@@ -231,7 +231,7 @@ class MlpBlock:
     norm: Norm | None
     post_norm: Norm | None
     residual_scale: float = 1.0
-    rows: int = field(default=MLP_ROWS)
+    rows: int = MLP_ROWS
 
     def forward(self, x: Tensor, residual: Tensor, kept: Kept, mode: Mode) -> Tensor:
         """x (n, D), what the branch reads, and what it is added to (n, D) -> x3 (n, D)."""
@@ -239,11 +239,12 @@ class MlpBlock:
         gate_up, down = self.gate_up.written(x), self.down.written(x)
         h, kept.low_gate_up = self._input(x, gate_up)
         outputs = torch.empty_like(x)
-        keep_all = torch.empty(n, self.gate_up.width_out, dtype=x.dtype, device=x.device) if mode >= Mode.KEEP else None
+        keeps = mode >= Mode.KEEP
+        kept.gate_up = torch.empty(n, self.gate_up.width_out, dtype=x.dtype, device=x.device) if keeps else None
         lows = []
-        for start in range(0, n, n if keep_all is not None else self.rows):
-            chunk = slice(start, start + (n if keep_all is not None else self.rows))
-            both = self.gate_up.forward(h[chunk], gate_up, None if keep_all is None else keep_all)
+        for start in range(0, n, self.rows):
+            chunk = slice(start, start + self.rows)
+            both = self.gate_up.forward(h[chunk], gate_up, kept.gate_up[chunk] if keeps else None)
             act = self.down.new_input(both.shape[0], x)
             gated_forward(*both.chunk(2, dim=1), self.activation, act[:, : self.down.width_in])
             del both
@@ -253,10 +254,9 @@ class MlpBlock:
             else:
                 self.down.add_to(residual[chunk], act, down, self.residual_scale, out=outputs[chunk])
         kept.low_down = None if lows[0] is None else torch.cat(lows)
-        kept.gate_up = keep_all
         if not self.post_norm:
             return outputs
-        kept.mlp_branch = outputs if mode >= Mode.KEEP else None
+        kept.mlp_branch = outputs if keeps else None
         return torch.add(residual, self.post_norm.forward(outputs), alpha=self.residual_scale)
 
     def backward(self, grad: Tensor, x: Tensor, kept: Kept, adds: bool) -> tuple[Tensor, list[Tensor]]:
