@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from tiny import BOS, CHATML, END, EOS, START, tiny_tokenizer
 
+from luthier.data.chat import get_chat_template
 from luthier.data.formats import apply_chat_template, standardize_data_formats, standardize_sharegpt, to_sharegpt
 from luthier.data.ledger import Ledger
 from luthier.data.prepare import prepare_chat
@@ -453,6 +454,16 @@ def test_every_format_trains_on_its_answers(row, trained):
     everything, ledger = prepare_chat(Dataset.from_list([row]), tokenizer, train_on="all")
     if "labels" not in row and "completion_mask" not in row:
         assert everything[0]["labels"] == everything[0]["input_ids"] and ledger.trained_share > 0.5
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_an_answer_of_weight_0_is_context_only(marked):
+    tokenizer = get_chat_template(tiny_tokenizer(), "chatml") if marked else tiny_tokenizer()
+    answers = [{"role": "assistant", "content": words, "weight": weight} for words, weight in (("bad", 0), ("good", 1))]
+    dataset, _ = prepare_chat(chats([ASK, answers[0], ASK, answers[1]]), tokenizer)
+    assert trained_text(dataset[0], tokenizer) == f"good{END}"
+    with pytest.raises(ValueError, match="weights of the answers are .0.5.*give 0"):
+        prepare_chat(chats([ASK, answers[0] | {"weight": 0.5}]), tokenizer)
 
 
 def test_text_gets_one_bos_and_one_eos():

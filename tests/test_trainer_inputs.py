@@ -261,6 +261,11 @@ WRONG_USES = {
         ValueError,
         "token id 480, but the model knows only 480",
     ),
+    "an unknown label": (
+        {"train_dataset": [{"input_ids": [5, 6], "labels": [5, 480]}]},
+        ValueError,
+        "token id 480, but the model knows only 480",
+    ),
     "no tokenizer": ({"tokenizer": None}, TypeError, "processing_class must be the model's tokenizer or processor, not None"),
     "two tokenizers": ({"processing_class": tiny_tokenizer()}, TypeError, "two names of one argument"),
     "an unknown format": ({"train_dataset": [{"x": 1}]}, ValueError, r"columns are \['x'\]"),

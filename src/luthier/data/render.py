@@ -74,10 +74,11 @@ def render_spans(
     _refuse_losses(template, messages, tools)
     if GENERATION.search(template):
         text, spans = _rendered(tokenizer, template, messages, tools, False, True, kwargs)
-        return text, _joined([_without_trailing_space(text, span) for span in spans])
+        return text, _joined(_learned([_without_trailing_space(text, span) for span in spans], messages))
     renders = _bound(tokenizer, template, tools, kwargs)
     messages = [_stated(message) for message in messages]
-    return renders(messages, False), _joined(trained_spans(renders, messages, _habits_of(tokenizer, template, renders)))
+    spans = trained_spans(renders, messages, _habits_of(tokenizer, template, renders))
+    return renders(messages, False), _joined(_learned(spans, messages))
 
 
 def covered(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
@@ -95,6 +96,14 @@ def parts(tokenizer: Any) -> Parts:
     template = _template(tokenizer, None)
     renders = _bound(tokenizer, template, None, {})
     return parts_of(renders, _habits_of(tokenizer, template, renders))
+
+
+def require_syntax(jinja: str) -> None:
+    """Raise ``ValueError`` if ``jinja`` is no template."""
+    try:
+        render_jinja_template(conversations=[], chat_template=jinja)
+    except TemplateError as error:
+        raise ValueError(f"The chat template is no valid jinja: {error}. It begins with {jinja[:60]!r}.") from error
 
 
 def text_tokenizer(tokenizer: Any) -> Any:
@@ -180,6 +189,18 @@ def _refuse_losses(template: str, messages: Sequence[Mapping[str, Any]], tools: 
             f"Beside content it reads {', '.join(read) or 'nothing'}: rename the key, remove it, or choose another template "
             "with get_chat_template."
         )
+
+
+def _learned(spans: list[tuple[int, int]], messages: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
+    """The spans, one for each answer, without those of answers of ``weight`` 0 (OpenAI's key), which are only context."""
+    weights = [message.get("weight") for message in messages if message.get("role") == "assistant"]
+    if all(weight in (None, 1) for weight in weights):
+        return spans
+    if len(spans) != len(weights) or not all(weight in (None, 0, 1) for weight in weights):
+        raise ValueError(
+            f"The weights of the answers are {weights}, for {len(spans)} answers in the text: give 0 (context only) or 1"
+        )
+    return [span for span, weight in zip(spans, weights, strict=True) if weight != 0]
 
 
 def _without_trailing_space(text: str, span: tuple[int, int]) -> tuple[int, int]:

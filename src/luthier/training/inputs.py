@@ -87,7 +87,7 @@ def prepare_rows(
 def require_known_tokens(rows: Dataset, known: int) -> None:
     """Raise ``ValueError`` for a token id that the model has no embedding for; a GPU would only say "device-side assert"."""
     for batch in rows.with_format("arrow").iter(batch_size=1000):
-        largest = pc.max(pc.list_flatten(batch["input_ids"])).as_py()
+        largest = max(pc.max(pc.list_flatten(batch[column])).as_py() for column in ("input_ids", "labels"))
         if largest >= known:
             raise ValueError(
                 f"The dataset holds the token id {largest}, but the model knows only {known} tokens. Load it with "
