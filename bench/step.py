@@ -217,9 +217,6 @@ def correctness() -> dict:
     dial = dial_of(accelerate(model))
     for mode in Mode:
         for offload in (False, True):
-            dial.follow_flag()
-            if offload:
-                dial.set_offload()
             dial.set_plan([LayerPlan(mode, offload)] * dial.layers)
             loss, ours = gradients(model)
             name = f"luthier {mode.name.lower()}{' offload' if offload else ''}"

@@ -102,6 +102,15 @@ class TestWhoDecides:
         with pytest.raises(ValueError, match="describes 1 layers, the model has 2"):
             dial.set_plan([LayerPlan(Mode.KEEP)])
 
+    def test_a_plan_that_parks_gets_its_streams(self, model, monkeypatch):
+        """A budget too small for the layers' inputs: they wait in host memory, and the step is the same."""
+        expected = model.train()(**batch()).loss
+        monkeypatch.setattr(dial_module.Dial, "_within", lambda self, *rest: plan_for(LLAMA_8B, 48, self.layers, 0))
+        set_checkpointing(model, "auto", memory_budget=1)
+        loss = model(**batch()).loss
+        loss.backward()
+        assert torch.equal(loss, expected) and dial_of(model).offload is not None
+
     def test_offload_without_a_gpu_is_the_same_step(self, model):
         set_checkpointing(model, "offload")
         assert self.modes(model) == [Mode.ALL_BUT_GATE_UP] * 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -26,8 +27,6 @@ def fused(model: torch.nn.Module, mode: Mode | None = None, offload: bool = Fals
     """The model accelerated, all its layers in one mode."""
     dial = dial_of(accelerate(model))
     dial.follow_flag()
-    if offload:
-        dial.set_offload()
     if mode is not None:
         dial.set_plan([LayerPlan(mode, offload)] * dial.layers)
     return model
@@ -259,6 +258,16 @@ def test_two_models_side_by_side():
     for model, (_, gradients) in zip((left, right), truths, strict=True):
         ours = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
         assert difference(ours, gradients) < 2e-5
+
+
+def test_a_copy_is_a_model_of_its_own():
+    model = fused(with_lora(tiny_model("llama3")), Mode.RECOMPUTE, offload=True)
+    truth = loss_and_gradients(model, **batch())
+    twin = copy.deepcopy(model)
+    assert dial_of(twin) is not dial_of(model) and len({id(layer.luthier_state.model) for layer in layers(twin)}) == 1
+    assert_same(twin, batch(), truth)
+    restore(twin)
+    assert layers(model) and not layers(twin)
 
 
 def hooked(model):

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -61,52 +63,63 @@ class Shape:
 class Dial:
     """The plan of one model, shared by its layers."""
 
-    def __init__(self, layers: int, trainable: int = 0) -> None:
+    def __init__(self, layers: int) -> None:
         self.layers = layers
-        self.trainable = trainable  # parameters whose gradients and moments will still be allocated
-        self.plan: list[LayerPlan] | None = None  # None: as the gradient checkpointing flag of each layer says
-        self.automatic = False
-        self.budget: float | None = None  # GiB
-        self.planned_tokens = 0
-        self.offload: Offload | None = None
+        self.follow_flag()
+
+    def follow_flag(self) -> None:
+        """No plan: a layer recomputes if its gradient checkpointing flag is set and keeps everything if not."""
+        self._choose(self._no_plan)
 
     def set_plan(self, plan: list[LayerPlan]) -> None:
         """Run the layers by this plan from now on."""
         if len(plan) != self.layers:
             raise ValueError(f"The plan describes {len(plan)} layers, the model has {self.layers}: give one LayerPlan a layer.")
-        self.plan, self.automatic = list(plan), False
+        self._choose(partial(self._given, list(plan)))
 
-    def set_automatic(self, budget: float | None = None) -> None:
-        """Plan at the first training step, and again when a longer batch comes."""
-        self.automatic, self.budget, self.plan, self.planned_tokens = True, budget, None, 0
+    def set_automatic(self, budget: float | None = None, trainable: int = 0) -> None:
+        """Plan at the first training step, and again when a longer batch comes.
+
+        ``budget`` in GiB, or None for what is free; ``trainable``: parameters that will still get gradients and moments.
+        """
+        self._choose(partial(self._within, budget, trainable))
 
     def set_offload(self) -> None:
         """Keep all but gate and up, in host memory; less where that would take more than its share."""
-        self.plan, self.automatic, self.planned_tokens = None, False, 0
-        self.offload = Offload()
-
-    def follow_flag(self) -> None:
-        """No plan: a layer recomputes if its gradient checkpointing flag is set and keeps everything if not."""
-        self.plan, self.automatic, self.offload = None, False, None
+        self._choose(self._in_host_memory)
 
     def of_layer(self, index: int, shape: Shape, x: Tensor, flag: bool) -> LayerPlan:
         """What layer ``index`` does in the forward that starts now, with input ``x`` (n, D)."""
-        if x.shape[0] > self.planned_tokens and (self.automatic or (self.offload and self.plan is None)):
+        if x.shape[0] > self.planned_tokens:
+            before, self.plan = self.plan, self.planner(shape, x)
             self.planned_tokens = x.shape[0]
-            self.plan = self._planned(shape, x)
+            if self.plan and self.offload is None and any(layer.offload for layer in self.plan):
+                self.offload = Offload()
+            if self.plan and self.plan != before and x.is_cuda:
+                say(describe(self.plan, x.shape[0]))
         if self.plan is None:
             return LayerPlan(Mode.RECOMPUTE if flag else Mode.KEEP)
         return self.plan[index]
 
-    def _planned(self, shape: Shape, x: Tensor) -> list[LayerPlan]:
-        if not self.automatic:
-            return offload_plan(shape, x.shape[0], self.layers, free_host_memory() * HOST_SHARE)
-        if not x.is_cuda:  # main memory is plenty, and a CPU is slow at computing twice
-            return [LayerPlan(Mode.KEEP if self.budget is None else Mode.RECOMPUTE)] * self.layers
-        available = available_memory(x.device, self.budget) - 12 * self.trainable - head_memory(x)
-        plan = plan_for(shape, x.shape[0], self.layers, available)
-        say(describe(plan, x.shape[0]))
+    def _choose(self, planner: Callable[[Shape, Tensor], list[LayerPlan] | None]) -> None:
+        self.planner, self.planned_tokens = planner, 0
+        self.plan: list[LayerPlan] | None = None
+        self.offload: Offload | None = None
+
+    def _no_plan(self, shape: Shape, x: Tensor) -> None:
+        return None
+
+    def _given(self, plan: list[LayerPlan], shape: Shape, x: Tensor) -> list[LayerPlan]:
         return plan
+
+    def _in_host_memory(self, shape: Shape, x: Tensor) -> list[LayerPlan]:
+        return offload_plan(shape, x.shape[0], self.layers, free_host_memory() * HOST_SHARE)
+
+    def _within(self, budget: float | None, trainable: int, shape: Shape, x: Tensor) -> list[LayerPlan]:
+        if not x.is_cuda:  # main memory is plenty, and a CPU is slow at computing twice
+            return [LayerPlan(Mode.KEEP if budget is None else Mode.RECOMPUTE)] * self.layers
+        pending = trainable * (4 if self.planned_tokens else 12)  # gradients, and before the first step two moments
+        return plan_for(shape, x.shape[0], self.layers, available_memory(x.device, budget) - pending - head_memory(x))
 
 
 def plan_for(shape: Shape, tokens: int, layers: int, available: float) -> list[LayerPlan]:
@@ -184,6 +197,9 @@ class Offload:
         self.streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None
         self.under_way: list[tuple[torch.cuda.Event, list[Tensor]]] = []
         self.chain: list[tuple[int, weakref.ref[Kept]]] = []  # this forward's layers, in order
+
+    def __deepcopy__(self, memo: dict) -> Offload:
+        return Offload()  # a copied model has no copies under way
 
     def park(self, index: int, kept: Kept, offload: bool) -> None:
         """Called at the end of a layer's forward. Copies start; the device's memory is free again DEPTH layers later."""

@@ -68,6 +68,9 @@ class Workspace:
             self.buffers[key] = torch.zeros(shape, dtype=like.dtype, device=like.device)
         return self.buffers[key]
 
+    def __deepcopy__(self, memo: dict) -> Workspace:
+        return Workspace()  # a copied model gets buffers of its own when it first needs them
+
 
 class Projection:
     """Linear layers side by side that read the same input (n, K): outputs (n, N), the layers' one after the other."""
