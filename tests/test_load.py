@@ -326,6 +326,14 @@ def test_weights_that_are_not_the_configs_are_refused(broken, setting, value, wo
         load_model(broken, load_in_16bit=True)
 
 
+@pytest.mark.parametrize(("setting", "value"), [("hidden_size", "64"), ("num_attention_heads", 3)])
+def test_a_config_that_describes_no_model(broken, setting, value):
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, setting: value}))
+    with pytest.raises(ValueError, match=r"config.json describes no model: .*(hidden_size|attention heads)"):
+        load_model(broken)
+
+
 def test_weights_that_the_model_does_not_read_are_named(broken):
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
@@ -253,7 +254,11 @@ def read_config(directory: Path, trust_remote_code: bool = False) -> PreTrainedC
             f"{directory / 'config.json'} describes an unknown architecture, model_type {model_type!r}. {remedy} "
             "docs/architectures.md lists the families that are tested."
         )
-    return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except StrictDataclassError as error:
+        why = " ".join(str(error).split())
+        raise ValueError(f"{directory / 'config.json'} describes no model: {why} Copy or download it again.") from error
 
 
 def is_vision(config: PreTrainedConfig) -> bool:

@@ -27,7 +27,7 @@ def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> PreTrain
     try:
         # padding_side has to be given here: set later, it would not be saved
         return AutoTokenizer.from_pretrained(directory, padding_side="right", trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"{directory} has no tokenizer that can be read ({error}). Copy tokenizer.json and tokenizer_config.json of the "
             "model into it."
