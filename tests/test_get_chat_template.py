@@ -1,12 +1,10 @@
 """How a tokenizer is given a chat template, and how one leaves: without its marks, into llama.cpp."""
 
-import json
-import urllib.request
 import warnings
-from pathlib import Path
 
 import pytest
 from chats import ANSWER, CONVERSATIONS, NAMES, SHAREGPT, USER, dated, spoken, tokenizer_of, tokenizer_with, unmarked
+from llama_server import rendered
 from tiny import save_tiny, tiny_tokenizer
 
 from luthier.data import chat
@@ -40,6 +38,8 @@ def test_the_files_are_the_templates():
 def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(ValueError, match="Unknown chat template 'lama-3'.*Did you mean 'llama-3'.*chatml.*zephyr"):
         get_chat_template(tokenizer_with(), "lama-3")
+    with pytest.raises(TypeError, match="a model's tokenizer or processor, not None"):
+        get_chat_template(None)
     with pytest.raises(TypeError, match="name, a path, or a tuple"):
         get_chat_template(tokenizer_with(), 3)
 
@@ -160,6 +160,8 @@ def test_a_template_of_ones_own(tmp_path):
         assert read.chat_template == jinja and read.eos_token == "<|end|>"
     with pytest.raises(FileNotFoundError, match=r"no\.jinja"):
         get_chat_template(tokenizer_with(), tmp_path / "no.jinja")
+    with pytest.raises(ValueError, match="no valid jinja.*{% for %}"):
+        get_chat_template(tokenizer_with(), ("{% for %}", "eos_token"))
     with pytest.raises(TypeError, match=r"\(jinja, stop token\)"):
         get_chat_template(tokenizer_with(), (jinja,))
 
@@ -220,31 +222,28 @@ def gguf(tmp_path_factory):
     return convert_to_gguf(save_tiny("llama3", place / "model"), place / "model.gguf", "f16")[0]
 
 
-def in_llama_cpp(gguf: Path, jinja: str, messages: list[dict], **settings) -> str:
-    import xllamacpp
-
-    params = xllamacpp.CommonParams()
-    params.model.path, params.chat_template, params.use_jinja = str(gguf), jinja, True
-    params.n_ctx, params.cpuparams.n_threads, params.warmup, params.port = 64, 1, False, 0
-    server = xllamacpp.Server(params)
-    body = json.dumps({"messages": messages, "chat_template_kwargs": settings}).encode()
-    request = urllib.request.Request(server.listening_address + "/apply-template", body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        return json.load(answer)["prompt"]
+FILES = sorted({template.file or template.name for template in TABLE})
+FIXED = {"enable_thinking": False, "date_string": "1 Jan 2025"}
 
 
-@pytest.mark.parametrize("name", sorted({template.file or template.name for template in TABLE}))
-def test_llama_cpp_renders_the_same(name, gguf):
-    plain = unmarked(name)
-    settings = {"enable_thinking": False, "date_string": "1 Jan 2025"}
+@pytest.fixture(scope="module")
+def prompts(gguf):
+    """What llama.cpp makes of the same conversation with each template."""
+    messages = CONVERSATIONS["prompt after turns"]["messages"][1:]
+    cases = [{"jinja": unmarked(name).chat_template, "messages": messages, "settings": FIXED} for name in FILES]
+    return dict(zip(FILES, rendered(gguf, cases), strict=True))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_llama_cpp_renders_the_same(name, prompts):
     tokens = {"bos_token": "<|bos|>", "eos_token": "<|endoftext|>"}  # those of the file
     messages = CONVERSATIONS["prompt after turns"]["messages"][1:]
-    expected = render(plain, messages, add_generation_prompt=True, **tokens, **settings)
-    prompt = in_llama_cpp(gguf, plain.chat_template, messages, **settings)
-    assert prompt.removeprefix("<|bos|>") == expected.removeprefix("<|bos|>")  # which it adds itself
+    expected = render(unmarked(name), messages, add_generation_prompt=True, **tokens, **FIXED)
+    assert prompts[name].removeprefix("<|bos|>") == expected.removeprefix("<|bos|>")  # which it adds itself
 
 
 def test_llama_cpp_knows_what_goes_before_a_template(gguf):
     tokenizer = get_chat_template(tokenizer_with(), "qwen-2.5", mapping=SHAREGPT, system_message='It\'s "so"\n\\n 🎻')
     expected = render(tokenizer, [USER], add_generation_prompt=True)
-    assert in_llama_cpp(gguf, strip_generation_marks(tokenizer.chat_template), [USER]) == expected
+    case = {"jinja": strip_generation_marks(tokenizer.chat_template), "messages": [USER], "settings": {}}
+    assert rendered(gguf, [case]) == [expected]
