@@ -52,6 +52,7 @@ def test_a_file_reads_as_it_was_written(tmp_path):
         "b": ((5,), F32),
     }
     assert file.data("a.weight").shape == (3, 68) and (file.data("a.weight") == 1).all() and (file.data("b") == 2).all()
+    assert np.array_equal(file.read("a.weight").numpy(), file.data("a.weight"))
 
 
 def test_another_reader_agrees(tmp_path):

@@ -26,7 +26,7 @@ def dequantize(encoded: torch.Tensor, kind: TensorType) -> torch.Tensor:
 def load_tensor(file: GGUFFile, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
     """One tensor of a file, float32 in its own shape, dequantised on ``device``."""
     info = file.tensors[name]
-    return dequantize(torch.from_numpy(file.data(name).copy()).to(device), info.type).reshape(info.shape)
+    return dequantize(file.read(name).to(device), info.type).reshape(info.shape)
 
 
 def _halves(blocks: torch.Tensor, start: int) -> torch.Tensor:

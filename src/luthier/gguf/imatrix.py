@@ -90,4 +90,4 @@ def _tensor(file: GGUFFile, name: str) -> torch.Tensor:
     info = file.tensors[name]
     if info.type is not F32:
         raise ValueError(f"{file.path}: {name} is {info.type.name}, not F32.")
-    return torch.from_numpy(file.data(name).copy()).view(torch.float32).reshape(info.shape)
+    return file.read(name).view(torch.float32).reshape(info.shape)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -106,7 +107,13 @@ def encode_in_chunks(
         yield from map(encode_from, starts)
         return
     with _one_thread_an_operation() as threads, ThreadPoolExecutor(threads) as pool:
-        yield from pool.map(encode_from, starts)
+        waiting: deque[Future] = deque()
+        for first in starts:
+            waiting.append(pool.submit(encode_from, first))
+            if len(waiting) > 2 * threads:  # a few ahead, not the whole tensor
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _importance_of_rows(importance: torch.Tensor, rows: int, first: int, count: int) -> torch.Tensor:
@@ -176,7 +183,7 @@ def _quantised_layout(source: GGUFFile, target: FileType, importance: Importance
 
 
 def _requantise(source: GGUFFile, info: TensorInfo, importance: Importance, writer: GGUFWriter) -> None:
-    stored = torch.from_numpy(source.data(info.name).copy())
+    stored = source.read(info.name)
     before = source.tensors[info.name].type
     if before == info.type:
         writer.write(info.name, stored)

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 class TensorSource(Protocol):
@@ -32,32 +45,56 @@ class MemorySource:
 
 
 class CheckpointSource:
-    """The safetensors of a directory, read one tensor at a time.
+    """The safetensors of a directory, read one tensor at a time and not through a memory map, so that no more than that
+    tensor is in memory.
 
     Raises ``FileNotFoundError`` where weights or a shard are missing, ``ValueError`` for a file that is damaged.
     """
 
     def __init__(self, directory: str | Path) -> None:
-        self._files = _weight_files(Path(directory))
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        for file in self._files:
-            with _opened(file) as weights:
-                self.shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}
+        self._files = {file: _read_header(file) for file in _weight_files(Path(directory))}
+        self.shapes = {name: entry.shape for entries in self._files.values() for name, entry in entries.items()}
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for file in self._files:
-            with _opened(file) as weights:
-                for name in weights.keys():
-                    yield name, weights.get_tensor(name)
+        for file, entries in self._files.items():
+            with open(file, "rb") as stream:
+                for name, entry in entries.items():
+                    stream.seek(entry.start)
+                    data = torch.empty(entry.size, dtype=torch.uint8)
+                    if stream.readinto(data.numpy()) != entry.size:
+                        raise ValueError(f"{file} became shorter while it was read.")
+                    yield name, data.view(entry.dtype).view(entry.shape)
 
 
-@contextlib.contextmanager
-def _opened(file: Path) -> Iterator[safe_open]:
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies in its file."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    start: int
+    size: int
+
+
+def _read_header(file: Path) -> dict[str, Entry]:
+    """The tensors of a safetensors file in the order of their data; the library has checked every size before."""
     try:
-        with safe_open(file, "pt") as weights:
-            yield weights
+        with safe_open(file, "pt"):
+            pass
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged or not a safetensors file ({error}). Download or save it again.") from error
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
+    strange = [name for name, entry in header.items() if entry["dtype"] not in DTYPES]
+    if strange:
+        raise ValueError(f"{file}: {strange[0]} is of the type {header[strange[0]]['dtype']}, which Luthier does not read.")
+    entries = {}
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, end = entry["data_offsets"]
+        entries[name] = Entry(tuple(entry["shape"]), DTYPES[entry["dtype"]], 8 + length + begin, end - begin)
+    return entries
 
 
 def _weight_files(directory: Path) -> list[Path]:
