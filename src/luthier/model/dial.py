@@ -54,10 +54,13 @@ class Shape:
         return width * self.size
 
     def transient(self, tokens: int, chunk: int) -> int:
-        """Bytes that one layer's backward needs at its peak, with everything computed again, and for written-out weights."""
+        """Bytes that one layer's backward needs at its peak, with everything computed again."""
         per_token = 6 * self.hidden + 2 * self.attention + self.heads
-        weights = self.hidden * (self.attention + self.heads + 3 * self.mlp)
-        return self.size * (tokens * per_token + min(tokens, chunk) * 4 * self.mlp + weights)
+        return self.size * (tokens * per_token + min(tokens, chunk) * 4 * self.mlp)
+
+    def written(self) -> int:
+        """Bytes of the buffers into which a layer's weights are written out."""
+        return self.size * self.hidden * (self.attention + self.heads + 3 * self.mlp)
 
 
 class Dial:
@@ -119,7 +122,8 @@ class Dial:
         if not x.is_cuda:  # main memory is plenty, and a CPU is slow at computing twice
             return [LayerPlan(Mode.KEEP if budget is None else Mode.RECOMPUTE)] * self.layers
         pending = trainable * (4 if self.planned_tokens else 12)  # gradients, and before the first step two moments
-        return plan_for(shape, x.shape[0], self.layers, available_memory(x.device, budget) - pending - head_memory(x))
+        available = available_memory(x.device, budget) - pending - head_memory(x) - shape.written()
+        return plan_for(shape, x.shape[0], self.layers, available)
 
 
 def plan_for(shape: Shape, tokens: int, layers: int, available: float) -> list[LayerPlan]:
