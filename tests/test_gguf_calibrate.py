@@ -5,13 +5,17 @@ import tiny
 import torch
 from datasets import Dataset
 
+from luthier.errors import UnsupportedError
 from luthier.gguf import GGUFFile, convert_to_gguf
 from luthier.gguf.calibrate import calibrate
 from luthier.gguf.dequantize import load_tensor
 from luthier.gguf.imatrix import read_importance
+from luthier.gguf.mixed import choose_types
+from luthier.gguf.types import TENSOR_TYPES
 from luthier.model.accelerate import accelerate
 from luthier.model.load import load_model
 from luthier.model.lora import get_peft_model
+from luthier.proof.export import prove, reference_of
 
 TEXTS = ["A luthier builds lutes.", "One, two, three: 1 2 3", "The end of it all."]
 
@@ -72,3 +76,42 @@ def test_a_saved_matrix_quantises_like_the_one_in_memory(directory, tmp_path):
     exact = load_tensor(GGUFFile(convert_to_gguf(directory, tmp_path / "f32.gguf", "f32")[0]), name)
     lost = [((load_tensor(GGUFFile(path), name) - exact).square() * stored[name]).sum() for path in (first, plain)]
     assert lost[0] < lost[1]
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A model whose rows are cut into superblocks: hidden size 256."""
+    with pytest.MonkeyPatch.context() as patch:
+        kind, settings = tiny.FAMILIES["llama3"]
+        settings = {**settings, "hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+        patch.setitem(tiny.FAMILIES, "llama3", (kind, settings))
+        return tiny.save_tiny("llama3", tmp_path_factory.mktemp("wide") / "m")
+
+
+def test_bits_go_where_they_save_most(wide, tmp_path, capsys):
+    model, tokenizer = load_model(wide, load_in_16bit=True, dtype=torch.float32)
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    choice = choose_types(model, tokenizer, TEXTS, bits=4.5)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+    assert 4.0 < choice.bits <= 4.5 and len({kind.name for kind in choice.types.values()}) > 2
+    files = [
+        convert_to_gguf(wide, tmp_path / f"{name}.gguf", "q4_k_s", overrides=types)[0]
+        for name, types in (("mixed", choice.types), ("plain", {name: TENSOR_TYPES["Q4_K"] for name in choice.types}))
+    ]
+    assert GGUFFile(files[0]).tensors["output.weight"].type is choice.types["output.weight"]
+    assert files[0].stat().st_size <= files[1].stat().st_size
+    reference = reference_of(model, tokenizer, TEXTS)
+    mixed, plain = (prove(file, reference).divergence for file in files)
+    assert mixed < plain and mixed == pytest.approx(choice.divergence, rel=0.5)
+    choice.show()
+    assert "blk.1.ffn_down.weight" in capsys.readouterr().err
+
+
+def test_budgets_and_models_that_cannot_be(wide, tmp_path):
+    model, tokenizer = load_model(wide, load_in_16bit=True, dtype=torch.float32)
+    with pytest.raises(ValueError, match="1.5 bits per weight are too few: the smallest types take 2.6"):
+        choose_types(model, tokenizer, TEXTS[:1], bits=1.5, max_tokens=4)
+    with pytest.raises(UnsupportedError, match="part of an adapter"):
+        choose_types(get_peft_model(model, r=4), tokenizer, TEXTS, bits=4)
+    with pytest.raises(ValueError, match="'blk.9.attn_q.weight', which the file does not have"):
+        convert_to_gguf(wide, tmp_path / "x.gguf", "q8_0", overrides={"blk.9.attn_q.weight": TENSOR_TYPES["F16"]})

@@ -46,11 +46,7 @@ def calibrate(
     ``max_tokens``. Experts and the output head are left out: they are quantised without importance. Raises ``ValueError``
     where the data holds no text.
     """
-    sequences = list(_sequences(text_tokenizer(tokenizer), data, length, max_tokens))
-    if not sequences:
-        raise ValueError(
-            "The data for the importance matrix holds no text: give texts, or rows of messages, text or input_ids."
-        )
+    sequences = text_sequences(tokenizer, data, length, max_tokens)
     result = Calibration(tokens=sum(map(len, sequences)))
     hooks = [module.register_forward_pre_hook(_adder(result, name)) for name, module in _matrices(model)]
     training, device = model.training, next(model.parameters()).device
@@ -67,15 +63,19 @@ def calibrate(
     return result
 
 
-def _sequences(tokenizer: Any, data: Iterable[str | Mapping[str, Any]], length: int, max_tokens: int) -> Iterator[list[int]]:
-    seen = 0
+def text_sequences(tokenizer: Any, data: Iterable[str | Mapping[str, Any]], length: int, max_tokens: int) -> list[list[int]]:
+    """Token ids of texts or rows, as `calibrate` takes them; ``ValueError`` where there are none."""
+    sequences, seen = [], 0
     for row in data:
-        ids = _ids(tokenizer, row)[: min(length, max_tokens - seen)]
+        ids = _ids(text_tokenizer(tokenizer), row)[: min(length, max_tokens - seen)]
         if ids:
-            yield ids
+            sequences.append(ids)
         seen += len(ids)
         if seen >= max_tokens:
-            return
+            break
+    if not sequences:
+        raise ValueError("The data holds no text: give texts, or rows with messages, text or input_ids.")
+    return sequences
 
 
 def _ids(tokenizer: Any, row: str | Mapping[str, Any]) -> list[int]:

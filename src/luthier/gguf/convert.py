@@ -28,7 +28,7 @@ from luthier.gguf.plan import Piece, Plan, plan_tensors, same
 from luthier.gguf.quantize import encode_in_chunks, require_quantizer
 from luthier.gguf.source import CheckpointSource, MemorySource, TensorSource
 from luthier.gguf.tokenizer import tokenizer_metadata
-from luthier.gguf.types import FILE_TYPES, FileType, file_type
+from luthier.gguf.types import FILE_TYPES, FileType, TensorType, file_type
 from luthier.gguf.writer import GGUFWriter, Layout, TensorInfo, Value, plan
 from luthier.terminal import progress
 
@@ -38,12 +38,14 @@ def convert_to_gguf(
     out: str | Path,
     quantization_method: str | Sequence[str] = "bf16",
     imatrix: str | Path | Mapping[str, torch.Tensor] | None = None,
+    overrides: Mapping[str, TensorType] | None = None,
 ) -> list[Path]:
     """Write the model in ``model_dir`` as GGUF and give the paths of the files.
 
     ``model_dir``: a directory with config.json, safetensors and tokenizer.json. ``out``: a path that ends in ``.gguf``,
     or a directory, where files are named ``<model>-<QUANT>.gguf``. ``quantization_method``: one of `ALLOWED_QUANTS` or
-    a list of them, all written in one pass.
+    a list of them, all written in one pass. ``overrides``: tensors that get another type than the quantisation's, by GGUF
+    name, see ``mixed.py``.
 
     Raises ``FileNotFoundError`` for missing files, ``ValueError`` for a wrong value or a damaged checkpoint,
     ``UnsupportedError`` for what is not covered, all before anything is written.
@@ -52,7 +54,7 @@ def convert_to_gguf(
     outputs = output_paths(out, model_dir.resolve().name, quantization_method)
     config = read_config(model_dir)
     architectures.find(config)
-    return write_gguf(config, model_dir, CheckpointSource(model_dir), outputs, imatrix, model_dir.resolve().name)
+    return write_gguf(config, model_dir, CheckpointSource(model_dir), outputs, imatrix, model_dir.resolve().name, overrides)
 
 
 def read_config(model_dir: str | Path) -> PreTrainedConfig:
@@ -87,6 +89,7 @@ def write_gguf(
     outputs: Mapping[Path, str],
     imatrix: str | Path | Mapping[str, torch.Tensor] | None = None,
     name: str = "",
+    overrides: Mapping[str, TensorType] | None = None,
 ) -> list[Path]:
     """Write one file for each entry of ``outputs`` (path -> quantisation) from one pass over ``source``.
 
@@ -106,7 +109,7 @@ def write_gguf(
         require_importance(target, importance)
     check_importance(importance, planned.shapes)
     model = _model_shape(config, planned, bool(importance))
-    parts = [Part(planned, {path: _layout(planned, shared, target, model) for path, target in types.items()})]
+    parts = [Part(planned, {path: _layout(planned, shared, target, model, overrides or {}) for path, target in types.items()})]
     if projector is not None and any(map(is_vision, source.shapes)):
         parts.append(_vision_part(projector, config, tokenizer_dir, source, types))
     require_space(next(iter(outputs)), sum(layout.size for part in parts for layout in part.layouts.values()))
@@ -164,9 +167,19 @@ def _model_shape(config: PreTrainedConfig, planned: Plan, imatrix: bool) -> mixt
     )
 
 
-def _layout(planned: Plan, shared: Mapping[str, Value], target: FileType, model: mixtures.ModelShape) -> Layout:
+def _layout(
+    planned: Plan,
+    shared: Mapping[str, Value],
+    target: FileType,
+    model: mixtures.ModelShape,
+    overrides: Mapping[str, TensorType],
+) -> Layout:
+    strange = [name for name in overrides if name not in planned.shapes]
+    if strange:
+        raise ValueError(f"overrides names the tensor {strange[0]!r}, which the file does not have.")
     infos = [
-        TensorInfo(name, shape, mixtures.tensor_type(name, shape, target, model)) for name, shape in planned.shapes.items()
+        TensorInfo(name, shape, overrides.get(name) or mixtures.tensor_type(name, shape, target, model))
+        for name, shape in planned.shapes.items()
     ]
     for kind in {info.type for info in infos}:
         require_quantizer(kind)
@@ -181,6 +194,7 @@ def _write_tensors(source: TensorSource, parts: Sequence[Part], importance: Impo
             for part in parts:
                 for piece in part.plan.pieces.get(name, ()):
                     _write_piece(piece, tensor, importance.get(piece.name), part.writers)
+            del tensor  # before there is the next one
             bar.advance(1, note=name)
 
 

@@ -64,6 +64,7 @@ class CheckpointSource:
                     if stream.readinto(data.numpy()) != entry.size:
                         raise ValueError(f"{file} became shorter while it was read.")
                     yield name, data.view(entry.dtype).view(entry.shape)
+                    del data  # before there is the next one
 
 
 @dataclass(frozen=True)
