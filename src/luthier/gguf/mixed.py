@@ -90,9 +90,8 @@ def _spend(costs: Mapping[str, Mapping[str, float]], weights: Mapping[str, int],
     chosen = {name: TENSOR_TYPES[min(kinds, key=lambda kind: _size(kind, 1))] for name, kinds in costs.items()}
     left = bits * sum(weights.values()) - sum(_size(kind.name, weights[name]) for name, kind in chosen.items())
     if left < 0:
-        raise ValueError(
-            f"{bits} bits per weight are too few: the smallest types take {bits - left / sum(weights.values()):.2f} for this model."
-        )
+        least = bits - left / sum(weights.values())
+        raise ValueError(f"{bits} bits per weight are too few: the smallest types take {least:.2f} for this model.")
     while True:
         best, gain = None, 0.0
         for name, kinds in costs.items():
