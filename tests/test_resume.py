@@ -175,6 +175,9 @@ def truncate(file: Path) -> None:
 DAMAGE = {
     "it has no trainer_state.json": lambda c: (c / "trainer_state.json").unlink(),
     "its trainer_state.json is damaged": lambda c: truncate(c / "trainer_state.json"),
+    "its trainer_state.json is damage": lambda c: (c / "trainer_state.json").write_text("{}"),
+    "optimizer.pt is damaged": lambda c: truncate(c / "optimizer.pt"),
+    "rng_state.pth is damaged": lambda c: (c / "rng_state.pth").write_bytes(b""),
     "it has no weights": lambda c: (c / "adapter_model.safetensors").unlink(),
     "adapter_model.safetensors is damaged": lambda c: truncate(c / "adapter_model.safetensors"),
     "its weights are pickled, which is never read": lambda c: (c / "adapter_model.safetensors").rename(c / "adapter_model.bin"),
@@ -226,6 +229,25 @@ def test_a_checkpoint_of_another_adapter_is_refused(output):
         trainer(loras(), output).train(resume_from_checkpoint=whole / "checkpoint-1")
     with pytest.raises(ValueError, match="does not fit the model: [0-9]+ tensors differ"):
         trainer(tiny_model("qwen3"), output).train(resume_from_checkpoint=whole / "checkpoint-1")
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt"])
+def test_a_checkpoint_without_the_optimizer_is_refused(name, output):
+    (output / "checkpoint-2" / name).unlink()
+    with pytest.raises(ValueError, match=f"has no {name}, so a resumed run would begin its optimizer anew"):
+        trainer(loras(), output, max_steps=3).train(resume_from_checkpoint=True)
+
+
+def test_another_optimizer_is_refused_and_settings_that_do_not_count_are_named(output):
+    with pytest.raises(ValueError, match="had optim='adamw_torch.*', and this one has 'sgd'"):
+        trainer(loras(), output, max_steps=3, optim="sgd").train(resume_from_checkpoint=True)
+    run = trainer(loras(), output, max_steps=3, learning_rate=0.5, per_device_train_batch_size=4)
+    with pytest.warns(UserWarning) as warned:
+        run.train(resume_from_checkpoint=True)
+    said = " ".join(str(warning.message) for warning in warned)
+    assert "the checkpoint's stands): learning_rate=0.01 in checkpoint-2, 0.5 here" in said
+    assert "other rows follow than in the uninterrupted run): per_device_train_batch_size=2 in checkpoint-2, 4 here" in said
+    assert run.state.log_history[-2]["learning_rate"] == 0.01
 
 
 # --- being stopped while a checkpoint is written ---------------------------------------------------------------------

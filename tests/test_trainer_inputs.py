@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -266,6 +267,7 @@ WRONG_USES = {
         ValueError,
         "token id 480, but the model knows only 480",
     ),
+    "images": ({"train_dataset": [{"text": "hello", "images": ["a.png"]}]}, ValueError, "column 'images'.*VisionDataCollator"),
     "no tokenizer": ({"tokenizer": None}, TypeError, "processing_class must be the model's tokenizer or processor, not None"),
     "two tokenizers": ({"processing_class": tiny_tokenizer()}, TypeError, "two names of one argument"),
     "an unknown format": ({"train_dataset": [{"x": 1}]}, ValueError, r"columns are \['x'\]"),
@@ -302,6 +304,25 @@ def test_wrong_uses(name, tmp_path):
     with pytest.raises(kind, match=message):
         Trainer(**settings)
     assert not (tmp_path / "out").exists() or name == "two optimizers"
+
+
+def test_output_is_refused_where_nothing_can_be_written_or_the_base_model_lies(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="a part of that path is a file"):
+        trainer(loras(), tmp_path / "file" / "out")
+    model = loras()
+    model.get_base_model().luthier = SimpleNamespace(base_path=tmp_path, max_seq_length=512)
+    with pytest.raises(ValueError, match="base model's own directory"):
+        trainer(model, tmp_path)
+
+
+def test_a_run_without_a_batch_is_an_error(tmp_path):
+    run = trainer(loras(), tmp_path, rows=token_rows(3), per_device_train_batch_size=4, dataloader_drop_last=True)
+    with pytest.raises(ValueError, match="Nothing was trained"):
+        run.train()
+    stream = IterableDataset.from_generator(lambda: iter([{"input_ids": [5, 6], "labels": [-100, -100]}] * 4))
+    with pytest.raises(ValueError, match="Nothing was trained"):
+        trainer(loras(), tmp_path, rows=stream).train()
 
 
 def test_a_model_that_trains_nothing_is_refused(tmp_path):

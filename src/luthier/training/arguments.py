@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral, Real
+from pathlib import Path
 
 import torch
 import transformers
@@ -21,6 +22,7 @@ from trl import SFTConfig
 
 from luthier.data.prepare import TOO_LONG_POLICIES, TRAIN_ON
 from luthier.errors import missing_extra, unknown
+from luthier.files import require_writable
 
 # field: (type, what is allowed in words, test); None is allowed where it is the field's default
 NUMBERS: dict[str, tuple[type, str, Callable[[float], bool]]] = {
@@ -149,6 +151,7 @@ def fit_arguments(args: SharedArguments, model: PreTrainedModel) -> SharedArgume
     the trainer switch it on for every layer.
     """
     args = copy.copy(args)
+    _require_output(args, model)
     if args.precision_is_automatic and not args.use_cpu:
         trained = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
         args.bf16 = args.bf16 and model.dtype == torch.bfloat16
@@ -159,6 +162,13 @@ def fit_arguments(args: SharedArguments, model: PreTrainedModel) -> SharedArgume
     elif not args.gradient_checkpointing and model.is_gradient_checkpointing:
         model.gradient_checkpointing_disable()
     return args
+
+
+def _require_output(args: SharedArguments, model: PreTrainedModel) -> None:
+    require_writable(args.output_dir)
+    base = getattr(getattr(model, "luthier", None), "base_path", None)
+    if base is not None and Path(args.output_dir).resolve() == base.resolve():
+        raise ValueError(f"output_dir {args.output_dir} is the base model's own directory. Choose another one.")
 
 
 def warn_contradictions(config: transformers.TrainingArguments, model: PreTrainedModel) -> transformers.TrainingArguments:

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import warnings
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -21,8 +22,8 @@ import torch
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel, TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import EarlyStoppingCallback, ExportableState
 from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
 
@@ -32,6 +33,10 @@ from luthier.training.collate import is_sharded
 
 NAME = re.compile(r"checkpoint-(\d+)")
 ADAPTER, MODEL, MODEL_INDEX = "adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json"
+ARGUMENTS = "training_args.json"
+OF_THE_OPTIMIZER = ("optim", "embedding_learning_rate")  # another kind, or other groups of parameters
+RESTORED = ("learning_rate", "weight_decay")  # with the state of the optimizer
+ORDER = ("per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed", "packing", "max_length")
 PICKLES = ("adapter_model.bin", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -52,13 +57,15 @@ def faults(checkpoint: Path) -> list[str]:
     if not checkpoint.is_dir():
         return ["it is not a directory"]
     found = []
-    state = checkpoint / TRAINER_STATE_NAME
     try:
-        json.loads(state.read_text(encoding="utf-8"))
+        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except FileNotFoundError:
         found.append(f"it has no {TRAINER_STATE_NAME}")
     except ValueError:  # not JSON, or not text at all
+        state = None
+    if not found and not (isinstance(state, dict) and {"global_step", "train_batch_size"} <= state.keys()):
         found.append(f"its {TRAINER_STATE_NAME} is damaged")
+    found += [f"{file.name} is damaged" for file in sorted(checkpoint.glob("*.pt*")) if not zipfile.is_zipfile(file)]
     weights = [file for file in checkpoint.rglob("*.safetensors") if file.is_file()]
     if not weights:
         pickled = any((checkpoint / name).exists() for name in PICKLES)
@@ -125,6 +132,30 @@ def require_fit(checkpoint: Path, model: PreTrainedModel) -> None:
         )
 
 
+def require_same_run(checkpoint: Path, args: TrainingArguments) -> None:
+    """Raise ``ValueError`` if the optimizer of ``checkpoint`` is missing or another one; warn of settings that the resumed
+    run does not get as it asks for them: transformers says nothing of either."""
+    missing = [name for name in (OPTIMIZER_NAME, SCHEDULER_NAME) if not (checkpoint / name).exists()]
+    if missing and not is_sharded():
+        raise ValueError(
+            f"{checkpoint} has no {' and no '.join(missing)}, so a resumed run would begin its optimizer anew. To go on from "
+            "its weights, load it as the model of a new run."
+        )
+    if not (checkpoint / ARGUMENTS).exists():
+        return
+    before, now = json.loads((checkpoint / ARGUMENTS).read_text(encoding="utf-8")), json.loads(args.to_json_string())
+    changed = {name for name in before.keys() & now.keys() if before[name] != now[name]}
+    for name in changed & set(OF_THE_OPTIMIZER):
+        raise ValueError(
+            f"The run in {checkpoint} had {name}={before[name]!r}, and this one has {now[name]!r}: its optimizer cannot go on. "
+            "Resume with the same, or load the checkpoint as the model of a new run."
+        )
+    for names, why in ((RESTORED, "the checkpoint's stands"), (ORDER, "other rows follow than in the uninterrupted run")):
+        differing = [f"{name}={before[name]!r} in {checkpoint.name}, {now[name]!r} here" for name in names if name in changed]
+        if differing:
+            warnings.warn(f"Resuming with other settings ({why}): {'; '.join(differing)}.", UserWarning, stacklevel=3)
+
+
 class RunningTotals(TrainerCallback, ExportableState):
     """What a trainer has added up since its last log, and the tokens it has seen, through a checkpoint and back.
 
@@ -170,6 +201,7 @@ class CheckpointMixin:
         if resume_from_checkpoint not in (None, False):
             checkpoint = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
             require_fit(checkpoint, self.accelerator.unwrap_model(self.model))
+            require_same_run(checkpoint, self.args)
             if self.is_world_process_zero():
                 say(f"Resuming from {checkpoint}")
             resume_from_checkpoint = str(checkpoint)
@@ -180,7 +212,13 @@ class CheckpointMixin:
                 UserWarning,
                 stacklevel=2,
             )
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        result = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        if not self.state.global_step:
+            raise ValueError(
+                "Nothing was trained: the dataset gave no batch. A stream has no row that is short enough and trains, or there "
+                "are fewer rows than a batch and dataloader_drop_last=True."
+            )
+        return result
 
     def _save_checkpoint(self, model: PreTrainedModel, trial: object) -> None:
         final = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
@@ -239,7 +277,7 @@ class CheckpointMixin:
         super()._save(output_dir, state_dict)
         directory = Path(output_dir or self.args.output_dir)
         (directory / TRAINING_ARGS_NAME).unlink(missing_ok=True)
-        (directory / "training_args.json").write_text(self.args.to_json_string() + "\n", encoding="utf-8")
+        (directory / ARGUMENTS).write_text(self.args.to_json_string() + "\n", encoding="utf-8")
 
     def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial):
         """As transformers', but this run's own intervals stand, and a run that had ended stays ended.

@@ -25,6 +25,7 @@ from luthier.training.arguments import TrainingArguments
 AnyTokenizer = PreTrainedTokenizerBase | ProcessorMixin
 AnyDataset = Dataset | IterableDataset
 FormattingFunction = Callable[[Any], str | list[str]]
+PICTURES = {"image", "images"}
 Labelled = {"labels", "completion_mask", "assistant_masks"}
 
 
@@ -45,12 +46,24 @@ def as_dataset(rows: Any, name: str, raw: bool = False) -> AnyDataset:
         raise TypeError(f"{name} must be a datasets.Dataset, a stream or a list of rows, not {type(rows).__name__}{choose}")
     if (next(iter(rows), None) is None) if isinstance(rows, IterableDataset) else len(rows) == 0:
         raise ValueError(f"{name} has no rows")
-    if not isinstance(rows, list):
-        return rows
-    strange = next((row for row in rows if not isinstance(row, Mapping)), None)
-    if strange is not None:
-        raise TypeError(f"{name} must hold rows that are dicts of columns, but holds {strange!r}")
-    return _lazily(rows) if raw else Dataset.from_list(rows)
+    if isinstance(rows, list):
+        strange = next((row for row in rows if not isinstance(row, Mapping)), None)
+        if strange is not None:
+            raise TypeError(f"{name} must hold rows that are dicts of columns, but holds {strange!r}")
+        return _lazily(rows) if raw else Dataset.from_list(rows)
+    return rows
+
+
+def as_text(rows: Any, name: str) -> AnyDataset:
+    """``as_dataset``, of rows without images, which would be left out without a word."""
+    dataset = as_dataset(rows, name)
+    pictures = PICTURES.intersection(column_names(dataset))
+    if pictures:
+        raise ValueError(
+            f"{name} has a column {min(pictures)!r}, and as text its rows would train without their images: give a "
+            "VisionDataCollator and a model of FastVisionModel, or remove the column."
+        )
+    return dataset
 
 
 def prepare_rows(

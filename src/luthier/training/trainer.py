@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from luthier.training.arguments import TrainingArguments, fit_arguments, warn_co
 from luthier.training.collate import pack_rows, settle_padding
 from luthier.training.common import TrainerMixin, trainable_weights_kept
 from luthier.training.head import adapted_head_allowed
-from luthier.training.inputs import as_dataset, prepare_rows, prepare_stream, require_known_tokens, takes_raw_rows
+from luthier.training.inputs import as_dataset, as_text, prepare_rows, prepare_stream, require_known_tokens, takes_raw_rows
 
 
 class Trainer(TrainerMixin, SFTTrainer):
@@ -67,8 +68,12 @@ class Trainer(TrainerMixin, SFTTrainer):
         if raw:
             args.remove_unused_columns = False
             args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
-        train_dataset = as_dataset(train_dataset, "train_dataset", raw)
-        eval_dataset = _evaluation_sets(eval_dataset, raw)
+        checked = partial(as_dataset, raw=True) if raw else as_text
+        train_dataset = checked(train_dataset, "train_dataset")
+        if isinstance(eval_dataset, Mapping):
+            eval_dataset = {name: checked(rows, f"eval_dataset {name!r}") for name, rows in eval_dataset.items()}
+        elif eval_dataset is not None:
+            eval_dataset = checked(eval_dataset, "eval_dataset")
         if args.eval_strategy != "no" and eval_dataset is None:
             raise ValueError(f"eval_strategy={args.eval_strategy.value!r} needs an eval_dataset: give one, or leave it out")
         self.ledger: Ledger | None = None  # None for a stream and for images, which are prepared as they come
@@ -196,9 +201,3 @@ def _one_tokenizer(processing_class: Any, tokenizer: Any) -> PreTrainedTokenizer
     if not isinstance(given, PreTrainedTokenizerBase | ProcessorMixin):
         raise TypeError(f"processing_class must be the model's tokenizer or processor, not {given!r}")
     return given
-
-
-def _evaluation_sets(given: Any, raw: bool) -> Any:
-    if isinstance(given, Mapping):
-        return {name: as_dataset(rows, f"eval_dataset {name!r}", raw) for name, rows in given.items()}
-    return None if given is None else as_dataset(given, "eval_dataset", raw)
