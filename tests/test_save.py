@@ -166,6 +166,10 @@ def test_wrong_arguments_are_named(trained, tmp_path, base):
     model, tokenizer = trained
     with pytest.raises(ValueError, match="'merged_8bit'.*Allowed: lora, merged_16bit, merged_4bit"):
         save_pretrained_merged(model, tmp_path / "out", tokenizer, save_method="merged_8bit")
+    with pytest.raises(TypeError, match="'save_metod'.*Did you mean 'save_method'"):
+        save_pretrained_merged(model, tmp_path / "out", save_metod="lora")
+    with pytest.raises(TypeError, match="tokenizer must be.*'tokenizer'"):
+        save_pretrained_merged(model, tmp_path / "out", "tokenizer")
     with pytest.raises(ValueError, match="'16'.*Allowed: 16bit, nf4"):
         save_pretrained_merged(model, tmp_path / "out", tokenizer, base="16")
     with pytest.raises(ValueError, match="is the base model"):

@@ -222,6 +222,12 @@ def test_a_picture_that_cannot_be_read_says_why(image, error, words):
         collator()([row])
 
 
+def test_base64_of_the_smallest_picture_is_no_path():
+    data = io.BytesIO()
+    Image.new("RGB", (1, 1), "red").save(data, "GIF")
+    assert load_image(base64.b64encode(data.getvalue()).decode()).getpixel((0, 0)) == (255, 0, 0)
+
+
 def test_a_truncated_picture_is_an_error_not_a_grey_one(tmp_path):
     (tmp_path / "cut.png").write_bytes(png(picture(0, (64, 64)))[:2000])
     with pytest.raises(ValueError, match="cut.png"):
@@ -256,7 +262,7 @@ def test_resize():
     assert resize_image(image, 20, None).size == (20, 10)
     assert resize_image(image, (30, 50), None).size == (30, 50)
     assert resize_image(image, None, 40).size == (80, 40)
-    for wrong, error in [("mid", TypeError), (0, ValueError), ((1, 2, 3), ValueError), (True, TypeError), (2.5, TypeError)]:
+    for wrong, error in [("mid", ValueError), (0, ValueError), ((1, 2, 3), ValueError), (True, TypeError), (2.5, TypeError)]:
         with pytest.raises(error, match="resize"):
             collator(resize=wrong)
     assert collator(resize=16)([picture_row(0, size=(64, 64))])["image_grid_thw"].tolist() == [[1, 2, 2]]

@@ -7,7 +7,13 @@ package ``ImportError``. Every message holds the value given, what is allowed, a
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class UnsupportedError(ValueError):
@@ -27,6 +33,20 @@ def unknown(kind: str, value: object, allowed: Iterable[str], remedy: str = "") 
     near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.6)
     suggestion = f" Did you mean {near[0]!r}?" if near else ""
     return ValueError(f"Unknown {kind} {value!r}.{suggestion} Allowed: {', '.join(names)}.{' ' + remedy if remedy else ''}")
+
+
+def suggesting_names(function: Callable[P, R]) -> Callable[P, R]:
+    """``function``, whose ``TypeError`` for an unknown keyword argument suggests the nearest name."""
+    names = inspect.signature(function).parameters
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        for name in kwargs:
+            if name not in names:
+                raise TypeError(str(unknown(f"argument of {function.__name__}:", name, names)))
+        return function(*args, **kwargs)
+
+    return checked
 
 
 def missing_extra(package: str, extra: str, purpose: str) -> ImportError:

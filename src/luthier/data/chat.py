@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from luthier.data.render import parts, render, text_tokenizer
+from luthier.data.render import parts, render, require_syntax, text_tokenizer
 from luthier.data.spans import Parts
-from luthier.errors import unknown
+from luthier.errors import suggesting_names, unknown
 
 TEMPLATES = Path(__file__).parent / "templates"
 EOS = "eos_token"
@@ -166,6 +166,7 @@ def markdown_table() -> str:
     return "\n".join(rows)
 
 
+@suggesting_names
 def get_chat_template(
     tokenizer: Any,
     chat_template: str | Path | tuple[str, str] = "chatml",
@@ -186,12 +187,16 @@ def get_chat_template(
         system_message: stands where a conversation brings no system message, instead of the template's default.
 
     Raises:
-        ValueError: an unknown name, no usable stop token, a ``system_message`` for a template without a place for one.
+        ValueError: an unknown name, no valid jinja, no usable stop token, a ``system_message`` for a template without a
+            place for one.
         FileNotFoundError: a path to nothing.
     """
-    template = _of_this_size(find_template(chat_template), tokenizer)
     inner = text_tokenizer(tokenizer)
+    if not callable(getattr(inner, "convert_tokens_to_ids", None)):
+        raise TypeError(f"tokenizer must be a model's tokenizer or processor, not {tokenizer!r}.")
+    template = _of_this_size(find_template(chat_template), tokenizer)
     jinja = template.jinja
+    require_syntax(jinja)
     if system_message is not None:
         jinja = _with_system(jinja, template, system_message)
     if mapping is not None:
@@ -318,7 +323,7 @@ def _with_stop(jinja: str, template: ChatTemplate, tokenizer: Any, map_eos_token
                 f"vocabulary. If your data has such calls: add_new_tokens(model, tokenizer, {[other]!r}) before "
                 "get_chat_template.",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
     if _is_token(tokenizer, stop):
         if map_eos_token:
@@ -339,7 +344,7 @@ def _with_stop(jinja: str, template: ChatTemplate, tokenizer: Any, map_eos_token
         f"{stop!r}, with which the chat template {template.name!r} ends a turn, is no token of this vocabulary (it would be "
         f"split into {pieces}), so turns now end with the tokenizer's own {eos!r}. To keep {stop!r}: {remedy}",
         UserWarning,
-        stacklevel=3,
+        stacklevel=4,
     )
     return jinja.replace(stop, eos)
 
@@ -373,5 +378,5 @@ def _set_eos(tokenizer: Any, stop: str) -> None:
             f"{stop!r} is both the stop token and the padding token: whatever masks the padding then masks the stop token, and "
             "the model never learns to stop. Set tokenizer.pad_token to another token.",
             UserWarning,
-            stacklevel=4,
+            stacklevel=5,
         )

@@ -24,7 +24,7 @@ from luthier.data.merged_prompt import PromptPart, parse_merged_prompt
 from luthier.data.placeholders import from_placeholders
 from luthier.data.render import render
 from luthier.data.rows import AnyDataset, Row, column_names, map_rows
-from luthier.errors import unknown
+from luthier.errors import suggesting_names, unknown
 
 CONVERSATION_COLUMNS = ("messages", "conversations", "conversation")
 PAIRS = (  # the columns that hold a question and its answer
@@ -39,6 +39,7 @@ PAIRS = (  # the columns that hold a question and its answer
 )
 
 
+@suggesting_names
 def standardize_sharegpt(dataset: AnyDataset, column: str = "messages") -> AnyDataset:
     """Give every row of ``dataset`` a column ``column`` of messages ``{"role": ..., "content": ...}``.
 
@@ -102,6 +103,7 @@ def _standardized(row: Row, source: tuple[str, ...], column: str, exact: bool) -
     return {column: row_messages(row, source, exact)}
 
 
+@suggesting_names
 def to_sharegpt(
     dataset: Dataset,
     merged_prompt: str = "",
@@ -148,6 +150,7 @@ def _one_turn(row: Row, parts: list[PromptPart], answer: str) -> dict[str, Any]:
     return {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": as_text(row[answer], answer)}]}
 
 
+@suggesting_names
 def apply_chat_template(
     dataset: AnyDataset, tokenizer: Any, chat_template: str | None = None, default_system_message: str | None = None
 ) -> AnyDataset:

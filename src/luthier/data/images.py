@@ -64,7 +64,8 @@ def check_resize(resize: object) -> None:
         return
     numbers = resize if isinstance(resize, tuple) else (resize,)
     if not all(isinstance(number, int) and not isinstance(number, bool) for number in numbers):
-        raise TypeError(f"resize is {resize!r}: give 'min', 'max', pixels on the longer side, (width, height), or None")
+        kind = ValueError if isinstance(resize, str) else TypeError
+        raise kind(f"resize is {resize!r}: give 'min', 'max', pixels on the longer side, (width, height), or None")
     if len(numbers) not in (1, 2) or min(numbers) < 1:
         raise ValueError(f"resize is {resize!r}: sizes are pixels above 0, as a number or as (width, height)")
 
@@ -104,7 +105,7 @@ def _from_text(text: str, root: Path | None) -> Image.Image:
         return _decode(_base64(payload) if header.endswith(";base64") else unquote_to_bytes(payload), "A data URI")
     if scheme == "file":
         return _open(Path(text.removeprefix("file://")), root)
-    if len(text) > 512 and not Path(text[:255]).exists():  # longer than a path, as base64 of a picture always is
+    if "." not in text and len(text) > 40 and not ((root or Path()) / text[:255]).exists():  # no picture is shorter
         return _decode(_base64(text), "A base64 string")
     return _open(Path(text), root)
 

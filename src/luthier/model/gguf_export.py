@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from luthier.errors import UnsupportedError, unknown
+from luthier.errors import UnsupportedError, suggesting_names, unknown
 from luthier.files import atomic_file, require_space
 from luthier.gguf import architectures
 from luthier.gguf.convert import output_paths, write_gguf
@@ -69,6 +69,7 @@ def save_pretrained_gguf(
     return files
 
 
+@suggesting_names
 def push_to_hub_gguf(
     model: nn.Module,
     repo_id: str,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from luthier.data.chat import strip_generation_marks
-from luthier.errors import unknown
+from luthier.errors import suggesting_names, unknown
 from luthier.files import atomic_directory, require_space
 from luthier.model.checkpoint import HUB_NAME, INDEX, SINGLE, is_adapter
 from luthier.model.merge import BASES, Base, Merge
@@ -33,6 +33,7 @@ STATISTICS_BYTES = 4096  # per matrix, at most: the two tables and the descripti
 Tokenizer = PreTrainedTokenizerBase | ProcessorMixin
 
 
+@suggesting_names
 def save_pretrained_merged(
     model: nn.Module,
     directory: str | Path,
@@ -55,8 +56,10 @@ def save_pretrained_merged(
     if push_to_hub:
         require_hub_name(repo_id)
     _check(model, directory, save_method, base, max_shard_size)
+    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
+        raise TypeError(f"tokenizer must be the model's tokenizer or processor, not {tokenizer!r}.")
     if tokenizer is None:
-        warnings.warn(f"No tokenizer was given: {directory} will have none. Pass it to save it too.", UserWarning, stacklevel=2)
+        warnings.warn(f"No tokenizer was given: {directory} will have none. Pass it to save it too.", UserWarning, stacklevel=3)
     if save_method == "lora":
         save_adapter(model, directory, tokenizer)
     else:
@@ -66,6 +69,7 @@ def save_pretrained_merged(
     return directory
 
 
+@suggesting_names
 def push_to_hub_merged(
     model: nn.Module,
     repo_id: str,

@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from luthier.errors import UnsupportedError, unknown
+from luthier.errors import UnsupportedError, suggesting_names, unknown
 
 METHODS = ("mean", "interpolation")
 
@@ -34,6 +34,7 @@ def resize_embeddings(model: PreTrainedModel, rows: int) -> None:
         table[old:] = table[:old].float().mean(0).to(table.dtype)
 
 
+@suggesting_names
 def add_new_tokens(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from luthier.data.chat import strip_generation_marks
 from luthier.data.read import read_dataset
 from luthier.data.render import render
-from luthier.errors import ExportProofError, unknown
+from luthier.errors import ExportProofError, suggesting_names, unknown
 from luthier.files import atomic_file, make_directory
 from luthier.gguf import architectures, convert
 from luthier.gguf.calibrate import calibrate
@@ -335,6 +335,7 @@ def _compare_tensor(file: GGUFFile, name: str, values: torch.Tensor, first: int,
     return None
 
 
+@suggesting_names
 def save_pretrained_gguf(
     model: Any,
     directory: str | Path,

@@ -15,11 +15,13 @@ from transformers import Trainer
 from luthier.data.ledger import NO_TRAINED_TOKEN, Ledger
 from luthier.data.masks import IGNORED, ResponseMask, count_trained, nothing_trains
 from luthier.data.rows import Row, column_names
+from luthier.errors import suggesting_names
 
 PROBED_ROWS = 8  # of a stream or of pictures, which cannot be looked through beforehand
 COUNTS = ("lengths", "lengths_in", "trained")  # columns for the ledger only; a value for every conversation in the row
 
 
+@suggesting_names
 def train_on_responses_only(
     trainer: Trainer,
     instruction_part: str | None = None,
@@ -57,7 +59,7 @@ def train_on_responses_only(
             "packing_strategy='wrapped' cuts conversations in two, and the rest of an answer cannot be told from other "
             "text: it will not train. packing_strategy='bfd' keeps conversations whole.",
             UserWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
 
     # everything is masked before anything is changed: after an error the trainer is what it was
