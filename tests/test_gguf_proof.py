@@ -249,6 +249,6 @@ def test_a_failed_proof_leaves_nothing(trained, tmp_path, monkeypatch):
 def test_a_directory_is_converted_with_its_proof(models, tmp_path):
     directory, _ = models
     assert proved_conversion(directory, tmp_path / "x.gguf", "q8_0") == [tmp_path / "x.gguf"]
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["x.gguf", "x.gguf.proof.json"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["Modelfile-x", "x.gguf", "x.gguf.proof.json"]
     files = proved_conversion(directory, tmp_path / "out", ["bf16", "q8_0"], prompts=["A prompt of my own."])
     assert [file.name for file in files] == ["model-BF16.gguf", "model-Q8_0.gguf"]

@@ -80,6 +80,17 @@ def test_bytes_with_an_importance_matrix_equal_those_of_llama_cpp(name, path):
     assert {what: rows for what, values in INPUTS.items() if (rows := differing_rows(kind, values, importance))} == {}
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_a_gpu_gives_the_same_bytes(name):
+    kind, importance = TENSOR_TYPES[name], torch.rand(512)
+    for what, values in INPUTS.items():
+        values = torch.from_numpy(values)
+        for weights in (None, importance.expand(values.shape)):
+            on_gpu = encode(values.cuda(), kind, None if weights is None else weights.cuda()).cpu()
+            assert torch.equal(on_gpu, encode(values, kind, weights)), what
+
+
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_dequantised_weights_equal_those_of_another_reader(name):
     kind = TENSOR_TYPES[name]

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from luthier.files import atomic_file
 from luthier.gguf.chat import known_template, load_tokenizer, stop_tokens
 from luthier.gguf.mmproj import mmproj_path
 from luthier.gguf.ollama_templates import MODEL_TO_OLLAMA_TEMPLATE_MAPPER, OLLAMA_TEMPLATES, TURNS, go
@@ -48,6 +49,15 @@ def create_ollama_modelfile(
     lines += [f"PARAMETER {name} {value}" for name, value in (parameters or {}).items()]
     lines += [f'PARAMETER stop "{token}"' for token in stop_tokens(tokenizer)]
     return "\n".join(lines) + "\n"
+
+
+def write_ollama_modelfile(tokenizer: Any, gguf_path: str | Path) -> Path:
+    """Write ``Modelfile-<name>`` beside the GGUF file."""
+    gguf_path = Path(gguf_path)
+    target = gguf_path.with_name(f"Modelfile-{gguf_path.stem}")
+    with atomic_file(target) as place:
+        place.write_text(create_ollama_modelfile(tokenizer, gguf_path), encoding="utf8")
+    return target
 
 
 def create_ollama_model(name: str, modelfile: str | Path) -> None:

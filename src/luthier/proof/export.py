@@ -33,6 +33,7 @@ from luthier.gguf.dequantize import dequantize, load_tensor
 from luthier.gguf.imatrix import Importance, read_importance
 from luthier.gguf.lora import convert_lora_to_gguf
 from luthier.gguf.metadata import metadata, rope_tensors
+from luthier.gguf.ollama import write_ollama_modelfile
 from luthier.gguf.plan import plan_tensors
 from luthier.gguf.quantize import encode
 from luthier.gguf.reader import GGUFFile
@@ -391,7 +392,8 @@ def convert_to_gguf(
     make_directory(outputs[0].parent)
     with tempfile.TemporaryDirectory(prefix=".luthier-", dir=outputs[0].parent) as place:
         single = Path(place) / outputs[0].name if out.suffix == ".gguf" else Path(place)
-        convert.convert_to_gguf(model_dir, single, quantization_method, imatrix)
+        for file in convert.convert_to_gguf(model_dir, single, quantization_method, imatrix):
+            write_ollama_modelfile(model_dir, file)
         model = _load(model_dir, read_config(model_dir), CheckpointSource(model_dir))
         return _publish_proved(Path(place), outputs[0].parent, reference_of(model, model_dir, prompts))
 
