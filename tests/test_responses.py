@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -102,6 +103,13 @@ def test_packed_rows_are_masked_conversation_by_conversation(tmp_path, make):
 def test_a_packing_that_cuts_answers_warns(tmp_path):
     trainer = raw_trainer(tmp_path, texts(), packing=True, packing_strategy="wrapped", max_length=40)
     with pytest.warns(UserWarning, match="'wrapped' cuts conversations"):
+        train_on_responses_only(trainer)
+
+
+def test_rows_that_trl_cut_shorter_than_the_model_takes_warn(tmp_path):
+    trainer = raw_trainer(tmp_path, texts(), max_length=16)
+    trainer.model.luthier = SimpleNamespace(max_seq_length=128)
+    with pytest.warns(UserWarning, match="max_length=16.*max_seq_length=128"):
         train_on_responses_only(trainer)
 
 

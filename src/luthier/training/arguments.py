@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
@@ -192,16 +193,22 @@ def warn_contradictions(config: transformers.TrainingArguments, model: PreTraine
                 stacklevel=4,
             )
         config.gradient_checkpointing = None
-    limit = getattr(config, "max_length", None)
-    if limit is not None and limit != info.max_seq_length:
-        warnings.warn(
-            f"{kind}(max_length={limit}) contradicts the model, which was loaded with max_seq_length={info.max_seq_length}: "
-            f"rows longer than {limit} tokens will not train whole. Use luthier.TrainingArguments, or set "
-            f"max_length={info.max_seq_length}.",
-            UserWarning,
-            stacklevel=4,
-        )
+    warn_length(config, model, stacklevel=5)
     return config
+
+
+def warn_length(config: transformers.TrainingArguments, model: nn.Module, stacklevel: int) -> None:
+    """Warn if the ``max_length`` of TRL's own ``config`` is not the length that Luthier loaded ``model`` for."""
+    limit, info = getattr(config, "max_length", None), getattr(model, "luthier", None)
+    if limit is None or info is None or limit == info.max_seq_length or isinstance(config, SharedArguments):
+        return
+    warnings.warn(
+        f"{type(config).__name__}(max_length={limit}) contradicts the model, which was loaded with "
+        f"max_seq_length={info.max_seq_length}: rows longer than {min(limit, info.max_seq_length)} tokens do not train as "
+        f"they are. Use luthier.TrainingArguments, or set max_length={info.max_seq_length}.",
+        UserWarning,
+        stacklevel=stacklevel,
+    )
 
 
 def _check_types(args: SharedArguments) -> None:

@@ -16,6 +16,7 @@ from luthier.data.ledger import NO_TRAINED_TOKEN, Ledger
 from luthier.data.masks import IGNORED, ResponseMask, count_trained, nothing_trains
 from luthier.data.rows import Row, column_names
 from luthier.errors import suggesting_names
+from luthier.training.arguments import warn_length
 
 PROBED_ROWS = 8  # of a stream or of pictures, which cannot be looked through beforehand
 COUNTS = ("lengths", "lengths_in", "trained")  # columns for the ledger only; a value for every conversation in the row
@@ -51,6 +52,7 @@ def train_on_responses_only(
     mask = ResponseMask(tokenizer, instruction_part, response_part, last_response_only)
     if return_function:
         return partial(_batch_labels, mask=mask)
+    warn_length(trainer.args, trainer.model, stacklevel=4)
     if trainer.train_dataset is None:
         raise ValueError("The trainer has no train_dataset to mask.")
 
