@@ -10,6 +10,11 @@ from safetensors.torch import load_file
 from tiny import save_tiny
 
 from luthier.config import GRPORecipe, make_recipe
+from luthier.data.chat import get_chat_template
+from luthier.data.read import read_dataset
+from luthier.fast import FastLanguageModel
+from luthier.rl.sampling import SamplingParams
+from luthier.training.grpo import GRPOConfig, GRPOTrainer
 from luthier.workflows.grpo import run as run_grpo
 
 QUESTIONS = ["The statement", "An expression list is", "x", "if the name is bound to an object, then", "class", "return"]
@@ -65,3 +70,56 @@ def test_a_mistake_in_a_recipe_leaves_nothing_behind(tmp_path, recipe, changes, 
     with pytest.raises(error, match=said):
         run_grpo(make_recipe({**recipe, **changes}, GRPORecipe))
     assert not (tmp_path / "out").exists()
+
+
+def test_the_usual_script(tmp_path, recipe):
+    """What scripts of this kind do, from loading to asking the trained adapter."""
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        recipe["model"], max_seq_length=256, load_in_4bit=True, fast_inference=True, max_lora_rank=8, gpu_memory_utilization=0.6
+    )
+    tokenizer = get_chat_template(tokenizer, "chatml")
+    model = FastLanguageModel.get_peft_model(
+        model, r=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], lora_alpha=16, use_gradient_checkpointing="unsloth"
+    )
+
+    def brevity(prompts, completions, answer, **kwargs) -> list[float]:
+        return [-float(len(completion[0]["content"])) for completion in completions]
+
+    params = SamplingParams(
+        min_p=0.1, top_p=1.0, top_k=-1, seed=3407, stop=[tokenizer.eos_token], include_stop_str_in_output=True
+    )
+    trainer = GRPOTrainer(
+        model=model,
+        processing_class=tokenizer,
+        reward_funcs=[brevity],
+        args=GRPOConfig(
+            vllm_sampling_params=params,
+            temperature=1.0,
+            learning_rate=1e-3,
+            weight_decay=0.01,
+            warmup_ratio=0.1,
+            lr_scheduler_type="linear",
+            optim="adamw_8bit" if torch.cuda.is_available() else "adamw_torch",
+            logging_steps=1,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=1,
+            num_generations=4,
+            max_prompt_length=120,
+            max_completion_length=12,
+            max_steps=2,
+            save_steps=100,
+            report_to="none",
+            output_dir=str(tmp_path / "script"),
+        ),
+        train_dataset=read_dataset(recipe["data"]),
+    )
+    trainer.train()
+    model.save_lora(str(tmp_path / "lora"))
+
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False, add_generation_prompt=True)
+    greedy = SamplingParams(temperature=0, max_tokens=8)
+    as_trained = model.fast_generate([text], sampling_params=greedy)[0].outputs[0].token_ids
+    asked = model.fast_generate(text, sampling_params=greedy, lora_request=model.load_lora(str(tmp_path / "lora")))[0].outputs[
+        0
+    ]
+    assert asked.token_ids == as_trained and isinstance(asked.text, str)
