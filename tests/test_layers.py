@@ -70,7 +70,9 @@ def test_the_checks_can_fail():
 def test_readme_tree_is_the_real_tree():
     block = re.search(r"<!-- tree -->\n```\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
     shown = set(re.findall(r"^  (\w+)(?:\.py|/)", block, re.MULTILINE))
-    real = {p.stem for p in SOURCE.glob("*.py") if p.stem not in ENTRANCES} | {p.parent.name for p in SOURCE.glob("*/__init__.py")}
+    real = {p.stem for p in SOURCE.glob("*.py") if p.stem not in ENTRANCES} | {
+        p.parent.name for p in SOURCE.glob("*/__init__.py")
+    }
     assert shown == real
     for name in re.findall(r"^([\w.-]+/?) ", block, re.MULTILINE):
         assert (ROOT / name).exists(), f"README shows {name}, which does not exist"
