@@ -68,7 +68,8 @@ def byte_level(pre: str = "llama-bpe", vocab_size: int = 800, ignore_merges: boo
 def sentencepiece(style: str = "llama", vocab_size: int = 900) -> Tokenizer:
     """A SentencePiece BPE as converted to tokenizer.json: byte fallback, every split of a piece a merge.
 
-    ``style``: "llama" (a space before the text), "mistral" (the same by Metaspace), "gemma" (none).
+    ``style``: "llama" (a space before the text), "phi-3" (the same, and special tokens swallow
+    the white space behind them), "mistral" (a space by Metaspace), "gemma" (none).
     """
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
@@ -80,7 +81,7 @@ def sentencepiece(style: str = "llama", vocab_size: int = 900) -> Tokenizer:
         vocab.setdefault(piece, len(vocab))
     merges = [(p[:i], p[i:]) for p in pieces for i in range(1, len(p)) if p[:i] in vocab and p[i:] in vocab]
     tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    if style == "llama":
+    if style in ("llama", "phi-3"):
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     elif style == "mistral":
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
@@ -88,8 +89,11 @@ def sentencepiece(style: str = "llama", vocab_size: int = 900) -> Tokenizer:
         tokenizer.normalizer = normalizers.Replace(" ", "▁")
         tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in ("<unk>", "<s>", "</s>")])
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIALS[2:]])
-    tokenizer.add_tokens([AddedToken("<tool>", normalized=False), AddedToken("</tool>", normalized=False)])
+    plain = ("<unk>", "<s>", "<|endoftext|>")
+    for token in ("<unk>", "<s>", "</s>", *SPECIALS[2:]):
+        swallows = style == "phi-3" and token not in plain
+        tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False, rstrip=swallows)])
+    for token in ("<tool>", "</tool>"):
+        tokenizer.add_tokens([AddedToken(token, normalized=False, special=style == "phi-3", rstrip=style == "phi-3")])
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return tokenizer

@@ -43,7 +43,7 @@ def test_our_reading_of_a_file_is_that_of_llama_cpp(name, tmp_path, monkeypatch)
 TOKENIZERS = {
     **{pre: lambda pre=pre: byte_level(pre) for pre in ("gpt-2", "smollm", "llama-bpe", "qwen2", "gpt-4o", "tekken")},
     "whole words": lambda: byte_level("llama-bpe", ignore_merges=True, bos=True),
-    **{style: lambda style=style: sentencepiece(style) for style in ("llama", "mistral", "gemma")},
+    **{style: lambda style=style: sentencepiece(style) for style in ("llama", "phi-3", "mistral", "gemma")},
 }
 
 

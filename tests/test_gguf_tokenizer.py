@@ -63,10 +63,13 @@ def test_whole_words_and_bos(export):
     assert differences(tokenizer, file, difficult_lines()) == []
 
 
-@pytest.mark.parametrize("style", ["llama", "gemma"])
+@pytest.mark.parametrize("style", ["llama", "phi-3", "gemma"])
 def test_sentencepiece_tokens_are_equal(style, export):
     tokenizer = sentencepiece(style)
-    assert differences(tokenizer, export(tokenizer), difficult_lines()) == []
+    lines = difficult_lines()
+    if style == "phi-3":  # of the white space behind a special token, llama.cpp swallows ASCII only
+        lines = [line for line in lines if "\u00a0" not in line and "\u3000" not in line]
+    assert differences(tokenizer, export(tokenizer), lines) == []
 
 
 def test_sentencepiece_with_metaspace(export):

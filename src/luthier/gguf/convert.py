@@ -19,7 +19,6 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from luthier.errors import UnsupportedError
 from luthier.files import atomic_file, require_space
 from luthier.gguf import architectures, mixtures
-from luthier.gguf.architectures import Architecture
 from luthier.gguf.chat import chat_metadata
 from luthier.gguf.imatrix import Importance, check_importance, read_importance, require_importance
 from luthier.gguf.metadata import kv_heads, metadata, rope_tensors
@@ -27,7 +26,7 @@ from luthier.gguf.mmproj import Projector, find_projector, is_vision, mmproj_pat
 from luthier.gguf.plan import Piece, Plan, plan_tensors, same
 from luthier.gguf.quantize import encode_in_chunks, require_quantizer
 from luthier.gguf.source import CheckpointSource, MemorySource, TensorSource
-from luthier.gguf.tokenizer import tokenizer_metadata
+from luthier.gguf.tokenizer import model_name, tokenizer_metadata
 from luthier.gguf.types import FILE_TYPES, FileType, TensorType, file_type
 from luthier.gguf.writer import GGUFWriter, Layout, TensorInfo, Value, plan
 from luthier.terminal import progress
@@ -101,7 +100,7 @@ def write_gguf(
     source = MemorySource(source) if isinstance(source, Mapping) else source
     planned = plan_tensors(architecture, config, source.shapes)
     vocab_size = planned.shapes["token_embd.weight"][0]
-    shared = metadata(architecture, config, _safe_name(architecture, name))
+    shared = metadata(architecture, config, model_name(tokenizer_dir, name))
     shared |= tokenizer_metadata(tokenizer_dir, vocab_size) | chat_metadata(tokenizer_dir)
     types = {path: file_type(method) for path, method in outputs.items()}
     importance = read_importance(imatrix)
@@ -147,11 +146,6 @@ def _vision_part(
 
 def _break_token(directory: str | Path) -> int | None:
     return Tokenizer.from_file(str(Path(directory) / "tokenizer.json")).token_to_id("[IMG_BREAK]")
-
-
-def _safe_name(architecture: Architecture, name: str) -> str:
-    """``general.name``; left out where llama.cpp would take the name itself for a promise about the tokenizer."""
-    return "" if architecture.name == "phi3" else name
 
 
 def _model_shape(config: PreTrainedConfig, planned: Plan, imatrix: bool) -> mixtures.ModelShape:

@@ -21,6 +21,7 @@ from luthier.gguf.writer import Value
 from luthier.terminal import say
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+PHI_3 = re.compile("phi-?3", re.IGNORECASE)
 SPACE = "▁"  # how SentencePiece writes a space
 SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
@@ -218,6 +219,20 @@ def special_tokens(directory: str | Path) -> dict[str, str]:
                 if key.endswith("_token") and isinstance(content, str):
                     named[key] = content
     return named
+
+
+def model_name(directory: str | Path, name: str) -> str:
+    """``general.name`` for the model ``name``.
+
+    llama.cpp takes "phi-3" in it for the promise that special tokens swallow the white space behind them, and breaks
+    without an <|endoftext|>; so it stands there where the tokenizer keeps that promise, and nowhere else.
+    """
+    added = json.loads(_tokenizer_file(Path(directory)).read_text("utf8")).get("added_tokens") or []
+    swallowing = sum(token["special"] and token["rstrip"] for token in added)
+    promised = swallowing > len(added) / 2 and any(token["content"] == "<|endoftext|>" for token in added)
+    if promised:
+        return name if PHI_3.search(name) else f"{name} (phi-3 tokenizer)"
+    return PHI_3.sub("phi 3", name)
 
 
 def fix_sentencepiece_gguf(directory: str | Path) -> None:

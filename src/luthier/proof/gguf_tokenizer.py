@@ -13,6 +13,7 @@ from luthier.gguf.reader import GGUFFile
 
 NORMAL, CONTROL, USER_DEFINED, BYTE = 1, 3, 4, 6
 SPACE = "▁"
+ASCII_SPACE = " \t\n\v\f\r"
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 CL100K = (
@@ -64,6 +65,11 @@ class GGUFTokenizer:
             result = [*result, metadata["tokenizer.ggml.eos_token_id"]]
         return result
 
+    def _swallows(self, token: str) -> bool:
+        """Whether white space behind ``token`` disappears: what llama.cpp makes of "phi-3" in a model's name."""
+        name = str(self.file.metadata.get("general.name", "")).lower()
+        return ("phi-3" in name or "phi3" in name) and token not in ("<s>", "<unk>", "<|endoftext|>")
+
     def spaceless(self, ids: list[int]) -> str:
         """The text of tokens, less its spaces."""
         return "".join(self.tokens[i] for i in ids).replace(SPACE, "").replace(" ", "")
@@ -74,6 +80,8 @@ class GGUFTokenizer:
         for match in self._whole.finditer(text) if self._whole else ():
             parts += [(text[place : match.start()], False), (match[0], True)]
             place = match.end()
+            if self._swallows(match[0]):
+                place += len(text[place:]) - len(text[place:].lstrip(ASCII_SPACE))
         return [part for part in (*parts, (text[place:], False)) if part[0]]
 
     def _byte_level(self) -> Callable[[str, bool], list[int]]:
