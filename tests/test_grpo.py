@@ -382,6 +382,18 @@ def test_adapters_of_a_quantised_model_stay_in_fp32_the_reference_included(tmp_p
     assert all(entry["kl"] >= 0 for entry in logged(run, "kl"))
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, beta):
+    def run(name, resume=None):
+        model = adapted(tiny_model("qwen2"))
+        changes = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "lr_scheduler_type": "constant"}
+        trainer(tmp_path / name, model=model, beta=beta, **changes).train(resume_from_checkpoint=resume)
+        return {name: value for name, value in model.named_parameters() if "lora" in name}
+
+    whole, resumed = run("whole"), run("resumed", str(tmp_path / "whole" / "checkpoint-2"))
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
 # --- arguments -------------------------------------------------------------------------------------------------------
 
 

@@ -238,6 +238,13 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
             ledger.table(f"Prompts of {name}")
         return fitted
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
+        """As transformers', which sees the directory of the reference adapter and then leaves out the trained one beside it."""
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        model = self.model if model is None else model
+        if isinstance(model, PeftModel) and len(model.peft_config) > 1:
+            model.load_adapter(resume_from_checkpoint, model.active_adapter, is_trainable=True)
+
     def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], Any, dict]:
         """TRL's, without a doubled BOS, and cut where ``too_long="truncate"`` asks for it."""
         if isinstance(prompts[0], str) and not self._is_vlm:
