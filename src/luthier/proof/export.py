@@ -11,7 +11,6 @@ import contextlib
 import json
 import math
 import tempfile
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,15 +28,13 @@ from luthier.gguf import architectures, convert
 from luthier.gguf.calibrate import calibrate
 from luthier.gguf.chat import load_tokenizer, stop_tokens
 from luthier.gguf.convert import output_paths, read_config
-from luthier.gguf.dequantize import dequantize, load_tensor
-from luthier.gguf.imatrix import Importance, read_importance
+from luthier.gguf.dequantize import load_tensor
+from luthier.gguf.imatrix import Importance
 from luthier.gguf.lora import convert_lora_to_gguf
 from luthier.gguf.metadata import metadata, rope_tensors
 from luthier.gguf.ollama import write_ollama_modelfile
-from luthier.gguf.plan import plan_tensors
-from luthier.gguf.quantize import encode
 from luthier.gguf.reader import GGUFFile
-from luthier.gguf.source import CheckpointSource, TensorSource
+from luthier.gguf.source import CheckpointSource
 from luthier.gguf.types import FILE_TYPES
 from luthier.model import gguf_export
 from luthier.model.load import load_model
@@ -45,6 +42,7 @@ from luthier.model.merge import Base, Merge
 from luthier.model.save import save_adapter
 from luthier.proof.gguf_model import GGUFModel
 from luthier.proof.gguf_tokenizer import GGUFTokenizer
+from luthier.proof.weights import checksums, compare_weights, stored_damage
 from luthier.terminal import table
 
 LONGEST = 128  # tokens of a prompt
@@ -66,9 +64,7 @@ THRESHOLDS = {
 }  # fmt: skip
 F32_GAP = 1e-4  # largest difference of a logit, as a share of the largest logit, in an F32 file
 ROUGH_REFERENCE = 5e-3  # what a reference in 16 bits adds to the divergence
-DAMAGE = 0.05  # fewer blocks than this differ: not another rounding of the weights, but damage
 SPACES = "llama.cpp puts a space behind special tokens where the tokenizer puts none"
-WORSE = 1.5  # times the error of a plain quantisation
 
 
 @dataclass(frozen=True)
@@ -162,7 +158,8 @@ def verify(
     source = CheckpointSource(against)
     proof = prove(path, reference_of(_load(against, config, source), against, prompts))
     proof.failures += stored_damage(file)
-    compare_weights(file, config, source, proof, imatrix)
+    proof.weights, wrong = compare_weights(file, config, source, imatrix)
+    proof.failures += wrong
     return proof
 
 
@@ -179,22 +176,6 @@ def write_proof(path: str | Path, proof: Proof) -> Path:
     with atomic_file(target) as place:
         place.write_text(json.dumps(asdict(proof), indent=1), encoding="utf8")
     return target
-
-
-def checksums(file: GGUFFile) -> dict[str, int]:
-    """CRC-32 of every tensor, and of the header under the empty name."""
-    header = zlib.crc32(b"".join(key.encode() + value.data for key, value in file.encoded.items()))
-    return {"": header} | {name: zlib.crc32(file.data(name)) for name in file.tensors}
-
-
-def stored_damage(file: GGUFFile) -> list[str]:
-    """What has changed in a file since the proof beside it was written."""
-    beside = Path(f"{file.path}.proof.json")
-    if not beside.is_file():
-        return []
-    stored, found = json.loads(beside.read_text("utf8"))["checksums"], checksums(file)
-    changed = [name or "its metadata" for name in found if stored.get(name) != found[name]]
-    return [f"changed since its proof was written: {', '.join(changed[:5])}"] if changed else []
 
 
 def _conversations(tokenizer: Any) -> list[str]:
@@ -285,55 +266,6 @@ def _compare_chat(file: GGUFFile, reference: Reference, proof: Proof) -> None:
     lost = [token for token in proof.stop_tokens[:3] if token not in known]
     if lost:
         proof.failures.append(f"it does not stop at {', '.join(lost)}")
-
-
-def compare_weights(
-    file: GGUFFile,
-    config: Any,
-    source: TensorSource,
-    proof: Proof,
-    imatrix: str | Path | Mapping[str, torch.Tensor] | None = None,
-) -> None:
-    """Compare every tensor of the file with the checkpoint's, encoded the same way: damage and swaps are named."""
-    planned = plan_tensors(architectures.find(config), config, source.shapes)
-    importance = read_importance(imatrix)
-    missing = [name for name in planned.shapes if name not in file.tensors]
-    if missing:
-        proof.failures.append(f"it lacks {', '.join(missing[:5])}")
-        return
-    identical = compared = 0
-    for name, tensor in source:
-        for piece in planned.pieces[name]:
-            values = piece.transform(tensor)
-            values = values.reshape(-1, values.shape[-1])
-            first = 0 if piece.expert is None else len(values) * piece.expert
-            verdict = _compare_tensor(file, piece.name, values, first, importance.get(piece.name))
-            compared += 1
-            identical += verdict == ""
-            if verdict:
-                proof.failures.append(f"{piece.name} {verdict}")
-    proof.weights = f"{identical} of {compared} tensors are identical"
-
-
-def _compare_tensor(file: GGUFFile, name: str, values: torch.Tensor, first: int, importance: torch.Tensor | None) -> str | None:
-    """What is wrong with rows of a tensor: "" if they are identical, None if they are as good as another rounding."""
-    info = file.tensors[name]
-    if info.shape[-1] != values.shape[-1] or first + len(values) > info.rows:
-        return f"has the shape {info.shape}"
-    stored = torch.from_numpy(file.data(name)[first : first + len(values)].copy())
-    weights = None if importance is None else importance.float().reshape(-1, values.shape[-1])[:1].expand(values.shape)
-    wanted = encode(values, info.type, weights)
-    if torch.equal(stored, wanted):
-        return ""
-    share = float((stored != wanted).view(-1, info.type.size).any(1).float().mean())
-    if share < DAMAGE:
-        return f"differs from the model's in {int((stored != wanted).sum())} bytes: it is damaged"
-    exact = values.float()
-    errors = [float((dequantize(data, info.type) - exact).square().mean().sqrt()) for data in (stored, wanted)]
-    rounding = float(exact.square().mean().sqrt()) * 2.0**-8  # of a model that was rounded to 16 bits on the way
-    if not errors[0] <= WORSE * errors[1] + rounding:
-        return f"is not the model's: its error is {errors[0]:.2e}, where {errors[1]:.2e} is usual"
-    return None
 
 
 @suggesting_names

@@ -1,0 +1,92 @@
+"""The weights in a GGUF file: against a checkpoint, and against what they were when their proof was written."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from luthier.gguf import architectures
+from luthier.gguf.dequantize import dequantize
+from luthier.gguf.imatrix import read_importance
+from luthier.gguf.plan import Piece, plan_tensors
+from luthier.gguf.quantize import encode_in_chunks
+from luthier.gguf.reader import GGUFFile
+from luthier.gguf.source import TensorSource
+
+DAMAGE = 0.05  # fewer blocks than this differ: not another rounding of the weights, but damage
+WORSE = 1.5  # times the error of a plain quantisation
+BF16_STEP = 2.0**-8  # relative rounding of a model that was in 16 bits on the way
+
+
+def checksums(file: GGUFFile) -> dict[str, int]:
+    """CRC-32 of every tensor, and of the header under the empty name."""
+    header = zlib.crc32(b"".join(key.encode() + value.data for key, value in file.encoded.items()))
+    return {"": header} | {name: zlib.crc32(file.data(name)) for name in file.tensors}
+
+
+def stored_damage(file: GGUFFile) -> list[str]:
+    """What has changed in a file since the proof beside it was written."""
+    beside = Path(f"{file.path}.proof.json")
+    if not beside.is_file():
+        return []
+    stored, found = json.loads(beside.read_text("utf8"))["checksums"], checksums(file)
+    changed = [name or "its metadata" for name in found if stored.get(name) != found[name]]
+    return [f"changed since its proof was written: {', '.join(changed[:5])}"] if changed else []
+
+
+def compare_weights(
+    file: GGUFFile,
+    config: Any,
+    source: TensorSource,
+    imatrix: str | Path | Mapping[str, torch.Tensor] | None = None,
+) -> tuple[str, list[str]]:
+    """Compare every tensor of the file with the checkpoint's, encoded the same way: a summary, and what is wrong."""
+    planned = plan_tensors(architectures.find(config), config, source.shapes)
+    importance = read_importance(imatrix)
+    missing = [name for name in planned.shapes if name not in file.tensors]
+    if missing:
+        return "not compared", [f"it lacks {', '.join(missing[:5])}"]
+    verdicts = [
+        (piece.name, _compare(file, piece, piece.transform(tensor), importance.get(piece.name)))
+        for name, tensor in source
+        for piece in planned.pieces[name]
+    ]
+    identical = sum(verdict == "" for _, verdict in verdicts)
+    wrong = [f"{name} {verdict}" for name, verdict in verdicts if verdict]
+    return f"{identical} of {len(verdicts)} tensors are identical", wrong
+
+
+def _compare(file: GGUFFile, piece: Piece, values: torch.Tensor, importance: torch.Tensor | None) -> str | None:
+    """What is wrong with a tensor, or an expert's part: "" if it is identical, None if it is as good as another rounding."""
+    info = file.tensors[piece.name]
+    values = values.reshape(-1, values.shape[-1])
+    start = 0
+    if piece.expert is not None:
+        start = len(values) * piece.expert
+        importance = importance[piece.expert] if importance is not None and importance.ndim > 1 else importance
+    if info.shape[-1] != values.shape[-1] or start + len(values) > info.rows:
+        return f"has the shape {info.shape}"
+    stored = file.data(piece.name)
+    blocks, differing = len(values) * values.shape[1] // info.type.block, [0, 0]  # blocks, bytes
+    errors = [0.0, 0.0]  # squared: as stored, as we encode
+    for row, wanted in encode_in_chunks(piece.name, values, info.type, importance):
+        found = torch.from_numpy(stored[start + row : start + row + len(wanted)].copy())
+        unlike = (found != wanted).view(-1, info.type.size)
+        differing = [differing[0] + int(unlike.any(1).sum()), differing[1] + int(unlike.sum())]
+        if differing[0]:
+            exact = values[row : row + len(wanted)].float()
+            for i, data in enumerate((found, wanted)):
+                errors[i] += float((dequantize(data, info.type) - exact).square().sum())
+    if not differing[0]:
+        return ""
+    if differing[0] < DAMAGE * blocks:
+        return f"differs from the model's in {differing[1]} bytes: it is damaged"
+    stored_error, usual = ((error / values.numel()) ** 0.5 for error in errors)
+    if not stored_error <= WORSE * usual + float(values.float().square().mean().sqrt()) * BF16_STEP:
+        return f"is not the model's: its error is {stored_error:.2e}, where {usual:.2e} is usual"
+    return None
