@@ -95,7 +95,7 @@ def test_a_failed_directory_leaves_the_old_one(tmp_path):
     assert contents(tmp_path) == {"model"}
 
 
-REASONS = [(errno.ENOSPC, "disk is full"), (errno.EROFS, "read-only"), (errno.EACCES, "permission")]
+REASONS = [(errno.ENOSPC, "disk is full"), (errno.EROFS, "read-only"), (errno.EACCES, "permission"), (errno.EFBIG, "FAT32")]
 
 
 @pytest.mark.parametrize(("code", "words"), REASONS)

@@ -291,12 +291,23 @@ def load_recipe(path: str | Path, kind: type[Recipe]) -> Recipe:
     if not path.is_file():
         raise FileNotFoundError(f"There is no recipe {str(path)!r}: give the path of a YAML file, or only flags (see --help)")
     try:
-        keys = yaml.safe_load(path.read_text(encoding="utf-8"))
+        keys = yaml.load(path.read_text(encoding="utf-8"), _EachKeyOnce)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(keys, dict):
         raise ValueError(f"{path} must hold keys and values such as 'model: NAME', but holds {type(keys).__name__}")
     return make_recipe(keys, kind, where=str(path))
+
+
+class _EachKeyOnce(yaml.SafeLoader):
+    """YAML whose second value of a key is an error, where YAML's own readers forget the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for number, key in enumerate(keys):
+            if key in keys[:number]:
+                raise yaml.MarkedYAMLError(problem=f"the key {key!r} is there twice", problem_mark=node.value[number][0].start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def make_recipe(keys: dict[str, Any], kind: type[Recipe], where: str = "recipe") -> Recipe:

@@ -167,6 +167,7 @@ def _explained(path: Path) -> Iterator[None]:
     reasons = {
         errno.ENOSPC: "the disk is full: free some space or choose another output directory",
         errno.EDQUOT: "the disk quota is used up: free some space or choose another output directory",
+        errno.EFBIG: "a file may not be that large there (FAT32 ends at 4 GB, and see ulimit -f): choose another directory",
         errno.EROFS: "the file system is read-only: choose another output directory",
         errno.EACCES: "permission denied: choose an output directory that you may write to",
         errno.ENOTDIR: "a part of that path is a file, not a directory: choose another output directory",
