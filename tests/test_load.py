@@ -146,6 +146,13 @@ def test_rope_scaling_is_taken_as_given(checkpoints):
     assert model.config.rope_parameters["rope_type"] == "dynamic" and model.config.rope_parameters["factor"] == 3.0
     with pytest.raises(TypeError, match="rope_type"):
         load_model(checkpoints(), rope_scaling=2.0)
+    for wrong, words in (
+        ({"type": "lineal", "factor": 2.0}, "Unknown rope_type 'lineal'. Did you mean 'linear'"),
+        ({"type": "linear", "factor": 0.5}, "factor of rope_scaling is 0.5"),
+        ({"type": "linear"}, "not whole.*'factor'"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            load_model(checkpoints(), rope_scaling=wrong)
 
 
 # Adapters
@@ -254,6 +261,12 @@ def test_mxfp4_experts_are_dequantised_with_a_warning(checkpoints, tmp_path):
 
 
 # Bad input
+
+
+@pytest.mark.parametrize("precision", ["load_in_4bit", "load_in_8bit", "load_in_16bit", "full_finetuning"])
+def test_what_could_train_without_an_adapter(checkpoints, precision):
+    trained = [parameter.requires_grad for parameter in load_model(checkpoints(), **{precision: True})[0].parameters()]
+    assert all(trained) if precision in ("load_in_16bit", "full_finetuning") else not any(trained)
 
 
 def test_an_unknown_argument_is_named_with_its_nearest(checkpoints):

@@ -230,21 +230,21 @@ class TestGatedActivation:
 
 
 class TestNF4:
-    def quantise(self, rows, columns, blocksize=64, nested=True, kind="nf4", dtype=torch.bfloat16):
+    def quantise(self, *shape, blocksize=64, nested=True, kind="nf4", dtype=torch.bfloat16):
         from bitsandbytes.nn import Params4bit
 
-        weight = randn(rows, columns, dtype=dtype)
+        weight = randn(*shape, dtype=dtype)
         weight = Params4bit(weight, False, None, blocksize, nested, kind)
         return weight._quantize(torch.device(DEVICE))
 
     @pytest.mark.parametrize("blocksize", [64, 128])
     @pytest.mark.parametrize("nested", [False, True])
     @pytest.mark.parametrize("kind", ["nf4", "fp4"])
-    @pytest.mark.parametrize("shape", [(48, 128), (5, 96)])
+    @pytest.mark.parametrize("shape", [(48, 128), (5, 96), (3, 64, 96)])
     def test_bit_equal_to_bitsandbytes(self, path, shape, kind, nested, blocksize):
         from bitsandbytes.functional import dequantize_4bit
 
-        weight = self.quantise(*shape, blocksize, nested, kind)
+        weight = self.quantise(*shape, blocksize=blocksize, nested=nested, kind=kind)
         flat = copy.copy(weight.quant_state)  # its CPU kernel takes wrong scales where a block goes over the end of a row
         flat.shape = torch.Size((1, weight.quant_state.shape.numel()))
         expected = dequantize_4bit(weight.data, flat).view(shape)

@@ -324,6 +324,8 @@ def load_weights(
     _warn_about_large_experts(model, info)
     if info.precision == "full":
         model.requires_grad_(True).train()
+    elif info.precision != "16bit":
+        model.requires_grad_(False)  # a quantised model trains through an adapter alone, its norms too
     return model
 
 

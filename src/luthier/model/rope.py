@@ -8,8 +8,9 @@ import warnings
 from pathlib import Path
 
 from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from luthier.errors import UnsupportedError
+from luthier.errors import UnsupportedError, unknown
 from luthier.files import atomic_file
 
 FACTOR_TYPES = ("linear", "llama3", "proportional")  # one factor stretches the positions
@@ -33,11 +34,21 @@ def scale_positions(config: PreTrainedConfig, max_seq_length: int | None, rope_s
     if rope_scaling is not None:
         if not isinstance(rope_scaling, dict):
             raise TypeError(f"rope_scaling is {rope_scaling!r}: give a dict such as {{'rope_type': 'linear', 'factor': 2.0}}.")
+        kind = rope_scaling.get("rope_type", rope_scaling.get("type"))
+        if kind not in ("default", *ROPE_INIT_FUNCTIONS):
+            raise unknown("rope_type", kind, ("default", *ROPE_INIT_FUNCTIONS))
+        factor = rope_scaling.get("factor", 1.0)
+        if not isinstance(factor, int | float) or factor < 1:
+            raise ValueError(f"The factor of rope_scaling is {factor!r}: it must be a number of at least 1.")
         _require_rope(text)
         for parameters in _full_attention(text):
             parameters.update({("rope_type" if key == "type" else key): value for key, value in rope_scaling.items()})
         if native is not None:
             text.max_position_embeddings = max(native, max_seq_length or 0)
+        try:
+            text.validate_rope()
+        except KeyError as error:
+            raise ValueError(f"rope_scaling={rope_scaling!r} is not whole: {error.args[0]}.") from error
         return
     if native is None or max_seq_length is None or max_seq_length <= native:
         return

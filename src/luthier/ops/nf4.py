@@ -26,7 +26,7 @@ class Quantised:
     absmax: Tensor  # (blocks,) uint8 if nested, else fp32
     code: Tensor  # (16,) fp32
     blocksize: int
-    shape: torch.Size  # (rows, columns)
+    shape: torch.Size  # (rows, columns), or (experts, rows, columns)
     kind: str  # "nf4" or "fp4"
     dtype: torch.dtype
     nested_absmax: Tensor | None = None  # (ceil(blocks / nested_blocksize),) fp32
@@ -79,7 +79,7 @@ def dequantise(weight: Quantised, out: Tensor | None = None, dtype: torch.dtype 
 
 def _bitsandbytes_is_right(weight: Quantised) -> bool:
     """Its CPU kernel is ten times faster than the reference, but takes wrong scales where blocks go over the end of a row."""
-    return weight.packed.device.type == "cpu" and weight.shape[1] % weight.blocksize == 0 and weight.blocksize < 2048
+    return weight.packed.device.type == "cpu" and weight.shape[-1] % weight.blocksize == 0 and weight.blocksize < 2048
 
 
 def _through_bitsandbytes(weight: Quantised, dtype: torch.dtype) -> Tensor:
@@ -91,13 +91,13 @@ def _through_bitsandbytes(weight: Quantised, dtype: torch.dtype) -> Tensor:
 
 
 def launch(weight: Quantised, out: Tensor) -> Tensor:
-    rows, columns = weight.shape
-    blocks = triton.cdiv(rows * columns, weight.blocksize)
+    total, columns = weight.shape.numel(), weight.shape[-1]
+    blocks = triton.cdiv(total, weight.blocksize)
     per_program = max(1, TILE // weight.blocksize)
     nested = weight.nested_absmax is not None
     scales = (weight.nested_absmax, weight.nested_code, weight.offset) if nested else (weight.absmax,) * 3
     _nf4_kernel[(triton.cdiv(blocks, per_program),)](
-        weight.packed, weight.absmax, weight.code, *scales, out, rows * columns, columns, out.stride(0),
+        weight.packed, weight.absmax, weight.code, *scales, out, total, columns, out.stride(-2),
         NESTED=weight.nested_blocksize if nested else 0, SIZE=weight.blocksize, BLOCKS=per_program,
         WHOLE=columns % weight.blocksize == 0, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
