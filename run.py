@@ -54,7 +54,7 @@ def set_up(newest: bool = False) -> Path:
     print("Installing (a few minutes, once) ...", flush=True)
     pinned = [] if newest else ["-c", str(ROOT / "constraints.txt")]
     subprocess.run([str(python), "-m", "pip", "install", "-q", *pinned, *torch_index(), "-e", f"{ROOT}[test]"], check=True)
-    subprocess.run([str(python), "-m", "luthier.model.torchvision_hook"], check=True)
+    subprocess.run([str(python), "-c", "from luthier.model.torchvision_hook import main; main()"], check=True)
     stamp.write_text(wanted)
     return python
 

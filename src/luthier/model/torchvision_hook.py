@@ -1,6 +1,6 @@
 """Lets plain transformers scripts run in an environment whose torchvision does not fit its torch.
 
-``python -m luthier.model.torchvision_hook`` looks whether this environment is such a one, and if so adds a start-up line
+``main`` (which run.py calls) looks whether this environment is such a one, and if so adds a start-up line
 to it (a .pth file in site-packages): when something is about to import torchvision, ``repair_torchvision`` goes first.
 """
 
@@ -36,7 +36,3 @@ def main() -> None:
     if repair_torchvision():
         line = "import luthier.model.torchvision_hook; luthier.model.torchvision_hook.install()\n"
         Path(sysconfig.get_path("purelib"), START_UP_FILE).write_text(line)
-
-
-if __name__ == "__main__":
-    main()
