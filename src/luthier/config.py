@@ -306,7 +306,9 @@ class _EachKeyOnce(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for number, key in enumerate(keys):
             if key in keys[:number]:
-                raise yaml.MarkedYAMLError(problem=f"the key {key!r} is there twice", problem_mark=node.value[number][0].start_mark)
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key!r} is there twice", problem_mark=node.value[number][0].start_mark
+                )
         return super().construct_mapping(node, deep)
 
 
