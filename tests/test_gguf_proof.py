@@ -2,6 +2,7 @@
 
 import json
 
+import fake_hub
 import numpy as np
 import pytest
 import tiny
@@ -12,6 +13,7 @@ from test_gguf_convert import IDS, MODELS, save
 from test_gguf_tokenizer import export as export  # noqa: PLC0414  (a fixture)
 from transformers import AutoModelForCausalLM
 
+from luthier.errors import UnsupportedError
 from luthier.gguf import GGUFFile, convert_to_gguf
 from luthier.gguf.writer import GGUFWriter, TensorInfo, plan
 from luthier.model.load import load_model
@@ -19,6 +21,7 @@ from luthier.model.lora import get_peft_model
 from luthier.proof.export import (
     ExportProofError,
     prove,
+    push_to_hub_gguf,
     reference_of,
     require,
     save_pretrained_gguf,
@@ -252,3 +255,21 @@ def test_a_directory_is_converted_with_its_proof(models, tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["Modelfile-x", "x.gguf", "x.gguf.proof.json"]
     files = proved_conversion(directory, tmp_path / "out", ["bf16", "q8_0"], prompts=["A prompt of my own."])
     assert [file.name for file in files] == ["model-BF16.gguf", "model-Q8_0.gguf"]
+
+
+def test_only_proved_files_are_uploaded(trained, tmp_path, monkeypatch):
+    model, tokenizer = trained
+    with fake_hub.running(monkeypatch) as hub:
+        push_to_hub_gguf(model, "me/lute", tokenizer, "q8_0", base="nf4", token="hf_x")
+        assert {"lute-Q8_0.gguf", "lute-Q8_0.gguf.proof.json", "Modelfile-lute-Q8_0"} <= hub.repositories["me/lute"].keys()
+        monkeypatch.setattr("luthier.gguf.plan._rope_order", lambda *args: None)
+        with pytest.raises(ExportProofError):
+            push_to_hub_gguf(model, "me/wrong", tokenizer, "q8_0", base="nf4", token="hf_x")
+        assert "me/wrong" not in hub.repositories
+
+
+def test_what_is_not_covered_leaves_no_directory(tmp_path):
+    model = tiny.tiny_model("glm4")
+    with pytest.raises(UnsupportedError, match="Glm4ForCausalLM"):
+        save_pretrained_gguf(model, tmp_path / "lute", tiny.tiny_tokenizer())
+    assert not (tmp_path / "lute").exists()

@@ -39,7 +39,7 @@ from luthier.gguf.types import FILE_TYPES
 from luthier.model import gguf_export
 from luthier.model.load import load_model
 from luthier.model.merge import Base, Merge
-from luthier.model.save import save_adapter
+from luthier.model.save import save_adapter, upload
 from luthier.proof.gguf_model import GGUFModel
 from luthier.proof.gguf_tokenizer import GGUFTokenizer
 from luthier.proof.weights import checksums, compare_weights, stored_damage
@@ -294,6 +294,8 @@ def save_pretrained_gguf(
         raise unknown("save_method", save_method, ("lora",), "Without it the merged model is written.")
     if save_method == "lora":
         return [_save_lora(model, directory, tokenizer)]
+    architectures.find(model.config)  # what is not covered is refused before there is a directory
+    output_paths(directory, directory.resolve().name, quantization_method)
     imatrix = _importance(model, tokenizer, imatrix)
     make_directory(directory)
     with tempfile.TemporaryDirectory(prefix=".luthier-", dir=directory) as place:
@@ -302,6 +304,28 @@ def save_pretrained_gguf(
         with _over_base(model, tokenizer, base) as trained:
             reference = reference_of(trained, tokenizer, prompts)
         return _publish_proved(place, directory, reference)
+
+
+@suggesting_names
+def push_to_hub_gguf(
+    model: Any,
+    repo_id: str,
+    tokenizer: Any,
+    quantization_method: str | Sequence[str] = "q8_0",
+    imatrix: str | Path | Mapping[str, torch.Tensor] | Iterable | None = None,
+    base: Base = "16bit",
+    token: str | bool | None = None,
+    private: bool | None = None,
+    prompts: Sequence[str] | None = None,
+) -> str:
+    """`save_pretrained_gguf` into a Hub repository, made if it is not there -> the address of the commit.
+
+    Nothing is uploaded unless every proof holds.
+    """
+    with tempfile.TemporaryDirectory(prefix="luthier-") as place:
+        directory = Path(place) / repo_id.rsplit("/", 1)[-1]
+        save_pretrained_gguf(model, directory, tokenizer, quantization_method, imatrix, base=base, prompts=prompts)
+        return upload(directory, repo_id, token, private)
 
 
 def _save_lora(model: Any, directory: Path, tokenizer: Any) -> Path:
