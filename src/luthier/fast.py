@@ -110,9 +110,6 @@ def _with_methods(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedToken
     return model
 
 
-
-
-
 def _save_adapter(model: PeftModel, save_directory: str | Path, **kwargs: Any) -> None:
     """peft's ``save_pretrained``, and the RoPE scaling that the adapter was trained with, which peft does not save."""
     type(model).save_pretrained(model, save_directory, **kwargs)
