@@ -316,6 +316,15 @@ def test_output_is_refused_where_nothing_can_be_written_or_the_base_model_lies(t
         trainer(model, tmp_path)
 
 
+def test_gradients_that_are_all_zero_are_said(tmp_path):
+    model = loras()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.zero_()  # neither factor reaches the other
+    with pytest.warns(UserWarning, match="Step 1: every gradient is zero"):
+        trainer(model, tmp_path, max_steps=1).train()
+
+
 def test_a_run_without_a_batch_is_an_error(tmp_path):
     run = trainer(loras(), tmp_path, rows=token_rows(3), per_device_train_batch_size=4, dataloader_drop_last=True)
     with pytest.raises(ValueError, match="Nothing was trained"):

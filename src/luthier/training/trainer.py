@@ -22,6 +22,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from luthier.data.ledger import Ledger
 from luthier.errors import unknown
 from luthier.model.cpu_4bit import repair_cpu_4bit
+from luthier.terminal import notice_once
 from luthier.training.arguments import TrainingArguments, fit_arguments, warn_contradictions
 from luthier.training.collate import pack_rows, settle_padding
 from luthier.training.common import TrainerMixin, trainable_weights_kept
@@ -129,6 +130,17 @@ class Trainer(TrainerMixin, SFTTrainer):
 
         rows = prepare_stream(stream, processing_class, args, self.max_length, formatting_func, by_trl)
         return pack_rows(rows, args, self.max_length) if packing else rows
+
+    def _get_grad_norm(self, *args, **kwargs) -> torch.Tensor | float:
+        norm = super()._get_grad_norm(*args, **kwargs)
+        if norm == 0:
+            notice_once(
+                self,
+                "no gradient",
+                f"Step {self.state.global_step + 1}: every gradient is zero, so nothing is learned. The weights have diverged "
+                "(lower learning_rate), or what trains does not reach the loss.",
+            )
+        return norm
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
         """As TRL's, padded where ``compute_metrics`` reads the logits, so that they come row by row."""
