@@ -62,6 +62,7 @@ def test_pictures_and_text_are_what_transformers_computes(family, tmp_path):
         wanted = tiny_vision.tiny_vision_model(family)(input_ids=torch.tensor([IDS])).logits[0].numpy()
     own = GGUFModel(GGUFFile(file)).logits([IDS])[0].numpy()
     assert np.abs(own - wanted).max() < 1e-4
+    assert verify(file, directory).failures == []
     assert divergence(wanted, logits) < 1e-3  # llama.cpp rotates in three axes, with less precision
 
 

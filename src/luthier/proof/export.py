@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -40,6 +41,7 @@ from luthier.model import gguf_export
 from luthier.model.load import load_model
 from luthier.model.merge import Base, Merge
 from luthier.model.save import save_adapter, upload
+from luthier.model.vision import load_vision_model
 from luthier.proof.gguf_model import GGUFModel
 from luthier.proof.gguf_tokenizer import GGUFTokenizer
 from luthier.proof.weights import checksums, compare_weights, stored_damage
@@ -196,6 +198,7 @@ def _compare_numbers(file: GGUFFile, config: Any, proof: Proof) -> None:
     wanted = metadata(architectures.find(config), config, "")
     for key, value in wanted.items():
         found = file.metadata.get(key, value)
+        found = found.tolist() if isinstance(found, np.ndarray) else found
         if not key.endswith("context_length") and found != value and not _close(found, value):
             proof.failures.append(f"{key} is {found} in the file and {value} in the model")
     for name, tensor in rope_tensors(config).items():
@@ -385,4 +388,5 @@ def _over_base(model: Any, tokenizer: Any, base: Base) -> Iterator[Any]:
         return
     with tempfile.TemporaryDirectory(prefix="luthier-") as place:
         save_adapter(model, Path(place) / "adapter", tokenizer)
-        yield load_model(Path(place) / "adapter", load_in_16bit=True)[0]
+        load = load_model if getattr(model.config, "vision_config", None) is None else load_vision_model
+        yield load(Path(place) / "adapter", load_in_16bit=True)[0]
