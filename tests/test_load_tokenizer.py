@@ -159,6 +159,8 @@ def test_wrong_new_tokens_are_named(model):
         add_new_tokens(model, tokenizer, ["<think>", "<|im_end|>"])
     with pytest.raises(TypeError, match="list of non-empty strings"):
         add_new_tokens(model, tokenizer, "<think>")
+    with pytest.raises(TypeError, match="must be a list"):
+        add_new_tokens(model, tokenizer, [])
     with pytest.raises(ValueError, match="'median'.*Allowed: interpolation, mean"):
         add_new_tokens(model, tokenizer, ["<think>"], method="median")
     with pytest.raises(ValueError, match="between 0 and 1"):

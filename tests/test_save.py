@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from luthier.model.gguf_export import save_pretrained_gguf
 from luthier.model.load import load_model
 from luthier.model.lora import get_peft_model
 from luthier.model.merge import merged_tensors
@@ -183,8 +184,13 @@ def test_wrong_arguments_are_named(trained, tmp_path, base):
     plain, _ = load_model(base, full_finetuning=True)
     with pytest.raises(ValueError, match="has none"):
         save_pretrained_merged(plain, tmp_path / "out", tokenizer, save_method="lora")
+    with pytest.raises(TypeError, match="tokenizer is None"):
+        save_pretrained_gguf(model, tmp_path / "out", None)
     with pytest.warns(UserWarning, match="No tokenizer"):
         save_pretrained_merged(model, tmp_path / "bare")
+    tokenizer.add_tokens([f"<late{number}>" for number in range(40)])
+    with pytest.warns(UserWarning, match="tokenizer has 488 tokens and the model 480 rows"):
+        save_pretrained_merged(model, tmp_path / "late", tokenizer)
     assert not (tmp_path / "out").exists()
 
 

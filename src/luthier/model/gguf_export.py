@@ -53,6 +53,8 @@ def save_pretrained_gguf(
     Raises ``UnsupportedError`` for an architecture or tokenizer that is not covered, before anything is written.
     """
     directory = Path(directory)
+    if tokenizer is None:
+        raise TypeError("tokenizer is None: a GGUF file holds the tokenizer too, so give it.")
     if save_method is not None:
         if save_method not in SAVE_METHODS:
             raise unknown("save_method", save_method, SAVE_METHODS)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from luthier.data.chat import strip_generation_marks
+from luthier.data.render import text_tokenizer
 from luthier.errors import suggesting_names, unknown
 from luthier.files import atomic_directory, require_space
 from luthier.model.checkpoint import HUB_NAME, INDEX, SINGLE, is_adapter
@@ -60,6 +61,13 @@ def save_pretrained_merged(
         raise TypeError(f"tokenizer must be the model's tokenizer or processor, not {tokenizer!r}.")
     if tokenizer is None:
         warnings.warn(f"No tokenizer was given: {directory} will have none. Pass it to save it too.", UserWarning, stacklevel=3)
+    elif len(text_tokenizer(tokenizer)) > (rows := model.get_input_embeddings().weight.shape[0]):
+        warnings.warn(
+            f"The tokenizer has {len(text_tokenizer(tokenizer))} tokens and the model {rows} rows: the others are an error in "
+            "every text. Add tokens with add_new_tokens, before get_peft_model.",
+            UserWarning,
+            stacklevel=3,
+        )
     if save_method == "lora":
         save_adapter(model, directory, tokenizer)
     else:
@@ -203,7 +211,7 @@ def _save_tokenizer(tokenizer: Tokenizer | None, directory: Path) -> None:
     if tokenizer is None:
         return
     tokenizer = copy.deepcopy(tokenizer)
-    for part in (tokenizer, getattr(tokenizer, "tokenizer", tokenizer)):
+    for part in (tokenizer, text_tokenizer(tokenizer)):
         if isinstance(part.chat_template, str):
             part.chat_template = strip_generation_marks(part.chat_template)
     tokenizer.save_pretrained(directory)

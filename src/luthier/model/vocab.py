@@ -49,7 +49,7 @@ def add_new_tokens(
     """
     if isinstance(model, PeftModel):
         raise UnsupportedError("add_new_tokens changes the base model: call it before get_peft_model, not after.")
-    if isinstance(new_tokens, str) or not all(isinstance(token, str) and token for token in new_tokens):
+    if isinstance(new_tokens, str) or not new_tokens or not all(isinstance(token, str) and token for token in new_tokens):
         raise TypeError(f"new_tokens must be a list of non-empty strings, not {new_tokens!r}.")
     if method not in METHODS:
         raise unknown("method", method, METHODS)
