@@ -22,9 +22,7 @@ def available() -> bool:
 def answers(gguf: Path, conversations: list[list[dict]], max_tokens: int) -> list[str]:
     """The greedy answer to each conversation, rendered by llama.cpp with the template inside the file."""
     command = [sys.executable, "-m", "luthier.demo.llama_cpp", str(gguf), str(max_tokens)]
-    done = subprocess.run(
-        command, input=json.dumps(conversations), capture_output=True, text=True, timeout=TIMEOUT, check=True
-    )
+    done = subprocess.run(command, input=json.dumps(conversations), capture_output=True, text=True, timeout=TIMEOUT, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
