@@ -1,6 +1,6 @@
 """The GRPO demo: a model that answers the main demo's questions half right, and a reward that rises.
 
-No answer is shown to it here. It samples several answers to each question, a function in Python scores them, and what
+No answer is shown to it here. It samples eight answers to each question, a function in Python scores them, and what
 scored better than its siblings becomes more likely.
 """
 
@@ -10,59 +10,66 @@ import json
 import re
 from pathlib import Path
 
+from datasets import Dataset
+
 from luthier.config import GRPORecipe, SFTRecipe
 from luthier.data.read import read_dataset
-from luthier.demo.sft import BASE, HELD_OUT, TRAIN, loaded, score
+from luthier.demo.sft import BASE, HELD_OUT, TRAIN, loaded
+from luthier.evaluation.compare import measure_rewards
 from luthier.files import atomic_file
 from luthier.rl.rewards import text_of
+from luthier.rl.sampling import SamplingParams
 from luthier.terminal import say, table
 from luthier.training.grpo import reward_change
 from luthier.workflows import grpo, sft
 
-PROMPTS = 48  # 8 a step: every fifth of the 30 steps goes over all of them once, so first and last are comparable
-SMALL = {"learning_rate": 3e-4, "max_steps": 30, "per_device_train_batch_size": 32, "gradient_accumulation_steps": 1}
-LARGE = {"learning_rate": 1e-5, "max_steps": 60, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}
+BEGINNER_STEPS, STEPS, ANSWER_TOKENS = 100, 30, 24
+SMALL = {"learning_rate": 5e-4, "per_device_train_batch_size": 32, "gradient_accumulation_steps": 1}
+LARGE = {"learning_rate": 2e-5, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}
+HINT = " Answer in the form 'Required: a, b. Optional: c.' and leave out a part that is empty."  # for models that know no form
+PART = re.compile(r"(Required|Optional): ([^.]*)\.")
+MEASURED = {
+    "sampled": SamplingParams(n=2, seed=0, max_tokens=ANSWER_TOKENS),
+    "greedy": SamplingParams(temperature=0, max_tokens=48),
+}
 
 
-def exactly(completions: list, answer: list) -> list[float]:
-    """1 for the right answer to the letter."""
-    return [float(text_of(completion).strip() == right) for completion, right in zip(completions, answer, strict=True)]
+def right_parts(completions: list, answer: list) -> list[float]:
+    """The share of an answer's parts ("Required: ...", "Optional: ...") that are right to the letter."""
+    return [_share(text_of(completion), right) for completion, right in zip(completions, answer, strict=True)]
 
 
-def names(completions: list, answer: list) -> list[float]:
-    """How well the names in the answer match the right ones: harmonic mean of precision and recall, 0 to 1."""
-    return [_overlap(text_of(completion), right) for completion, right in zip(completions, answer, strict=True)]
-
-
-def _overlap(given: str, right: str) -> float:
-    given_names, right_names = set(re.findall(r"\w+", given)), set(re.findall(r"\w+", right))
-    return 2 * len(given_names & right_names) / (len(given_names) + len(right_names))
+def _share(given: str, right: str) -> float:
+    parts, right_ones = dict(PART.findall(given)), dict(PART.findall(right))
+    names = {*parts, *right_ones}
+    return sum(parts.get(name) == right_ones.get(name) for name in names) / len(names)
 
 
 def run(output: str | Path = "outputs/demo-grpo", model: str | None = None) -> dict[str, float]:
-    """Train the embedded base, or ``model``, with GRPO; gives rewards and held-out scores before and after."""
+    """Train the embedded base, or ``model``, with GRPO; gives mean rewards before and after."""
     output = Path(output)
 
     # 1. A model that answers at all: without one right answer among its samples nothing can be learned
     start = model or str(_beginner(output / "beginner"))
-    held_out = read_dataset(HELD_OUT)
-    before = score(held_out, *loaded(start))
+    hint = HINT if model else ""
+    held_out = _questions(HELD_OUT, hint)
+    before = rewards(held_out, start)
 
-    # 2. Questions without answers for the model; the answers go to the rewards
-    rows = [{"prompt": row["messages"][:-1], "answer": row["messages"][-1]["content"]} for row in read_dataset(TRAIN)]
-    with atomic_file(output / "prompts.jsonl") as path:
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows[:PROMPTS]), encoding="utf-8")
+    # 2. Questions without answers for the model; the answers go to the reward
+    with atomic_file(output / "questions.jsonl") as path:
+        path.write_text("".join(json.dumps(row) + "\n" for row in _questions(TRAIN, hint)), encoding="utf-8")
 
     # 3. The same run as `luthier grpo` makes of a recipe
-    say(f"2. GRPO on {PROMPTS} questions")
+    say(f"2. GRPO: eight answers to each of four questions a step, {STEPS} steps")
     recipe = GRPORecipe(
         model=start,
-        data=str(output / "prompts.jsonl"),
+        data=str(output / "questions.jsonl"),
         output=str(output),
-        rewards=["luthier.demo.grpo:exactly", "luthier.demo.grpo:names"],
-        num_generations=4,
+        rewards=["luthier.demo.grpo:right_parts"],
+        num_generations=8,
         max_seq_length=512,
-        max_completion_length=32,
+        max_completion_length=ANSWER_TOKENS,
+        max_steps=STEPS,
         lr_scheduler_type="constant",
         warmup_ratio=0.0,
         logging_steps=1,
@@ -72,17 +79,31 @@ def run(output: str | Path = "outputs/demo-grpo", model: str | None = None) -> d
 
     # 4. Before and after
     say("3. The trained adapter is read back")
-    after = score(held_out, *loaded(str(written["adapter"])))
+    after = rewards(held_out, str(written["adapter"]))
     log = json.loads((output / grpo.LOG).read_text(encoding="utf-8"))["log_history"]
-    changes = {f"mean {name}, sampled": change for name, change in reward_change(log).items()}
-    changes["held-out rows answered exactly, greedy"] = (before, after)
-    table("GRPO", ("", "before", "after"), [(name, f"{first:.2f}", f"{last:.2f}") for name, (first, last) in changes.items()])
+    changes = {"training, first and last fifth of the steps": reward_change(log)["whole reward"]}
+    changes |= {f"{len(held_out)} held-out questions, {how}": (before[how], after[how]) for how in MEASURED}
+    table("Mean reward", ("", "before", "after"), [(name, f"{old:.2f}", f"{new:.2f}") for name, (old, new) in changes.items()])
     say(f"adapter: {written['adapter']}")
     return {
-        f"{name}, {when}": value
-        for name, change in changes.items()
-        for when, value in zip(("before", "after"), change, strict=True)
+        f"{name}: {when}": value
+        for name, pair in changes.items()
+        for when, value in zip(("before", "after"), pair, strict=True)
     }
+
+
+def rewards(rows: Dataset, name: str) -> dict[str, float]:
+    """Mean reward of a model's answers to ``rows``, sampled and greedy."""
+    model, tokenizer = loaded(name)
+    measured = {how: measure_rewards(tokenizer, rows, [right_parts], params, batch_size=50) for how, params in MEASURED.items()}
+    return {how: measure(model)["right_parts"] for how, measure in measured.items()}
+
+
+def _questions(file: Path, hint: str) -> Dataset:
+    """Rows of "prompt" (what the model sees) and "answer" (what only the reward sees)."""
+    rows = read_dataset(file)
+    asked = [[{**message, "content": message["content"] + hint} for message in row["messages"][:-1]] for row in rows]
+    return Dataset.from_dict({"prompt": asked, "answer": [row["messages"][-1]["content"] for row in rows]})
 
 
 def _beginner(output: Path) -> Path:
@@ -95,9 +116,10 @@ def _beginner(output: Path) -> Path:
         max_seq_length=512,
         chat_template="chatml",
         learning_rate=2e-3,
-        max_steps=50,
-        per_device_train_batch_size=16,
+        max_steps=BEGINNER_STEPS,
+        per_device_train_batch_size=8,
         gradient_accumulation_steps=1,
+        lr_scheduler_type="cosine",
         logging_steps=10,
     )
     return sft.run(recipe)["adapter"]
