@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from luthier.model.gguf_export import save_pretrained_gguf
+from luthier.model.gguf_export import write_merged_gguf
 from luthier.model.load import load_model
 from luthier.model.lora import get_peft_model
 from luthier.model.merge import merged_tensors
@@ -185,7 +185,7 @@ def test_wrong_arguments_are_named(trained, tmp_path, base):
     with pytest.raises(ValueError, match="has none"):
         save_pretrained_merged(plain, tmp_path / "out", tokenizer, save_method="lora")
     with pytest.raises(TypeError, match="tokenizer is None"):
-        save_pretrained_gguf(model, tmp_path / "out", None)
+        write_merged_gguf(model, tmp_path / "out", None)
     with pytest.warns(UserWarning, match="No tokenizer"):
         save_pretrained_merged(model, tmp_path / "bare")
     tokenizer.add_tokens([f"<late{number}>" for number in range(40)])

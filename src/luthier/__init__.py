@@ -19,6 +19,7 @@ _HOME = {
     "luthier.training.grpo": ("GRPOTrainer", "GRPOConfig"),
     "luthier.rl.sampling": ("SamplingParams",),
     "luthier.model.accelerate": ("accelerate", "restore"),
+    "luthier.model.lora": ("get_peft_model",),
     "luthier.model.vocab": ("add_new_tokens",),
     "luthier.model.precision": ("is_bfloat16_supported",),
     "luthier.gguf.types": ("ALLOWED_QUANTS", "print_quantization_methods"),
@@ -28,7 +29,9 @@ _HOME = {
         "create_ollama_model",
         "create_ollama_modelfile",
     ),
-    "luthier.errors": ("UnsupportedError",),
+    "luthier.gguf": ("fix_sentencepiece_gguf", "quantize_gguf"),
+    "luthier.proof.export": ("convert_to_gguf",),
+    "luthier.errors": ("ExportProofError", "UnsupportedError"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -11,15 +11,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from luthier.errors import UnsupportedError, suggesting_names, unknown
-from luthier.files import atomic_file, require_space
+from luthier.files import atomic_file
 from luthier.gguf import architectures
 from luthier.gguf.convert import output_paths, write_gguf
 from luthier.gguf.ollama import create_ollama_modelfile
 from luthier.model.merge import Base, Merge
-from luthier.model.save import merged_config, upload
+from luthier.model.save import merged_config
 from luthier.terminal import progress
 
-SAVE_METHODS = ("lora",)
 Tokenizer = PreTrainedTokenizerBase | ProcessorMixin
 
 
@@ -37,16 +36,17 @@ class MergeSource:
                 bar.advance(1)
 
 
-def save_pretrained_gguf(
+def write_merged_gguf(
     model: nn.Module,
     directory: str | Path,
     tokenizer: Tokenizer,
     quantization_method: str | Sequence[str] = "q8_0",
     imatrix: str | Path | dict[str, torch.Tensor] | None = None,
-    save_method: str | None = None,
     base: Base = "16bit",
 ) -> list[Path]:
     """Write GGUF files of the model, its adapter merged in, and an Ollama Modelfile for each -> paths of the GGUF files.
+
+    ``save_pretrained_gguf`` (proof/export.py) is this, proved.
 
     ``quantization_method``: one of ``ALLOWED_QUANTS`` or a list, all written in one pass. ``base``: what the adapter is
     merged onto, the original checkpoint ("16bit") or the weights that were trained against ("nf4").
@@ -55,10 +55,6 @@ def save_pretrained_gguf(
     directory = Path(directory)
     if tokenizer is None:
         raise TypeError("tokenizer is None: a GGUF file holds the tokenizer too, so give it.")
-    if save_method is not None:
-        if save_method not in SAVE_METHODS:
-            raise unknown("save_method", save_method, SAVE_METHODS)
-        raise UnsupportedError("save_method='lora' for GGUF is not in this version: leave it out to write the merged model.")
     outputs = output_paths(directory, directory.resolve().name, quantization_method)
     architectures.find(model.config)
     merge = Merge(model, base)
@@ -72,19 +68,3 @@ def save_pretrained_gguf(
 
 
 @suggesting_names
-def push_to_hub_gguf(
-    model: nn.Module,
-    repo_id: str,
-    tokenizer: Tokenizer,
-    quantization_method: str | Sequence[str] = "q8_0",
-    imatrix: str | Path | dict[str, torch.Tensor] | None = None,
-    base: Base = "16bit",
-    token: str | bool | None = None,
-    private: bool | None = None,
-) -> str:
-    """``save_pretrained_gguf`` into a Hub repository, made if it is not there -> the address of the commit."""
-    with tempfile.TemporaryDirectory(prefix="luthier-") as place:
-        require_space(place, Merge(model, base).size)
-        directory = Path(place) / repo_id.rsplit("/", 1)[-1]
-        save_pretrained_gguf(model, directory, tokenizer, quantization_method, imatrix, base=base)
-        return upload(directory, repo_id, token, private)

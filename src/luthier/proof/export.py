@@ -37,7 +37,7 @@ from luthier.gguf.ollama import write_ollama_modelfile
 from luthier.gguf.reader import GGUFFile
 from luthier.gguf.source import CheckpointSource
 from luthier.gguf.types import FILE_TYPES
-from luthier.model import gguf_export
+from luthier.model.gguf_export import write_merged_gguf
 from luthier.model.load import load_model
 from luthier.model.merge import Base, Merge
 from luthier.model.save import save_adapter, upload
@@ -282,7 +282,9 @@ def save_pretrained_gguf(
     base: Base = "16bit",
     prompts: Sequence[str] | None = None,
 ) -> list[Path]:
-    """`luthier.model.gguf_export.save_pretrained_gguf`, proved: files appear under their names once their proof holds.
+    """Write GGUF files of the model, each proved: they appear under their names once their proof holds.
+
+    ``quantization_method``: one of ``ALLOWED_QUANTS`` or a list, all written in one pass, each with an Ollama Modelfile.
 
     ``imatrix``: an importance matrix (a GGUF file, or tensors by name), or the data to compute one from: a dataset, its
     file, or texts.
@@ -303,7 +305,7 @@ def save_pretrained_gguf(
     make_directory(directory)
     with tempfile.TemporaryDirectory(prefix=".luthier-", dir=directory) as place:
         place = Path(place) / directory.resolve().name  # the name that the files get
-        gguf_export.save_pretrained_gguf(model, place, tokenizer, quantization_method, imatrix, None, base)
+        write_merged_gguf(model, place, tokenizer, quantization_method, imatrix, base)
         with _over_base(model, tokenizer, base) as trained:
             reference = reference_of(trained, tokenizer, prompts)
         return _publish_proved(place, directory, reference)

@@ -38,7 +38,7 @@ def chat(
         prompt: Answer this one message and end.
         system: System message.
         chat_template: Chat template by name or .jinja file. Default: the tokenizer's own, else chatml.
-        max_new_tokens: Longest answer in tokens.
+        max_new_tokens: Longest answer in tokens, where so many fit.
         temperature: 0 is greedy.
         top_p: Nucleus.
         load_in_16bit: 16-bit weights instead of NF4.
@@ -65,14 +65,14 @@ def chat(
             conversation, add_generation_prompt=True, return_tensors="pt", return_dict=True
         ).to(loaded.device)
         length = inputs["input_ids"].shape[1]
-        if length + max_new_tokens > max_seq_length:
+        if length >= max_seq_length:
             raise ValueError(
-                f"The conversation is {length} tokens long, and with an answer of up to {max_new_tokens} it does not fit "
-                f"max_seq_length={max_seq_length}: start anew or raise --max-seq-length"
+                f"The conversation is {length} tokens long and leaves no room for an answer in max_seq_length="
+                f"{max_seq_length}: start anew or raise --max-seq-length"
             )
         output = loaded.generate(
             **inputs,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=min(max_new_tokens, max_seq_length - length),
             eos_token_id=stops,
             pad_token_id=tokenizer.pad_token_id,
             streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
