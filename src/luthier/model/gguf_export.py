@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from luthier.errors import UnsupportedError, suggesting_names, unknown
 from luthier.files import atomic_file
 from luthier.gguf import architectures
 from luthier.gguf.convert import output_paths, write_gguf
@@ -65,6 +64,3 @@ def write_merged_gguf(
         with atomic_file(path.parent / f"Modelfile-{path.stem}") as modelfile:
             modelfile.write_text(create_ollama_modelfile(tokenizer, path), encoding="utf-8")
     return files
-
-
-@suggesting_names
