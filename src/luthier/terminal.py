@@ -71,7 +71,7 @@ class _RichProgress:
 @contextlib.contextmanager
 def progress(description: str, total: float | None = None) -> Iterator[_PlainProgress | _RichProgress]:
     """A progress bar: ``with progress("Merging", total=n) as bar: bar.advance(1, note="...")``."""
-    if not console().is_terminal:
+    if not console().is_interactive:
         yield _PlainProgress(description, total)
         return
     columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]

@@ -33,6 +33,7 @@ def read_dataset(path_or_hub_name: str | Path, split: str = "train") -> Dataset:
     files (or one written by ``save_to_disk``), or of a hub dataset named ``owner/name`` or ``owner/name:configuration``.
 
     ``split`` picks one of several splits; it matters for directories and the hub only. Columns of a CSV file are text.
+    In a column whose rows differ in shape (tool arguments, say) datasets keeps ten decimals of a number.
 
     Raises:
         FileNotFoundError: there is no such file, directory, hub dataset or split.

@@ -78,7 +78,7 @@ class ProgressCallback(TrainerCallback):
         self.bar = self.training = self.evaluation = None
 
     def _start(self, state: TrainerState) -> None:
-        if self.bar or self.plain or not state.is_world_process_zero or not console().is_terminal:
+        if self.bar or self.plain or not state.is_world_process_zero or not console().is_interactive:
             return
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}")]
         self.bar = Progress(*columns, console=console())
