@@ -341,7 +341,8 @@ def test_progress_is_a_line_per_log_where_there_is_no_terminal(tmp_path, capsys)
 
 def test_progress_is_a_bar_on_a_terminal_and_is_taken_down_after_an_error(tmp_path, monkeypatch):
     screen = io.StringIO()
-    monkeypatch.setattr(progress, "console", lambda: Console(file=screen, force_terminal=True, force_interactive=True, width=120))
+    terminal = {"force_terminal": True, "force_interactive": True, "width": 120}
+    monkeypatch.setattr(progress, "console", lambda: Console(file=screen, **terminal))
     run = trainer(with_lora(tiny_model("llama3")), tmp_path, eval_dataset=token_rows(4), eval_strategy="steps", eval_steps=2)
     run.train()
     text = screen.getvalue()
