@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import math
 
 import pytest
@@ -340,6 +341,7 @@ def test_progress_is_a_line_per_log_where_there_is_no_terminal(tmp_path, capsys)
 
 
 def test_progress_is_a_bar_on_a_terminal_and_is_taken_down_after_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "level", logging.ERROR)  # as our command line sets it
     screen = io.StringIO()
     terminal = {"force_terminal": True, "force_interactive": True, "width": 120}
     monkeypatch.setattr(progress, "console", lambda: Console(file=screen, **terminal))

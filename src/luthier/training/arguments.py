@@ -78,6 +78,8 @@ class SharedArguments:
     """Mixed precision in bfloat16; None: where the device has it and the model is not in float32 or float16."""
     report_to: None | str | list[str] = "none"
     """Where metrics go besides the terminal: tensorboard, wandb, trackio, ..., or a list of them."""
+    disable_tqdm: bool | None = False
+    """True: progress in lines instead of a bar. (transformers' own default depends on how much it is told to talk.)"""
 
     def __new__(cls, *args: object, **kwargs: object):
         """Refuse unknown names with the nearest valid one."""
