@@ -23,8 +23,8 @@ from luthier.terminal import say, table
 from luthier.training.grpo import reward_change
 from luthier.workflows import grpo, sft
 
-BEGINNER_STEPS, STEPS, ANSWER_TOKENS = 100, 30, 24
-SMALL = {"learning_rate": 5e-4, "per_device_train_batch_size": 32, "gradient_accumulation_steps": 1}
+BEGINNER_STEPS, STEPS, ANSWER_TOKENS = 100, 45, 24
+SMALL = {"learning_rate": 3e-4, "per_device_train_batch_size": 32, "gradient_accumulation_steps": 1}
 LARGE = {"learning_rate": 2e-5, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}
 HINT = " Answer in the form 'Required: a, b. Optional: c.' and leave out a part that is empty."  # for models that know no form
 PART = re.compile(r"(Required|Optional): ([^.]*)\.")
