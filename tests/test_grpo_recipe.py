@@ -15,6 +15,7 @@ from luthier.data.read import read_dataset
 from luthier.fast import FastLanguageModel
 from luthier.rl.sampling import SamplingParams
 from luthier.training.grpo import GRPOConfig, GRPOTrainer
+from luthier.workflows.dry_run import dry_run
 from luthier.workflows.grpo import run as run_grpo
 
 QUESTIONS = ["The statement", "An expression list is", "x", "if the name is bound to an object, then", "class", "return"]
@@ -123,3 +124,21 @@ def test_the_usual_script(tmp_path, recipe):
         0
     ]
     assert asked.token_ids == as_trained and isinstance(asked.text, str)
+
+
+def test_a_dry_run_checks_the_recipes_own_settings(tmp_path):
+    """Groups of 4 in a batch of 4, which TRL's default of 8 completions a prompt would refuse."""
+    data = tmp_path / "prompts.jsonl"
+    data.write_text('{"prompt": "one", "answer": "1"}\n' * 4)
+    recipe = GRPORecipe(
+        model=str(save_tiny("llama3", tmp_path / "model")),
+        data=str(data),
+        output=str(tmp_path / "out"),
+        rewards=["luthier.demo.grpo:right_parts"],
+        num_generations=4,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=1,
+        max_seq_length=64,
+        max_completion_length=16,
+    )
+    assert dry_run(recipe)["rows"] == 4

@@ -16,8 +16,7 @@ from luthier.model.vision import require_vision
 from luthier.rl.prompts import check_prompts
 from luthier.rl.rewards import load_reward
 from luthier.terminal import table
-from luthier.training.arguments import TrainingArguments
-from luthier.training.grpo import GRPOConfig
+from luthier.workflows import grpo
 from luthier.workflows.common import checked, training_arguments
 from luthier.workflows.inspect import config_of, tokenizer_of
 
@@ -25,7 +24,7 @@ from luthier.workflows.inspect import config_of, tokenizer_of
 def dry_run(recipe: TrainRecipe) -> dict[str, Any]:
     """Check the recipe as the run would; shows and gives the ledger of its rows (SFT) and the estimate of its memory."""
     checked(recipe)
-    training_arguments(recipe, GRPOConfig if isinstance(recipe, GRPORecipe) else TrainingArguments)
+    grpo.arguments(recipe) if isinstance(recipe, GRPORecipe) else training_arguments(recipe)
     rows = read_dataset(recipe.data, recipe.split)
     if recipe.eval_data:
         read_dataset(recipe.eval_data)
