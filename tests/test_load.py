@@ -463,3 +463,11 @@ def test_what_the_hub_refuses_is_explained(checkpoints, tmp_path, monkeypatch):
         hub.repositories["me/tiny"] = {"config.json": (checkpoints() / "config.json").read_bytes()}
         with pytest.raises(FileNotFoundError, match="no model weights"):
             load_model("me/tiny", cache_dir=tmp_path)
+
+
+def test_a_config_without_its_numbers_is_refused_before_a_model_is_made(tmp_path):
+    """Its class's defaults are those of a model of 7 billion parameters, which would not fit here."""
+    directory = tiny.save_tiny("llama3", tmp_path / "model")
+    (directory / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
+    with pytest.raises(ValueError, match="hidden_size 4096, but its weights are of 64"):
+        load_model(directory)

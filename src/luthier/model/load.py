@@ -14,6 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+from luthier import adapters
 from luthier.errors import UnsupportedError, unknown
 from luthier.model import checkpoint
 from luthier.model.checkpointing import checkpointing_mode
@@ -123,6 +124,7 @@ def load_model(
     config = read_config(source.base, trust_remote_code)
     config, key_mapping = text_config(config, source.checkpoint, model_name, text_only)
     require_causal_lm(config, source.base)
+    require_width(config, source.checkpoint)
     restore_scaling(config, source.adapter)
     scale_positions(config, max_seq_length, rope_scaling)
     require_rows(config.get_text_config().vocab_size, resize_model_vocab)
@@ -296,6 +298,20 @@ def require_causal_lm(config: PreTrainedConfig, directory: Path) -> None:
         raise ValueError(
             f"{directory} is a {config.model_type!r} model, which is not a language model that generates text. "
             "Give a causal language model."
+        )
+
+
+def require_width(config: PreTrainedConfig, files: checkpoint.Checkpoint) -> None:
+    """Refuse a config of another size than its weights before a model of that size is made, which may not fit in memory.
+
+    A config.json that lacks its numbers gets the defaults of its class, often those of a model of 7 billion parameters.
+    """
+    tables = [entry["shape"] for name, entry in files.headers.items() if name.endswith("embed_tokens.weight")]
+    width = getattr(config.get_text_config(), "hidden_size", None)
+    if adapters.find(config) is not None and tables and tables[0][-1] != width:
+        raise ValueError(
+            f"{files.directory / 'config.json'} describes a model of hidden_size {width}, but its weights are of "
+            f"{tables[0][-1]}. Copy or download the checkpoint again."
         )
 
 

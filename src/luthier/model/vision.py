@@ -31,6 +31,7 @@ from luthier.model.load import (
     load_model,
     load_weights,
     read_config,
+    require_width,
 )
 from luthier.model.lora import attach_adapter
 from luthier.model.precision import choose_dtype, choose_precision, quantisation
@@ -75,6 +76,7 @@ def load_vision_model(model_name: str | Path, *args: object, **kwargs: object) -
     source = find_files(model_name, options.pop("subfolder", None), revision=given.revision, token=given.token, **hub)
     config = read_config(source.base, given.trust_remote_code)
     require_vision(config, model_name)
+    require_width(config, source.checkpoint)
     restore_scaling(config, source.adapter)
     scale_positions(config, given.max_seq_length, given.rope_scaling)
     info = LoadInfo(
