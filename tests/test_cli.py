@@ -173,6 +173,30 @@ def test_doctor(run):
     assert findings["vllm (optional)"]["remedy"] in ("", 'pip install "luthier[vllm]"')
 
 
+def test_every_command_takes_a_yaml_file_with_flags_over_it(place, run, tmp_path):
+    """A training recipe too: what another command has no use for is left alone."""
+    recipe = tmp_path / "run.yaml"
+    recipe.write_text(f"model: {place / 'model'}\nr: 4\nlearning_rate: 2e-4\nuse_gradient_checkpointing: true\n")
+    four = json.loads(run("estimate", recipe, "--json").out)
+    eight = json.loads(run("estimate", recipe, "--r", "8", "--json").out)
+    assert four["adapter"] * 2 == eight["adapter"]
+    flags = ("--r", "4", "--use-gradient-checkpointing", "true", "--json")
+    assert four == json.loads(run("estimate", place / "model", *flags).out)
+    recipe.write_text(f"file: {place / 'rows.jsonl'}\nrows: 1\njson: true\n")
+    shown = run("inspect", recipe)
+    assert shown.code == 0, shown.err
+    assert len(json.loads(shown.out)["rows"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("rose: 4", ["'rose'", "'rows'"]), ("rows: many", ["rows = 'many'"]), ("[1]", ["list"])]
+)
+def test_a_yaml_file_that_a_command_cannot_use(run, tmp_path, text, words):
+    (tmp_path / "run.yaml").write_text(text + "\n")
+    result = run("inspect", tmp_path / "run.yaml")
+    assert result.code == 2 and all(word in result.err for word in words), result.err
+
+
 def test_doctor_names_the_command_that_mends(run, monkeypatch):
     from luthier.workflows import doctor
 

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import dis
+import functools
 import importlib
 import json
 import os
 import sys
-import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
 import luthier
-from luthier.config import GRPORecipe, SFTRecipe, TrainRecipe, VisionRecipe, load_recipe
+from luthier.config import GRPORecipe, SFTRecipe, TrainRecipe, VisionRecipe, load_options, load_recipe
 from luthier.errors import ExportProofError, unknown
 from luthier.terminal import say, table
 
@@ -50,6 +50,7 @@ HELP = """usage: luthier COMMAND ...
   doctor               versions, GPU, what is missing and the command that mends it
   demo                 the whole pipeline on an embedded model; --grpo and --vision for those workflows
 
+Every command takes a YAML file in the place of its first argument: its keys are the flags, and flags go over it.
 luthier COMMAND --help shows every flag."""
 
 DryRun = Annotated[bool, tyro.conf.arg(help="Check the recipe, show its rows and the memory it will take, load no weights.")]
@@ -81,12 +82,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def raised_by_luthier(error: BaseException) -> bool:
     """Whether the error was raised on purpose: by a ``raise`` in this package, not by Python or a library below it."""
-    frames = list(traceback.walk_tb(error.__traceback__))
-    if not frames:
-        return False
-    code, position = frames[-1][0].f_code, frames[-1][0].f_lasti
+    innermost = error.__traceback__
+    while innermost.tb_next is not None:
+        innermost = innermost.tb_next
+    code = innermost.tb_frame.f_code
     is_ours = Path(code.co_filename).is_relative_to(Path(luthier.__file__).parent)
-    return is_ours and dis.opname[code.co_code[position]] == "RAISE_VARARGS"
+    return is_ours and dis.opname[code.co_code[innermost.tb_lasti]] == "RAISE_VARARGS"
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -103,6 +104,8 @@ def _dispatch(arguments: list[str]) -> int:
         raise unknown("command", command, [*RECIPES, *FUNCTIONS])
     _settle_libraries()
     function = _load(FUNCTIONS[command])
+    if rest and Path(rest[0]).suffix in (".yaml", ".yml"):
+        function, rest = functools.partial(function, **load_options(rest[0], function)), rest[1:]
     result = tyro.cli(function, args=rest, prog=f"luthier {command}", config=(tyro.conf.FlagCreatePairsOff,))
     return result if isinstance(result, int) else 0
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
 
 import docstring_parser
 import pydantic
@@ -226,13 +227,13 @@ class GRPORecipe(TrainRecipe):
     top_k: int = 0
     """Number of tokens kept in the rollouts; 0 keeps all."""
     beta: float = 0.0
-    """Weight of the KL term against the model without its adapter."""
+    """Weight of the KL term against the policy at the start of the run (for a continued adapter: that adapter)."""
     loss_type: Literal["grpo", "dr_grpo", "dapo", "bnpo", "gspo", "cispo", "sapo"] = "dapo"
     """The loss."""
     epsilon: float = 0.2
     """Lower clip of the probability ratio."""
     epsilon_high: float | None = None
-    """Upper clip of the probability ratio. Default: epsilon."""
+    """Upper clip of the probability ratio. Default: epsilon, and 5 for cispo."""
     mask_truncated_completions: bool = False
     """Leave completions that hit max_completion_length out of the loss."""
     rollout: Literal["transformers", "vllm"] = "transformers"
@@ -287,7 +288,31 @@ def load_recipe(path: str | Path, kind: type[Recipe]) -> Recipe:
 
     Raises ``FileNotFoundError`` for a missing file and ``ValueError`` for anything wrong in it, naming the key.
     """
-    path = Path(path)
+    return make_recipe(_read_keys(Path(path)), kind, where=str(path))
+
+
+def load_options(path: str | Path, function: Callable) -> dict[str, Any]:
+    """Those keys of a YAML file that ``function`` takes, checked by its annotations; a training recipe may hold others.
+
+    Raises as ``load_recipe``.
+    """
+    keys, hints = _read_keys(Path(path)), get_type_hints(function)
+    known = {*hints, *(entry.name for kind in (SFTRecipe, GRPORecipe, VisionRecipe) for entry in dataclasses.fields(kind))}
+    for key in keys:
+        if key not in known - {"return"}:
+            raise unknown(f"key in {path}:", key, known - {"return"})
+    options = {}
+    for key in keys.keys() & hints.keys():
+        value = str(keys[key]).lower() if key == "use_gradient_checkpointing" else keys[key]
+        try:
+            options[key] = pydantic.TypeAdapter(hints[key]).validate_python(value)
+        except pydantic.ValidationError as error:
+            reason = error.errors()[0]["msg"]
+            raise ValueError(f"{path} has a value that cannot be used: {key} = {value!r}: {reason}") from error
+    return options
+
+
+def _read_keys(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no recipe {str(path)!r}: give the path of a YAML file, or only flags (see --help)")
     try:
@@ -296,7 +321,7 @@ def load_recipe(path: str | Path, kind: type[Recipe]) -> Recipe:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(keys, dict):
         raise ValueError(f"{path} must hold keys and values such as 'model: NAME', but holds {type(keys).__name__}")
-    return make_recipe(keys, kind, where=str(path))
+    return keys
 
 
 class _EachKeyOnce(yaml.SafeLoader):
