@@ -132,3 +132,10 @@ def test_names_get_the_nearest_suggestion():
 
 def test_a_missing_package_names_its_extra():
     assert 'pip install "luthier[vllm]"' in str(missing_extra("vllm", "vllm", "rollout='vllm'"))
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("check", [files.make_directory, files.require_writable])
+def test_a_place_where_nothing_can_be_made_is_named(check):
+    with pytest.raises(PermissionError, match="Could not write /proc/x: permission denied"):
+        check(Path("/proc/x"))

@@ -67,7 +67,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
 
 def make_directory(path: Path) -> None:
     """``mkdir -p`` whose failure says what to do."""
-    with _explained(path):
+    with _explained(path), _no_such_place():
         path.mkdir(parents=True, exist_ok=True)
 
 
@@ -76,7 +76,7 @@ def require_writable(path: str | Path) -> None:
     place = Path(path).absolute()
     while not place.exists():
         place = place.parent
-    with _explained(Path(path)), tempfile.TemporaryFile(dir=place):
+    with _explained(Path(path)), _no_such_place(), tempfile.TemporaryFile(dir=place):
         pass
 
 
@@ -159,6 +159,15 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+@contextlib.contextmanager
+def _no_such_place() -> Iterator[None]:
+    """A directory that is there and still has no room for a new name, such as /proc, denies permission."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES)) from error
 
 
 @contextlib.contextmanager
