@@ -122,7 +122,7 @@ class AttentionBlock:
         branch_grad = self.post_norm.backward(grad, kept.branch) if self.post_norm else grad
         written = self.o.written(grad)
         wide, low = self.o.extended_gradient(branch_grad, written, self.residual_scale)
-        out_grad = wide @ written[:, : self.o.width_in]
+        out_grad = self.o.backward(wide, written)
         gradients_o = _gradients(self.o, low, kept.out, wide[:, : self.o.width_out], kept.low_o)
         del wide, branch_grad
         q, k, v = self._rotated(kept.qkv, call)
@@ -162,18 +162,9 @@ class AttentionBlock:
 
     def _output(self, x: Tensor, out: Tensor, written: Tensor, low: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """(x2, the branch before its post-norm if there is one)."""
-        weight, o = written[: self.o.width_out], self.o
-        alpha = self.residual_scale
-        base = x if self.post_norm is None else None
-        product = weight[:, : o.width_in].T
-        y = out @ product if base is None else torch.addmm(base, out, product, alpha=alpha)
-        alpha = 1.0 if base is None else alpha
-        if low is not None:
-            y.addmm_(low, weight[:, o.width_in : o.width_in + o.rank].T, alpha=alpha)
-        if o.has_bias:
-            y.add_(weight[:, o.width_in + o.rank], alpha=alpha)
-        if base is not None:
-            return y, None
+        if self.post_norm is None:
+            return self.o.apply(out, low, written, x, self.residual_scale), None
+        y = self.o.apply(out, low, written)
         return torch.add(x, self.post_norm.forward(y), alpha=self.residual_scale), y
 
     def _rotated(self, qkv: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
@@ -276,8 +267,8 @@ class MlpBlock:
         a_down, lows, b_gate_up = None, [], None
         for start in range(0, n, self.rows):
             chunk = slice(start, start + self.rows)
-            both = self.gate_up.forward(h[chunk], gate_up) if kept.gate_up is None else kept.gate_up[chunk]
-            act = gated_backward_(wide[chunk] @ down[:, : self.down.width_in], *both.chunk(2, dim=1), self.activation)
+            both = self.gate_up.forward_again(h[chunk], gate_up) if kept.gate_up is None else kept.gate_up[chunk]
+            act = gated_backward_(self.down.backward(wide[chunk], down), *both.chunk(2, dim=1), self.activation)
             if low_down is not None:
                 a_down = _sum(a_down, self.down.gradients_of_a(low_down[chunk], act))
             del act
@@ -312,7 +303,7 @@ class MlpBlock:
         branch = torch.empty(h.shape[0], self.down.width_out, dtype=h.dtype, device=h.device)
         for start in range(0, h.shape[0], self.rows):
             chunk = slice(start, start + self.rows)
-            both = self.gate_up.forward(h[chunk], gate_up) if kept.gate_up is None else kept.gate_up[chunk]
+            both = self.gate_up.forward_again(h[chunk], gate_up) if kept.gate_up is None else kept.gate_up[chunk]
             act = self.down.new_input(both.shape[0], h)
             gated_forward(*both.chunk(2, dim=1), self.activation, act[:, : self.down.width_in])
             self.down.extend(act, down, None if kept.low_down is None else kept.low_down[chunk])

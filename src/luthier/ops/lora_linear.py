@@ -99,7 +99,9 @@ class Projection:
             target = buffer[row : row + height, : self.width_in]
             dequantise(part.weight, target) if isinstance(part.weight, Quantised) else target.copy_(part.weight)
             if self.extension:
-                self._write_adapter(part, buffer, row, rank)
+                columns = buffer[row : row + height, self.width_in :]
+                rows = buffer[self.width_out + rank : self.width_out + rank + part.rank, : self.width_in]
+                self._write_adapter(part, columns, rows, rank)
             row, rank = row + height, rank + part.rank
         return buffer
 
@@ -107,11 +109,9 @@ class Projection:
         """Other layers have used the buffer: ``written`` has to write it again."""
         self.is_written = False
 
-    def _write_adapter(self, part: Part, buffer: Tensor, row: int, rank: int) -> None:
-        """One part's columns of B and bias, with zeros where the other parts' are, and its rows of A."""
-        columns = buffer[row : row + part.weight.shape[0], self.width_in :]
-        rows = buffer[self.width_out + rank : self.width_out + rank + part.rank, : self.width_in]
-        if has_kernels(buffer):
+    def _write_adapter(self, part: Part, columns: Tensor, rows: Tensor, rank: int) -> None:
+        """One part's columns (N_i, E) of B and bias, with zeros where the other parts' are, and its rows (r_i, K) of A."""
+        if has_kernels(columns):
             launch_adapter(part, columns, rows, rank, self.rank)
             return
         columns.zero_()
@@ -141,7 +141,7 @@ class Projection:
         """s t (n, R): the adapters' inner activations, scaled."""
         if not self.rank:
             return None
-        return self._scaled(x @ buffer[self.width_out : self.width_out + self.rank, : self.width_in].T)
+        return self._scaled(x @ self.a(buffer).T)
 
     def forward(self, x: Tensor, buffer: Tensor, out: Tensor | None = None) -> Tensor:
         """x (n, K + E) extended -> (n, N)."""
@@ -151,11 +151,34 @@ class Projection:
         """residual + alpha * the layer, x (n, K + E) extended; the sum is rounded once."""
         return torch.addmm(residual, x, buffer[: self.width_out].T, alpha=alpha, out=out)
 
+    def apply(self, x: Tensor, low: Tensor | None, buffer: Tensor, residual: Tensor | None = None, alpha: float = 1.0) -> Tensor:
+        """residual + alpha * the layer, or the layer itself, for an x (n, K) without room for its extension ``low``."""
+        weight = buffer[: self.width_out]
+        product = weight[:, : self.width_in].T
+        y = x @ product if residual is None else torch.addmm(residual, x, product, alpha=alpha)
+        if low is not None:
+            y.addmm_(low, weight[:, self.width_in : self.width_in + self.rank].T, alpha=alpha)
+        if self.has_bias:
+            y.add_(weight[:, self.width_in + self.rank], alpha=alpha)
+        return y
+
+    def forward_again(self, x: Tensor, buffer: Tensor) -> Tensor:
+        """``forward`` in a backward, which had not kept its result."""
+        return self.forward(x, buffer)
+
+    def a(self, buffer: Tensor) -> Tensor:
+        """A of every part (R, K), one below the other."""
+        return buffer[self.width_out : self.width_out + self.rank, : self.width_in]
+
+    def b(self, buffer: Tensor) -> Tensor:
+        """B of every part (N, R), each in its own rows and columns."""
+        return buffer[: self.width_out, self.width_in : self.width_in + self.rank]
+
     def low_gradient(self, grad: Tensor, buffer: Tensor) -> Tensor | None:
         """s dy @ B (n, R) from grad (n, N)."""
         if not self.rank:
             return None
-        return self._scaled(grad @ buffer[: self.width_out, self.width_in : self.width_in + self.rank])
+        return self._scaled(grad @ self.b(buffer))
 
     def input_gradient(self, grad: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor | None]:
         """(dx (n, K), s dy @ B (n, R)) from grad (n, N), for wide N: both from one product, then the adapters' added."""
@@ -164,10 +187,10 @@ class Projection:
         if not self.rank:
             return dx, None
         low = self._scaled(both[:, self.width_in :].contiguous())
-        return dx.addmm_(low, buffer[self.width_out : self.width_out + self.rank, : self.width_in]), low
+        return dx.addmm_(low, self.a(buffer)), low
 
     def extended_gradient(self, grad: Tensor, buffer: Tensor, alpha: float = 1.0) -> tuple[Tensor, Tensor | None]:
-        """([dy | s dy @ B] (n, N + R), the second of them), for wide K: ``that @ buffer[:, :K]`` is then dx with adapters."""
+        """([alpha dy | s alpha dy @ B] (n, N + R), the second of them), for wide K: what ``backward`` takes."""
         wide = torch.empty(grad.shape[0], self.width_out + self.rank_rows, dtype=grad.dtype, device=grad.device)
         torch.mul(grad, alpha, out=wide[:, : self.width_out]) if alpha != 1.0 else wide[:, : self.width_out].copy_(grad)
         low = self.low_gradient(wide[:, : self.width_out], buffer)
@@ -176,6 +199,10 @@ class Projection:
         if low is not None:
             wide[:, self.width_out : self.width_out + self.rank].copy_(low)
         return wide, low
+
+    def backward(self, wide: Tensor, buffer: Tensor) -> Tensor:
+        """dx (n, K) from ``extended_gradient``'s wide (n, N + R), or some rows of it."""
+        return wide @ buffer[:, : self.width_in]
 
     def gradients_of_a(self, low_grad: Tensor, x: Tensor) -> Tensor:
         """fp32 (R, K): every adapter's dA, one below the other; low_grad (n, R), x (n, K)."""
