@@ -151,7 +151,9 @@ class Projection:
         """residual + alpha * the layer, x (n, K + E) extended; the sum is rounded once."""
         return torch.addmm(residual, x, buffer[: self.width_out].T, alpha=alpha, out=out)
 
-    def apply(self, x: Tensor, low: Tensor | None, buffer: Tensor, residual: Tensor | None = None, alpha: float = 1.0) -> Tensor:
+    def apply(
+        self, x: Tensor, low: Tensor | None, buffer: Tensor, residual: Tensor | None = None, alpha: float = 1.0
+    ) -> Tensor:
         """residual + alpha * the layer, or the layer itself, for an x (n, K) without room for its extension ``low``."""
         weight = buffer[: self.width_out]
         product = weight[:, : self.width_in].T
