@@ -27,34 +27,94 @@ LLAMA_8B = {
 }
 CHECK = {**LLAMA_8B, "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 2}
 CHECK |= {"num_attention_heads": 16, "num_key_value_heads": 4}
+LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+GEMMA3 = {
+    **LLAMA_8B,
+    "model_type": "gemma3_text",
+    "vocab_size": 262208,
+    "head_dim": 256,
+    "sliding_window": 1024,
+    "query_pre_attn_scalar": 256,
+    "rope_parameters": None,
+    "tie_word_embeddings": True,
+}
 SHAPES = {
     "llama-8b": LLAMA_8B,
     "check": CHECK,
+    "llama-3.1-8b": {**LLAMA_8B, "rope_parameters": {**LLAMA3_ROPE, "original_max_position_embeddings": 8192}},
     "qwen3-8b": {**LLAMA_8B, "model_type": "qwen3", "vocab_size": 151936, "intermediate_size": 12288, "num_hidden_layers": 36},
+    "qwen2.5-7b": {
+        **LLAMA_8B,
+        "model_type": "qwen2",
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "head_dim": None,
+    },
     "mistral-7b": {**LLAMA_8B, "model_type": "mistral", "vocab_size": 32768, "sliding_window": None},
     "gemma3-4b": {
-        **LLAMA_8B,
-        "model_type": "gemma3_text",
-        "vocab_size": 262208,
+        **GEMMA3,
         "hidden_size": 2560,
         "intermediate_size": 10240,
         "num_hidden_layers": 34,
         "num_attention_heads": 8,
         "num_key_value_heads": 4,
-        "head_dim": 256,
-        "sliding_window": 1024,
-        "query_pre_attn_scalar": 256,
-        "rope_parameters": None,
-        "tie_word_embeddings": True,
+    },
+    "gemma3-12b": {
+        **GEMMA3,
+        "hidden_size": 3840,
+        "intermediate_size": 15360,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+    },
+    "phi-4": {
+        **LLAMA_8B,
+        "model_type": "phi3",
+        "vocab_size": 100352,
+        "hidden_size": 5120,
+        "intermediate_size": 17920,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 10,
+        "head_dim": None,
+    },
+    "phi-3-mini": {  # heads 96 wide, and a window shorter than most training rows
+        **LLAMA_8B,
+        "model_type": "phi3",
+        "vocab_size": 32064,
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_key_value_heads": 32,
+        "head_dim": None,
+        "sliding_window": 2047,
+    },
+    "granite-8b": {
+        **LLAMA_8B,
+        "model_type": "granite",
+        "vocab_size": 49155,
+        "intermediate_size": 12800,
+        "num_hidden_layers": 40,
+        "head_dim": None,
+        "attention_multiplier": 1 / 128,
+        "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.22,
+        "logits_scaling": 16.0,
     },
 }
 
 
 def random_model(
-    shape: str, device: str = "cuda", four_bit: bool = True, seed: int = 0, layers: int | None = None
+    shape: str, device: str = "cuda", four_bit: bool = True, seed: int = 0, layers: int | None = None, **changes: int
 ) -> nn.Module:
-    """A bf16 model of ``shape`` on ``device`` whose decoder's linear layers are NF4 with double quantisation."""
-    settings = {key: value for key, value in SHAPES[shape].items() if value is not None}
+    """A bf16 model of ``shape`` on ``device`` whose decoder's linear layers are NF4 with double quantisation.
+
+    ``four_bit=False``: they stay bf16. ``changes``: fields of the config that differ from the shape's.
+    """
+    settings = {key: value for key, value in {**SHAPES[shape], **changes}.items() if value is not None}
     settings |= {"num_hidden_layers": layers} if layers else {}
     config = AutoConfig.for_model(**settings)
     with torch.device("meta"):
@@ -96,7 +156,7 @@ def dequantised(model: nn.Module) -> nn.Module:
             if isinstance(child, bnb.nn.Linear4bit):
                 linear = nn.Linear(child.in_features, child.out_features, bias=False, device="meta")
                 weight = bnb.functional.dequantize_4bit(child.weight.data, child.weight.quant_state)
-                linear.weight = nn.Parameter(weight.float(), requires_grad=False)
+                linear.weight, linear.bias = nn.Parameter(weight.float(), requires_grad=False), child.bias
                 setattr(module, name, linear)
     model.is_loaded_in_4bit = False
     return model.float()
@@ -113,6 +173,6 @@ def _nf4_linear(linear: nn.Linear, generator: torch.Generator, device: str) -> n
 
 
 def _random(module: nn.Module, shape: torch.Size, generator: torch.Generator, device: str) -> torch.Tensor:
-    if len(shape) == 1:  # a norm; Gemma's scale is one plus its weight
+    if len(shape) == 1 and not isinstance(module, nn.Linear):  # a norm; Gemma's scale is one plus its weight
         return torch.full(shape, float("Gemma" not in type(module).__name__), dtype=torch.bfloat16, device=device)
     return torch.randn(shape, dtype=torch.bfloat16, device=device, generator=generator).mul_(0.02)

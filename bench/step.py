@@ -150,8 +150,8 @@ def step(model, optimizer, inputs):
 def random_batch(model, batch: int, tokens: int, seed: int) -> dict:
     import torch
 
-    generator = torch.Generator("cuda").manual_seed(seed)
-    ids = torch.randint(model.config.vocab_size, (batch, tokens), device="cuda", generator=generator)
+    generator = torch.Generator(model.device).manual_seed(seed)
+    ids = torch.randint(model.config.vocab_size, (batch, tokens), device=model.device, generator=generator)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
 

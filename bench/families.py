@@ -1,0 +1,201 @@
+"""Families of models through the public path, as a user's own script trains them: correct first, then speed and memory.
+
+    python bench/families.py --families llama-3.1-8b,qwen3-8b,gemma3-4b
+
+A random checkpoint of a few layers at real widths is written to disk, loaded with FastLanguageModel.from_pretrained in
+NF4 and given adapters with get_peft_model; a step is ``model(input_ids, attention_mask, labels).loss.backward()`` and
+AdamW. Beside it stock transformers + peft on the same checkpoint and adapters, with gradient checkpointing. The error of
+the adapters' gradients is against the same weights in fp32, and may be twice stock's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+LAYERS = {"gemma3-4b": 6, "gemma3-12b": 6}  # every sixth layer sees the whole row
+VOCABULARY = 32768  # the head would outweigh so few layers
+FAMILIES = "llama-3.1-8b,qwen3-8b,gemma3-4b,mistral-7b,qwen2.5-7b,phi-4,gemma3-12b,granite-8b,phi-3-mini"
+TINY = {  # widths with which this script itself is tried on a CPU
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 512,
+    "pad_token_id": 0,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--families", default=FAMILIES, help="shapes of bench/models.py, comma separated")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--shape", default="2x2048", help="batch x tokens that are timed")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--tiny", action="store_true", help="tiny widths and no timing: try the script where there is no GPU")
+    parser.add_argument("--out", type=Path, help="JSON file to write the rows to")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        for family in arguments.families.split(","):
+            print(json.dumps({"family": family, **measured(family, arguments)}), flush=True)
+        return
+    print(f"{'family':14}{'gradient error':>16}{'stock':>9}{'tok/s':>9}{'GiB':>7}{'HF':>9}{'GiB':>7}  {'loading':16}layers")
+    rows = collected(arguments)
+    if arguments.out:
+        arguments.out.write_text(json.dumps(rows, indent=1) + "\n")
+    if any("failed" in row or not row["passed"] for row in rows):
+        sys.exit("Not every family passed.")
+
+
+def collected(arguments: argparse.Namespace) -> list[dict]:
+    """The rows of all families, from one process as long as it lives: a fault of the GPU ends it, and the next one goes on."""
+    rows, left = [], arguments.families.split(",")
+    options = [option for option in sys.argv[1:] if option != "--worker"]
+    while left:
+        command = [sys.executable, __file__, *options, "--worker", "--families", ",".join(left)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            for line in process.stdout:
+                if line.startswith("{"):
+                    rows.append(json.loads(line))
+                    left.remove(rows[-1]["family"])
+                    print_row(rows[-1])
+        if process.returncode and left:
+            rows.append({"family": left.pop(0), "failed": f"exit code {process.returncode}"})
+            print_row(rows[-1])
+    return rows
+
+
+def print_row(row: dict) -> None:
+    if "failed" in row:
+        print(f"{row['family']:14} {row['failed']}", flush=True)
+        return
+    ours, hf = row["luthier"], row["hf"]
+    cells = f"{row['error']:.3%}{'' if row['passed'] else ' WRONG':6}"
+    speed = f"{ours['tokens_per_second']:9}{ours['peak_gib']:7}{hf['tokens_per_second']:9}{hf['peak_gib']:7}" if ours else 32 * " "
+    loading = f"{row['seconds']:.1f} s, HF {row['hf_seconds']:.1f}"
+    print(f"{row['family']:14}{cells:>16}{row['stock_error']:9.3%}{speed}  {loading:16}{row['layers']}", flush=True)
+
+
+def measured(family: str, arguments: argparse.Namespace) -> dict:
+    """Gradients and speed of one family, stock and ours."""
+    import torch
+    from models import dequantised
+    from step import random_batch, timed
+
+    layers = LAYERS.get(family, arguments.layers)
+    batch, tokens = map(int, arguments.shape.split("x"))
+
+    def speed(model: torch.nn.Module) -> dict | None:
+        if arguments.tiny:
+            return None
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
+        return timed(model, optimizer, batch, tokens, arguments.warmup, arguments.steps)
+
+    with tempfile.TemporaryDirectory() as directory:
+        write_checkpoint(family, directory, layers, arguments.tiny)
+        started = time.perf_counter()
+        stock = stock_model(directory)
+        hf_seconds = time.perf_counter() - started
+        adapters = {name: p.detach().clone() for name, p in stock.named_parameters() if p.requires_grad}
+        inputs = random_batch(stock, 2, 24 if arguments.tiny else 512, seed=0)
+        stock_loss, stock_gradients = gradients(stock, inputs)
+        stock.gradient_checkpointing_enable({"use_reentrant": False})
+        hf = speed(stock)
+        stock.gradient_checkpointing_disable()
+        stock.load_state_dict(adapters, strict=False)
+        exact_loss, exact = gradients(dequantised(stock), inputs)
+        del stock
+        gc.collect()
+
+        started = time.perf_counter()
+        model = our_model(directory)
+        seconds = time.perf_counter() - started
+    model.load_state_dict(adapters, strict=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loss, ours = gradients(model, inputs)
+    said = {str(warning.message) for warning in caught if "stock forward" in str(warning.message)}
+    error, stock_error = difference(ours, exact), difference(stock_gradients, exact)
+    return {
+        "error": error,
+        "stock_error": stock_error,
+        "losses": {"exact": exact_loss, "stock": stock_loss, "luthier": loss},
+        "passed": error <= 2 * stock_error and abs(loss - exact_loss) <= 2 * max(abs(stock_loss - exact_loss), 1e-3),
+        "layers": f"stock: {'; '.join(said)}" if said else "fused",
+        "luthier": speed(model),
+        "hf": hf,
+        "seconds": seconds,
+        "hf_seconds": hf_seconds,
+    }
+
+
+def write_checkpoint(family: str, directory: str, layers: int, tiny: bool) -> None:
+    import torch
+    from models import random_model
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    changes = TINY if tiny else {"vocab_size": VOCABULARY}
+    model = random_model(family, device, four_bit=False, layers=layers, **changes)
+    model.save_pretrained(directory)
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    words = Tokenizer(WordLevel({token: index for index, token in enumerate((*special.values(), "<unk>"))}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", **special).save_pretrained(directory)
+
+
+def stock_model(directory: str):
+    """transformers + peft, as their documentation trains a 4-bit model; the adapters' B away from zero."""
+    import torch
+    from models import with_lora
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    on_gpu = torch.cuda.is_available()
+    quantisation = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, quantization_config=quantisation, dtype=torch.bfloat16, device_map={"": 0 if on_gpu else "cpu"}
+    )
+    return with_lora(model).train()
+
+
+def our_model(directory: str):
+    import torch
+
+    from luthier import FastLanguageModel
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the tokenizer of four words is repaired
+        model, _ = FastLanguageModel.from_pretrained(directory, dtype=torch.bfloat16, load_in_4bit=True)
+    return FastLanguageModel.get_peft_model(model, r=16)
+
+
+def gradients(model, inputs: dict) -> tuple[float, dict]:
+    model.train().zero_grad()
+    loss = model(**inputs).loss
+    loss.backward()
+    found = {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return loss.item(), found
+
+
+def difference(left: dict, right: dict) -> float:
+    """The relative error of all gradients together."""
+    squares = sum((left[name] - right[name]).square().sum() for name in right)
+    return float((squares / sum(value.square().sum() for value in right.values())).sqrt())
+
+
+if __name__ == "__main__":
+    main()
