@@ -81,7 +81,7 @@ def print_row(row: dict) -> None:
         return
     ours, hf = row["luthier"], row["hf"]
     cells = f"{row['error']:.3%}{'' if row['passed'] else ' WRONG':6}"
-    speed = f"{ours['tokens_per_second']:9}{ours['peak_gib']:7}{hf['tokens_per_second']:9}{hf['peak_gib']:7}" if ours else 32 * " "
+    speed = "".join(f"{row['tokens_per_second']:9}{row['peak_gib']:7}" for row in (ours, hf)) if ours else 32 * " "
     loading = f"{row['seconds']:.1f} s, HF {row['hf_seconds']:.1f}"
     print(f"{row['family']:14}{cells:>16}{row['stock_error']:9.3%}{speed}  {loading:16}{row['layers']}", flush=True)
 
@@ -92,6 +92,9 @@ def measured(family: str, arguments: argparse.Namespace) -> dict:
     from models import dequantised
     from step import random_batch, timed
 
+    import luthier.fast  # noqa: F401  not counted as loading
+
+    gc.collect()  # the family before
     layers = LAYERS.get(family, arguments.layers)
     batch, tokens = map(int, arguments.shape.split("x"))
 
