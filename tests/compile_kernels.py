@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from luthier.ops import gated_mlp, linear_cross_entropy, lora_linear, nf4, rms_norm, rotary
+from luthier.ops import fp8, gated_mlp, linear_cross_entropy, lora_linear, nf4, rms_norm, rotary
 
 
 def kernels(dtype: str) -> dict[str, tuple]:
@@ -44,9 +44,33 @@ def kernels(dtype: str) -> dict[str, tuple]:
         },
         "nf4": (nf4._nf4_kernel, ["*u8", "*u8", *weights], {"NESTED": 256, "WHOLE": True, **blocks}, 4),
         "nf4, plain scales": (nf4._nf4_kernel, ["*u8", "*fp32", *weights], {"NESTED": 0, "WHOLE": False, **blocks}, 4),
-        "adapter": (lora_linear._adapter_kernel, [x32, x32, x, x, x, *["i32"] * 5, *["i64"] * 3], adapter, 4),
+        "adapter": (lora_linear._adapter_kernel, [x32, x32, x, x, x, *["i32"] * 5, *["i64"] * 4], adapter, 4),
         "cross-entropy": (linear_cross_entropy._cross_entropy_kernel, head, {"V": 128256, "BLOCK": 8192, "CAPPED": True}, 16),
     }
+
+
+def kernels_in_8_bits(dtype: str) -> dict[str, tuple]:
+    """The same for what only cards from Ada on have."""
+    x, scales = f"*{dtype}", ["*fp32"] * 5
+    widths = ["i32", "i32", "i64", "i64"]
+    nested = {"SIZE": 64, "NESTED": 256}
+    tiles = {
+        transposed: {"TRANSPOSED": transposed, "ROWS": rows, "COLUMNS": columns}
+        for transposed, (rows, columns) in ((False, fp8.WIDE_TILE), (True, fp8.SQUARE_TILE))
+    }
+    return {
+        "e4m3 rows": (fp8._quantise_kernel, [x, "*fp8e4nv", "*fp32", "i32", "i64"], {"STEPS": 2, "BLOCK": fp8.ROW_BLOCK}, 16),
+        **{
+            f"e4m3 {name}{' transposed' if transposed else ''}": (
+                fp8._write_kernel, [*source, *scales, "*fp8e4nv", *widths], {**constants, **tiles[transposed]}, warps
+            )
+            for name, source, constants in (
+                ("of nf4", ["*u8", "*u8"], nested),
+                ("of 16 bits", [x, x], {"SIZE": 0, "NESTED": 0}),
+            )
+            for transposed, warps in ((False, 4), (True, 8))
+        },
+    }  # fmt: skip
 
 
 def build(kernel, types: list[str], constants: dict, warps: int, target: GPUTarget) -> int:
@@ -65,6 +89,7 @@ def main(capabilities: list[int]) -> None:
     for capability in capabilities:
         target = GPUTarget("cuda", capability, 32)
         built = kernels("fp16" if capability < 80 else "bf16")
+        built |= kernels_in_8_bits("bf16") if capability >= 89 else {}
         result[capability] = {name: build(*arguments, target) for name, arguments in built.items()}
     print(json.dumps(result))
 

@@ -281,7 +281,6 @@ def test_an_unknown_argument_is_named_with_its_nearest(checkpoints):
         ("max_seq_length", "2048", TypeError, "'2048'"),
         ("memory_budget", -1, ValueError, "GiB"),
         ("compute", "fp16", ValueError, "bf16"),
-        ("compute", "fp8", UnsupportedError, "not in this version"),
         ("load_in_fp8", True, UnsupportedError, "not in this version"),
         ("gpu_memory_utilization", 1.5, ValueError, "at most 1"),
         ("use_gradient_checkpointing", "of", ValueError, "offload"),

@@ -1,7 +1,8 @@
 """Triton's CPU interpreter, repaired: as shipped it does arithmetic on the bits of bf16 and truncates when it stores it.
 
 Luthier's kernels load bf16, convert to fp32, compute, and convert back, so the conversions are what must be right (and
-dot, whose operands stay bf16). test_ops.py tests the repair itself. TRITON_INTERPRET=1 must be set before Triton is imported.
+dot, whose operands stay bf16); so is the one to e4m3, which nothing reads back. test_ops.py tests the repair itself.
+TRITON_INTERPRET=1 must be set before Triton is imported.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from collections.abc import Iterator
 from unittest import mock
 
 import numpy as np
+import torch
 import triton
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 CONVERSIONS = ("create_si_to_fp", "create_ui_to_fp", "create_fp_to_si", "create_fp_to_ui", "create_fp_ext", "create_fp_trunc")
+CONVERSIONS += ("create_fp_to_fp",)
 
 
 def interprets() -> bool:
@@ -40,13 +43,20 @@ def rounded_to_bf16(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), np.uint16(0x7FC0), nearest)
 
 
+def rounded_to_e4m3(values: np.ndarray) -> np.ndarray:
+    """fp32 -> the bits of the nearest e4m3, ties to even, the largest one for what is beyond it, as the card converts."""
+    return torch.from_numpy(values).clamp(-448.0, 448.0).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+
 @contextlib.contextmanager
 def repaired() -> Iterator[None]:
     """While open, the interpreter converts and multiplies bf16 as a GPU does."""
     shipped = InterpreterBuilder.cast_impl
 
-    def cast(self, source, target_type):
+    def cast(self, source, target_type, rounding_mode=None):
         target = target_type.scalar
+        if target == tl.float8e4nv:
+            return TensorHandle(rounded_to_e4m3(widened(source).astype(np.float32)), target)
         if target == tl.bfloat16:
             return TensorHandle(rounded_to_bf16(widened(source).astype(np.float32)), target)
         if source.dtype.scalar == tl.bfloat16:

@@ -49,6 +49,8 @@ class ModelRecipe:
     """Recompute activations: as the memory needs (auto), every layer (true), none (false), inputs to host memory (offload)."""
     memory_budget: float | None = None
     """GiB of device memory the whole run may take. Default: what is free less a reserve."""
+    compute: Literal["bf16", "fp8-backward", "fp8"] = "bf16"
+    """How frozen weights multiply: exactly (bf16), or in 8 bits in the backward or always; docs/speed.md has the cost."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     trust_remote_code: bool = False
@@ -85,7 +87,7 @@ class ModelRecipe:
     def loading(self) -> dict[str, Any]:
         """The arguments of ``from_pretrained`` beside the name."""
         same = ("max_seq_length", "dtype", "load_in_4bit", "load_in_8bit", "load_in_16bit", "full_finetuning")
-        same += ("attn_implementation", "memory_budget", "revision", "trust_remote_code")
+        same += ("attn_implementation", "memory_budget", "compute", "revision", "trust_remote_code")
         values = {name: getattr(self, name) for name in same}
         return values | {"use_gradient_checkpointing": self.checkpointing(), "random_state": self.seed}
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from luthier.model.accelerate import accelerate, base_model
 from luthier.model.checkpointing import set_checkpointing
+from luthier.model.compute import set_compute
 from luthier.model.generation import generate
 from luthier.model.load import find_files, is_vision, load_model, read_config
 from luthier.model.lora import get_peft_model
@@ -94,7 +95,8 @@ def _ready(
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase | ProcessorMixin]:
     """Recomputation as asked, our forward passes, and the methods that save and generate."""
     set_checkpointing(model, model.luthier.use_gradient_checkpointing)
-    return _with_methods(accelerate(model), getattr(processor, "tokenizer", processor)), processor
+    set_compute(accelerate(model), model.luthier.compute)
+    return _with_methods(model, getattr(processor, "tokenizer", processor)), processor
 
 
 def _with_methods(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel | PeftModel:

@@ -66,10 +66,16 @@ def is_accelerated(model: nn.Module) -> bool:
     return _stock_class(base) is not type(base)
 
 
+def state_of(model: nn.Module) -> ModelState | None:
+    """What the layers of an accelerated model share; None for a stock one."""
+    states = (module.__dict__.get("luthier_state") for module in base_model(model).modules())
+    return next((state for state in states if isinstance(state, ModelState)), None)
+
+
 def dial_of(model: nn.Module) -> Dial | None:
     """The memory dial of an accelerated model; None for a stock one."""
-    states = (module.__dict__.get("luthier_state") for module in base_model(model).modules())
-    return next((state.dial for state in states if isinstance(state, ModelState)), None)
+    state = state_of(model)
+    return None if state is None else state.dial
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:

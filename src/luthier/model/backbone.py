@@ -32,6 +32,7 @@ class ModelState:
 
     dial: Dial
     workspace: Workspace = field(default_factory=Workspace)
+    compute: str = "bf16"  # how frozen weights are multiplied: one of model.compute.COMPUTE
     said: set[str] = field(default_factory=set)  # reasons for stock forwards that this model has already given
     structure: Structure | None = None  # of the batch in the forward that runs now; None: only the mask knows
 

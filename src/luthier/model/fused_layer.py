@@ -23,6 +23,7 @@ from luthier.model.backbone import ModelState
 from luthier.model.blocks import AttentionBlock, Call, Kept, MlpBlock, Mode, Norm
 from luthier.model.dial import Shape
 from luthier.ops.backend import has_kernels
+from luthier.ops.fp8_linear import Fp8Projection
 from luthier.ops.gated_mlp import ACTIVATIONS
 from luthier.ops.lora_linear import Part, Projection
 from luthier.ops.nf4 import Quantised, quantised
@@ -171,12 +172,12 @@ class _Layer(torch.autograd.Function):
 def read_blocks(layer: nn.Module, spec: Spec, hidden_states: Tensor, kwargs: dict) -> Blocks:
     """The layer's modules, as they are now, as blocks for this call; Unfused where that is not what they compute."""
     _check_call(layer, hidden_states, kwargs)
-    attention, mlp, workspace = layer.self_attn, layer.mlp, layer.luthier_state.model.workspace
+    attention, mlp, state = layer.self_attn, layer.mlp, layer.luthier_state.model
     _check_structure(layer, spec)
     residual_scale = getattr(layer, spec.residual_scale) if spec.residual_scale else 1.0
     names = ("qkv_proj",) if spec.qkv == "fused" else ("q_proj", "k_proj", "v_proj")
-    qkv = Projection("qkv", [read_part(getattr(attention, name)) for name in names], workspace)
-    o = Projection("o", [read_part(attention.o_proj)], workspace)
+    qkv = _projection("qkv", [read_part(getattr(attention, name)) for name in names], state)
+    o = _projection("o", [read_part(attention.o_proj)], state)
     width = attention.head_dim
     heads = o.width_in // width
     before, after = (read_norm(layer, name, spec) for name in spec.attention_norms)
@@ -199,11 +200,17 @@ def read_blocks(layer: nn.Module, spec: Spec, hidden_states: Tensor, kwargs: dic
     if hasattr(mlp, "experts"):
         return Blocks(attention_block, None)
     names = ("gate_up_proj",) if spec.mlp == "fused" else ("gate_proj", "up_proj")
-    gate_up = Projection("gate_up", [read_part(getattr(mlp, name)) for name in names], workspace)
-    down = Projection("down", [read_part(mlp.down_proj)], workspace)
+    gate_up = _projection("gate_up", [read_part(getattr(mlp, name)) for name in names], state)
+    down = _projection("down", [read_part(mlp.down_proj)], state)
     before, after = (read_norm(layer, name, spec) for name in (spec.attention_norms if spec.parallel else spec.mlp_norms))
     mlp_block = MlpBlock(gate_up, down, _activation(attention.config), before, after, residual_scale)
     return Blocks(attention_block, mlp_block, spec.parallel)
+
+
+def _projection(role: str, parts: list[Part], state: ModelState) -> Projection:
+    if state.compute == "bf16":
+        return Projection(role, parts, state.workspace)
+    return Fp8Projection(role, parts, state.workspace, everywhere=state.compute == "fp8")
 
 
 def read_part(module: nn.Module) -> Part:

@@ -18,6 +18,7 @@ from luthier import adapters
 from luthier.errors import UnsupportedError, unknown
 from luthier.model import checkpoint
 from luthier.model.checkpointing import checkpointing_mode
+from luthier.model.compute import require_compute
 from luthier.model.cpu_4bit import repair_cpu_4bit
 from luthier.model.experts import expert_stacks
 from luthier.model.lora import attach_adapter
@@ -27,7 +28,6 @@ from luthier.model.tokenizer import load_tokenizer, repair_tokenizer
 from luthier.model.vocab import require_rows, resize_embeddings
 
 DEFAULT_LENGTH = 2048  # tokens
-COMPUTE = ("bf16", "fp8-backward", "fp8")
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only")
 MODEL_OPTIONS = (
     "experts_implementation",
@@ -109,7 +109,8 @@ def load_model(
     # 1. The arguments
     precision = choose_precision(load_in_4bit, load_in_8bit, load_in_16bit, load_in_fp8, full_finetuning)
     precision_given = load_in_4bit is not None or precision != "nf4"
-    check_options(hf_kwargs, max_seq_length, memory_budget, compute, gpu_memory_utilization, max_lora_rank, resize_model_vocab)
+    check_options(hf_kwargs, max_seq_length, memory_budget, gpu_memory_utilization, max_lora_rank, resize_model_vocab)
+    require_compute(compute, full_finetuning)
     if "torch_dtype" in hf_kwargs:
         if dtype is not None:
             raise ValueError(f"dtype={dtype} and torch_dtype={hf_kwargs['torch_dtype']} were given: leave torch_dtype out.")
@@ -171,7 +172,6 @@ def check_options(
     hf_kwargs: dict,
     max_seq_length: int | None,
     memory_budget: float | None,
-    compute: str,
     gpu_memory_utilization: float,
     max_lora_rank: int,
     resize_model_vocab: int | None,
@@ -193,10 +193,6 @@ def check_options(
         raise ValueError(f"memory_budget is {memory_budget}: give a number of GiB above 0, or leave it out.")
     if not 0 < gpu_memory_utilization <= 1:
         raise ValueError(f"gpu_memory_utilization is {gpu_memory_utilization}: it must be above 0 and at most 1.")
-    if compute not in COMPUTE:
-        raise unknown("compute", compute, COMPUTE)
-    if compute != "bf16":
-        raise UnsupportedError(f"compute={compute!r} is not in this version. Use compute='bf16', which is exact.")
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from transformers import (
 from luthier import adapters
 from luthier.errors import UnsupportedError, missing_extra
 from luthier.model.checkpointing import checkpointing_mode
+from luthier.model.compute import require_compute
 from luthier.model.load import (
     HUB_OPTIONS,
     LoadInfo,
@@ -62,6 +63,7 @@ def load_vision_model(model_name: str | Path, *args: object, **kwargs: object) -
     precision_given = given.load_in_4bit is not None or precision != "nf4"
     values = {name: getattr(given, name) for name in inspect.signature(check_options).parameters if name != "hf_kwargs"}
     check_options(options, **values)
+    require_compute(given.compute, given.full_finetuning)
     if given.text_only:
         raise ValueError("text_only=True loads the language part alone: use FastLanguageModel.from_pretrained for that.")
     if "torch_dtype" in options and given.dtype is not None:

@@ -101,7 +101,7 @@ class Projection:
             if self.extension:
                 columns = buffer[row : row + height, self.width_in :]
                 rows = buffer[self.width_out + rank : self.width_out + rank + part.rank, : self.width_in]
-                self._write_adapter(part, columns, rows, rank)
+                self.write_adapter(part, columns, rows, rank)
             row, rank = row + height, rank + part.rank
         return buffer
 
@@ -109,7 +109,7 @@ class Projection:
         """Other layers have used the buffer: ``written`` has to write it again."""
         self.is_written = False
 
-    def _write_adapter(self, part: Part, columns: Tensor, rows: Tensor, rank: int) -> None:
+    def write_adapter(self, part: Part, columns: Tensor, rows: Tensor, rank: int) -> None:
         """One part's columns (N_i, E) of B and bias, with zeros where the other parts' are, and its rows (r_i, K) of A."""
         if has_kernels(columns):
             launch_adapter(part, columns, rows, rank, self.rank)
@@ -232,21 +232,21 @@ class Projection:
 
 
 def launch_adapter(part: Part, columns: Tensor, rows: Tensor, rank_start: int, bias_column: int) -> None:
-    """``_write_adapter`` in one kernel: columns (N, E) and rows (r, K) are views of the buffer."""
+    """``write_adapter`` in one kernel: columns (N, E) and rows (r, K) may be views of one buffer."""
     height, extension = columns.shape
     a, b = (columns, columns) if part.a is None else (part.a, part.b)
     of_b, of_a = triton.cdiv(height, TILE_ROWS), part.rank * triton.cdiv(rows.shape[1], TILE_COLUMNS)
     _adapter_kernel[(of_b + of_a,)](
         a, b, columns if part.bias is None else part.bias, columns, rows, height, rows.shape[1], of_b, rank_start,
-        bias_column, a.stride(0), b.stride(0), columns.stride(0), RANK=part.rank, EXTENSION=extension,
+        bias_column, a.stride(0), b.stride(0), columns.stride(0), rows.stride(0), RANK=part.rank, EXTENSION=extension,
         BLOCK=power_of_2(extension), HAS_BIAS=part.bias is not None, ROWS=TILE_ROWS, COLUMNS=TILE_COLUMNS, num_warps=4,
     )  # fmt: skip
 
 
 @jit
 def _adapter_kernel(
-    A, B, BIAS, OUT_COLUMNS, OUT_ROWS, height, width, programs_of_b, rank_start, bias_column, stride_a, stride_b, stride_out,
-    RANK: tl.constexpr, EXTENSION: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr,
+    A, B, BIAS, OUT_COLUMNS, OUT_ROWS, height, width, programs_of_b, rank_start, bias_column, stride_a, stride_b,
+    stride_columns, stride_rows, RANK: tl.constexpr, EXTENSION: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -261,14 +261,14 @@ def _adapter_kernel(
         if HAS_BIAS:
             bias = tl.load(BIAS + row, mask=row < height, other=0.0).to(tl.float32)
             value += tl.where(column == bias_column, 1.0, 0.0)[None, :] * bias[:, None]
-        target = OUT_COLUMNS + row.to(tl.int64)[:, None] * stride_out + column[None, :]
+        target = OUT_COLUMNS + row.to(tl.int64)[:, None] * stride_columns + column[None, :]
         tl.store(target, value.to(OUT_COLUMNS.dtype.element_ty), mask=inside)
     elif RANK > 0:
         blocks = tl.cdiv(width, COLUMNS)
         rank = ((program - programs_of_b) // blocks).to(tl.int64)
         at = (program - programs_of_b) % blocks * COLUMNS + tl.arange(0, COLUMNS)
         copied = tl.load(A + rank * stride_a + at, mask=at < width, other=0.0)
-        tl.store(OUT_ROWS + rank * stride_out + at, copied.to(OUT_ROWS.dtype.element_ty), mask=at < width)
+        tl.store(OUT_ROWS + rank * stride_rows + at, copied.to(OUT_ROWS.dtype.element_ty), mask=at < width)
 
 
 def product_fp32(x: Tensor, y: Tensor) -> Tensor:

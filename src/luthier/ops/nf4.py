@@ -9,6 +9,7 @@ in fp32, rounded once to the dtype asked for: bit for bit what ``bitsandbytes.fu
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -34,6 +35,15 @@ class Quantised:
     nested_blocksize: int = 256
     offset: Tensor | None = None  # () fp32
 
+    @cached_property
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """(rows,) and (columns,) fp32 of a matrix: no weight in that row or column is larger. A block's columns share one."""
+        if self.shape[1] % self.blocksize:
+            weights = dequantise(self, dtype=torch.float32).abs()
+            return weights.amax(1), weights.amax(0)
+        largest = scales_of_blocks(self).abs().view(self.shape[0], -1) * self.code.abs().max()
+        return largest.amax(1), largest.amax(0).repeat_interleave(self.blocksize)
+
 
 def quantised(weight: Tensor) -> Quantised:
     """The parts of a bitsandbytes ``Params4bit`` that is on its device (its ``quant_state`` is set)."""
@@ -56,14 +66,18 @@ def quantised(weight: Tensor) -> Quantised:
 
 def dequantise_reference(weight: Quantised, dtype: torch.dtype | None = None) -> Tensor:
     """The definition, in plain torch -> (rows, columns) in ``dtype`` (default: the dtype it was quantised from)."""
-    absmax = weight.absmax
-    if weight.nested_absmax is not None:
-        scales = weight.nested_absmax.repeat_interleave(weight.nested_blocksize)[: absmax.numel()]
-        absmax = weight.nested_code[absmax.long()] * scales + weight.offset
     pairs = torch.cartesian_prod(weight.code, weight.code)  # row b: what the two nibbles of byte b stand for
     values = pairs.index_select(0, weight.packed.int()).reshape(-1)
-    scales = absmax.float().repeat_interleave(weight.blocksize)[: values.numel()]
+    scales = scales_of_blocks(weight).repeat_interleave(weight.blocksize)[: values.numel()]
     return values.mul_(scales)[: weight.shape.numel()].to(dtype or weight.dtype).view(weight.shape)
+
+
+def scales_of_blocks(weight: Quantised) -> Tensor:
+    """(blocks,) fp32."""
+    if weight.nested_absmax is None:
+        return weight.absmax.float()
+    outer = weight.nested_absmax.repeat_interleave(weight.nested_blocksize)[: weight.absmax.numel()]
+    return weight.nested_code[weight.absmax.long()] * outer + weight.offset
 
 
 def dequantise(weight: Quantised, out: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:

@@ -1,0 +1,137 @@
+"""Frozen linear layers whose big products run in e4m3; their adapters and biases stay in the activations' dtype.
+
+    forward    y  = x8 @ W8.T   + s t @ B.T + bias          t = x @ A.T             rows of x and of W share a scale
+    backward   dx = dy8 @ W8    + s (dy @ B) @ A                                    rows of dy and columns of W do
+
+Either both, or only the backward, whose errors a loss does not see. The gradients of A and B come from x and dy themselves.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property, reduce
+
+import torch
+from torch import Tensor
+
+from luthier.ops.fp8 import E4M3, Rows8, product, quantise_rows, scales_of, weight_bounds, write_weight
+from luthier.ops.lora_linear import Part, Projection, Workspace
+
+
+class Fp8Projection(Projection):
+    """A ``Projection`` that multiplies in 8 bits in its backward, and in its forward too if ``everywhere``."""
+
+    def __init__(self, role: str, parts: list[Part], workspace: Workspace, everywhere: bool) -> None:
+        super().__init__(role, parts, workspace)
+        self.everywhere = everywhere
+        self.in_backward = False
+        self.known: Written | None = None
+
+    def written(self, like: Tensor) -> Written:
+        """What the products read, each part written when it is first asked for since ``forget``."""
+        if self.known is None:
+            self.known = Written(self, like)
+        return self.known
+
+    def forget(self) -> None:
+        super().forget()
+        self.in_backward, self.known = True, None
+
+    def forward(self, x: Tensor, written: Written, out: Tensor | None = None) -> Tensor:
+        if self.everywhere:
+            return self.forward_again(x, written, out)
+        return super().forward(x, written.exact, out)
+
+    def forward_again(self, x: Tensor, written: Written, out: Tensor | None = None) -> Tensor:
+        y = product(quantise_rows(x[:, : self.width_in]), written.rows, x.dtype, out)
+        return y.addmm_(x[:, self.width_in :], written.adapters[0].T) if self.extension else y
+
+    def add_to(self, residual: Tensor, x: Tensor, written: Written, alpha: float = 1.0, out: Tensor | None = None) -> Tensor:
+        if self.everywhere:
+            return torch.add(residual, self.forward_again(x, written), alpha=alpha, out=out)
+        return super().add_to(residual, x, written.exact, alpha, out)
+
+    def apply(
+        self, x: Tensor, low: Tensor | None, written: Written, residual: Tensor | None = None, alpha: float = 1.0
+    ) -> Tensor:
+        if not self.everywhere:
+            return super().apply(x, low, written.exact, residual, alpha)
+        y = product(quantise_rows(x), written.rows, x.dtype)
+        if low is not None:
+            y.addmm_(low, self.b(written).T)
+        if self.has_bias:
+            y.add_(written.adapters[0][:, self.rank])
+        return y if residual is None else torch.add(residual, y, alpha=alpha)
+
+    def input_gradient(self, grad: Tensor, written: Written) -> tuple[Tensor, Tensor | None]:
+        low = self.low_gradient(grad, written)
+        return self._input_gradient(grad, low, written), low
+
+    def backward(self, wide: Tensor, written: Written) -> Tensor:
+        low = wide[:, self.width_out : self.width_out + self.rank] if self.rank else None
+        return self._input_gradient(wide[:, : self.width_out], low, written)
+
+    def a(self, written: Written) -> Tensor:
+        return super().a(written.exact) if self.is_exact else written.adapters[1]
+
+    def b(self, written: Written) -> Tensor:
+        return super().b(written.exact) if self.is_exact else written.adapters[0][:, : self.rank]
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the weights are written out in the activations' dtype now, with the adapters beside them."""
+        return not (self.everywhere or self.in_backward)
+
+    def _input_gradient(self, grad: Tensor, low: Tensor | None, written: Written) -> Tensor:
+        dx = product(quantise_rows(grad), written.columns, grad.dtype)
+        return dx if low is None else dx.addmm_(low, self.a(written))
+
+
+class Written:
+    """The weights of one projection, in the buffers that all layers share."""
+
+    def __init__(self, projection: Fp8Projection, like: Tensor) -> None:
+        self.projection, self.like = projection, like
+
+    @cached_property
+    def exact(self) -> Tensor:
+        """The buffer of ``lora_linear``'s drawing."""
+        return Projection.written(self.projection, self.like)
+
+    @cached_property
+    def rows(self) -> Rows8:
+        """W (N, K), with a scale for each row."""
+        return self._weights(transposed=False)
+
+    @cached_property
+    def columns(self) -> Rows8:
+        """W transposed (K, N), with a scale for each column of W."""
+        return self._weights(transposed=True)
+
+    @cached_property
+    def adapters(self) -> tuple[Tensor, Tensor]:
+        """[B | bias | 0] (N, E) and A (R, K), in the dtype of the activations."""
+        own = self.projection
+        columns = self._buffer("B", (own.width_out, own.extension), self.like)
+        rows = self._buffer("A", (own.rank, own.width_in), self.like)
+        row, rank = 0, 0
+        for part, height in zip(own.parts, own.widths, strict=True):
+            own.write_adapter(part, columns[row : row + height], rows[rank : rank + part.rank], rank)
+            row, rank = row + height, rank + part.rank
+        return columns, rows
+
+    def _weights(self, transposed: bool) -> Rows8:
+        own = self.projection
+        shape = (own.width_in, own.width_out) if transposed else (own.width_out, own.width_in)
+        buffer = self._buffer("columns" if transposed else "rows", shape, self.like.new_empty(0, dtype=E4M3))
+        bounds = [weight_bounds(part.weight)[transposed] for part in own.parts]
+        scales = scales_of(reduce(torch.maximum, bounds) if transposed else torch.cat(bounds))
+        start = 0
+        for part, height in zip(own.parts, own.widths, strict=True):
+            here = slice(start, start + height)
+            out = buffer[:, here] if transposed else buffer[here]
+            write_weight(part.weight, scales if transposed else scales[here], out, transposed)
+            start += height
+        return Rows8(buffer, scales)
+
+    def _buffer(self, part: str, shape: tuple[int, int], like: Tensor) -> Tensor:
+        return self.projection.workspace.buffer(f"{self.projection.role} {part}", shape, like)

@@ -1,0 +1,266 @@
+"""8-bit compute: bytes as torch converts, products as good as their rounding allows, a backward that leaves the loss alone."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from bitsandbytes.nn import Params4bit
+from stock_pairs import batch, difference, loss_and_gradients, nf4_model, with_lora
+from test_ops import DEVICE, GPU, RUNS_KERNELS, error, randn
+from tiny import FAMILIES, save_tiny, tiny_model
+from torch import Tensor, nn
+
+from luthier.errors import UnsupportedError
+from luthier.model import compute
+from luthier.model.accelerate import accelerate, dial_of, state_of
+from luthier.model.blocks import MlpBlock, Mode
+from luthier.model.compute import set_compute
+from luthier.model.dial import LayerPlan
+from luthier.model.load import load_model
+from luthier.ops import fp8, lora_linear, nf4
+from luthier.ops.fp8 import E4M3, quantise_rows, scales_of, weight_bounds, write_weight
+from luthier.ops.fp8_linear import Fp8Projection
+
+if not GPU:
+    from triton_interpreter import repaired
+
+DENSE = [family for family in FAMILIES if family != "gpt_oss"]
+ROUNDING = 0.026  # what e4m3 takes from normal numbers: 3 bits of mantissa
+
+
+@pytest.fixture(params=[pytest.param(False, id="reference"), RUNS_KERNELS])
+def path(request, monkeypatch):
+    """Both ways through an op: its plain-torch reference and its kernel."""
+    for op in (fp8, lora_linear, nf4):
+        monkeypatch.setattr(op, "has_kernels", lambda x: request.param)
+    if GPU or not request.param:
+        yield
+    else:
+        with repaired():
+            yield
+
+
+def bits(values: Tensor) -> Tensor:
+    return values.contiguous().view(torch.uint8)
+
+
+class TestQuantisedRows:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("shape", [(5, 97), (3, 64), (2, 20000)])
+    def test_bytes_are_those_of_torch(self, path, dtype, shape):
+        x = randn(shape[0], shape[1] + 3, dtype=dtype)[:, 1:-2] * torch.logspace(-20, 20, shape[0], device=DEVICE)[:, None]
+        x = x.to(dtype)
+        x[:, ::7] *= 1e-5  # where e4m3 has fewer bits left, or none
+        rows = quantise_rows(x)
+        assert torch.equal(rows.scales, x.float().abs().amax(1) / 448)
+        assert torch.equal(bits(rows.values), bits((x.float() * (1 / rows.scales)[:, None]).to(E4M3)))
+        assert error(rows.dequantised(), x.double()) < 1.2 * ROUNDING
+
+    def test_ties_go_to_even_and_the_largest_stays(self, path):
+        x = torch.tensor([[448.0, -448.0, 17.0, 19.0, 2.0**-9, 2.0**-10, 3 * 2.0**-10, 0.0]], device=DEVICE)
+        assert quantise_rows(x).values.float().tolist() == [[448.0, -448.0, 16.0, 20.0, 2.0**-9, 0.0, 2.0**-8, 0.0]]
+
+    def test_rows_without_numbers_and_rows_that_are_lost(self, path):
+        x = randn(5, 40)
+        x[1], x[2, 3], x[3, 4], x[4] = 0, float("inf"), float("nan"), 1e-42
+        rows = quantise_rows(x)
+        product = rows.dequantised() @ torch.ones(40, 1, device=DEVICE)
+        assert product.isnan().squeeze(1).tolist() == [False, False, True, True, False]
+        assert product[1] == 0 and product[4] == 0 and rows.scales[:2].isfinite().all()
+
+
+def weights(rows: int, columns: int) -> dict[str, Tensor | nf4.Quantised]:
+    dense = randn(rows, columns, seed=rows)
+    dense[rows // 2] *= 30
+    packed = {
+        name: nf4.quantised(Params4bit(dense.bfloat16(), requires_grad=False, quant_type="nf4", **settings).to(DEVICE))
+        for name, settings in {
+            "nested": {"compress_statistics": True},
+            "plain": {"compress_statistics": False, "blocksize": 128},
+        }.items()
+    }
+    return {"fp32": dense, "bf16": dense.bfloat16(), **packed}
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("shape", [(70, 128), (130, 384), (33, 100)])
+def test_a_weight_is_written_from_its_stored_form(path, shape, transposed):
+    for kind, weight in weights(*shape).items():
+        if shape[1] % 64 and kind == "plain":
+            continue  # one odd width is enough
+        dense = nf4.dequantise_reference(weight, torch.float32) if isinstance(weight, nf4.Quantised) else weight.float()
+        dense = dense.T if transposed else dense
+        bounds = weight_bounds(weight)[transposed]
+        assert (bounds >= dense.abs().amax(1)).all() and (bounds <= 4 * dense.abs().amax(1)).all() or transposed
+        scales = scales_of(bounds)
+        out = torch.full((dense.shape[0], dense.shape[1] + 3), float("nan"), device=DEVICE).to(E4M3)[:, 1:-2]
+        write_weight(weight, scales, out, transposed)
+        assert torch.equal(bits(out), bits((dense * (1 / scales)[:, None]).to(E4M3))), kind
+        assert error(out.float() * scales[:, None], dense.double()) < 1.15 * ROUNDING
+
+
+def test_a_product_is_off_by_its_rounding(path):
+    x, w = randn(48, 256), randn(64, 256, seed=1)
+    left, right = quantise_rows(x), quantise_rows(w)
+    emulated = left.dequantised().double() @ right.dequantised().double().T
+    y = fp8.product(left, right, torch.bfloat16)
+    assert y.dtype == torch.bfloat16 and error(y, emulated) < 4e-3
+    assert 0.8 < error(y, x.double() @ w.double().T) / (2**0.5 * ROUNDING) < 1.1
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_a_projection_with_adapters_and_bias_is_its_exact_one_but_for_the_rounding(path, everywhere):
+    """Both kinds of products of both directions; with a weight of zeros, where only adapters and bias are left, exactly."""
+    for scale, allowed in ((1.0, 1.6 * 2**0.5 * ROUNDING), (0.0, 2e-6)):
+        parts = [
+            lora_linear.Part(scale * randn(64, 96), randn(64, seed=1), randn(3, 96, seed=2), randn(64, 3, seed=3), 0.5),
+            lora_linear.Part(scale * randn(32, 96, seed=4), None, randn(7, 96, seed=6), randn(32, 7, seed=7), 2.0),
+        ]
+        exact = lora_linear.Projection("qkv", parts, lora_linear.Workspace())
+        ours = Fp8Projection("qkv", parts, lora_linear.Workspace(), everywhere)
+        for values in (outputs(ours), gradients(ours)):
+            for name, value in values.items():
+                truth = {**outputs(exact), **gradients(exact)}[name].double()
+                assert error(value, truth) < (allowed if everywhere or name in gradients(exact) else 1e-6), name
+
+
+def outputs(projection: lora_linear.Projection) -> dict[str, Tensor]:
+    x, residual = randn(20, projection.width_in, seed=8), randn(20, projection.width_out, seed=9)
+    written = projection.written(x)
+    wide = projection.new_input(20, x)
+    wide[:, : projection.width_in] = x
+    low = projection.extend(wide, written)
+    return {
+        "forward": projection.forward(wide, written),
+        "add_to": projection.add_to(residual, wide, written, 0.5),
+        "apply": projection.apply(x, low, written),
+        "apply to": projection.apply(x, low, written, residual, 0.5),
+    }
+
+
+def gradients(projection: lora_linear.Projection) -> dict[str, Tensor]:
+    projection.forget()
+    grad, x = randn(20, projection.width_out, seed=10), randn(20, projection.width_in, seed=8)
+    written = projection.written(grad)
+    again = projection.new_input(20, x)
+    again[:, : projection.width_in] = x
+    projection.extend(again, written)
+    wide, low = projection.extended_gradient(grad, written, 0.5)
+    return {
+        "backward": projection.backward(wide, written),
+        "low": low,
+        "input": projection.input_gradient(grad, written)[0],
+        "again": projection.forward_again(again, written),
+    }
+
+
+class Emulated(torch.autograd.Function):
+    """One frozen linear layer as 8 bits allow it: the yardstick."""
+
+    @staticmethod
+    def forward(ctx, x, weight, everywhere):
+        ctx.save_for_backward(weight)
+        return (rounded(x) if everywhere else x) @ (rounded(weight) if everywhere else weight).T
+
+    @staticmethod
+    def backward(ctx, grad):
+        return rounded(grad) @ rounded(ctx.saved_tensors[0].T).T, None, None
+
+
+def rounded(x: Tensor) -> Tensor:
+    flat = x.reshape(-1, x.shape[-1])
+    return fp8.quantise_rows_reference(flat).dequantised().view(x.shape)
+
+
+def emulate(model: nn.Module, everywhere: bool) -> nn.Module:
+    """The stock model with every frozen linear layer of its decoder layers emulated."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and ".layers." in name and "lora_" not in name:
+            bias = 0 if module.bias is None else module.bias
+            module.forward = lambda x, m=module, b=bias: Emulated.apply(x, m.weight, everywhere) + b
+    return model
+
+
+def in_8_bits(model: nn.Module, kind: str, mode: Mode = Mode.KEEP) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*in 8 bits")
+        warnings.filterwarnings("error", message=".*stock forward")
+        set_compute(accelerate(model), kind)
+    dial = dial_of(model)
+    dial.set_plan([LayerPlan(mode)] * dial.layers)
+    return model
+
+
+@pytest.fixture
+def several_chunks(monkeypatch):
+    original = MlpBlock.__init__
+    monkeypatch.setattr(MlpBlock, "__init__", lambda self, *args, **kwargs: original(self, *args, **{**kwargs, "rows": 20}))
+
+
+@pytest.mark.parametrize("family", DENSE)
+def test_a_family_trains_as_well_as_8_bits_allow(family, several_chunks):
+    """The error of all adapters' gradients, against fp32, beside that of emulated stock layers."""
+    truth = loss_and_gradients(with_lora(tiny_model(family)), **batch())
+    model = with_lora(tiny_model(family))
+    for kind in ("fp8-backward", "fp8"):
+        loss, yardstick = loss_and_gradients(emulate(with_lora(tiny_model(family)), kind == "fp8"), **batch())
+        ours = loss_and_gradients(in_8_bits(model, kind), **batch())
+        assert 0.3 < difference(ours[1], truth[1]) / difference(yardstick, truth[1]) < 1.5
+        if kind == "fp8-backward":
+            assert torch.equal(ours[0], loss_and_gradients(in_8_bits(model, "bf16"), **batch())[0])
+        else:
+            assert abs(ours[0] - truth[0]) <= max(3 * abs(loss - truth[0]), 0.01)
+
+
+@pytest.mark.parametrize("kind", ["fp8-backward", "fp8"])
+def test_modes_of_the_dial_differ_by_rounding_alone(kind, several_chunks, tmp_path):
+    """4-bit weights. In "fp8" a layer that computes again computes the same; in "fp8-backward" only gate and up are rounded."""
+    model = with_lora(nf4_model(tmp_path))
+    exact = loss_and_gradients(in_8_bits(model, "bf16"), **batch())
+    kept = loss_and_gradients(in_8_bits(model, kind), **batch())
+    for mode in Mode:
+        loss, ours = loss_and_gradients(in_8_bits(model, kind, mode), **batch())
+        assert torch.equal(loss, kept[0])
+        if kind == "fp8":
+            assert difference(ours, kept[1]) < 1e-5
+        else:
+            assert torch.equal(loss, exact[0]) and difference(ours, exact[1]) < 2 * difference(kept[1], exact[1])
+
+
+def test_it_can_be_turned_off_again_and_leaves_evaluation_alone():
+    model = with_lora(tiny_model("llama3"))
+    exact = loss_and_gradients(accelerate(model), **batch())
+    evaluated = model.eval()(**batch()).loss
+    assert difference(loss_and_gradients(in_8_bits(model, "fp8"), **batch())[1], exact[1]) > 0.01
+    assert torch.equal(model.eval()(**batch()).loss, evaluated)
+    again = loss_and_gradients(set_compute(model, "bf16"), **batch())
+    assert torch.equal(again[0], exact[0]) and difference(again[1], exact[1]) == 0
+
+
+class TestAsking:
+    def test_a_load_warns_and_sets_every_layer(self, tmp_path):
+        from luthier.fast import FastLanguageModel
+
+        with pytest.warns(UserWarning, match=r"fp8-backward.*docs/speed.md"):
+            model, _ = FastLanguageModel.from_pretrained(save_tiny("llama3", tmp_path / "model"), compute="fp8-backward")
+        assert state_of(model).compute == "fp8-backward"
+        assert state_of(FastLanguageModel.get_peft_model(model, r=4)).compute == "fp8-backward"
+
+    def test_a_card_without_them_is_refused_before_loading(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
+        with pytest.raises(UnsupportedError, match="NVIDIA A100 is sm_80. Use compute='bf16'"):
+            load_model("nothing/here/at/all", compute="fp8")
+
+    def test_what_makes_no_sense_is_refused(self):
+        with pytest.raises(UnsupportedError, match="frozen weights"):
+            load_model("nothing/here/at/all", compute="fp8", full_finetuning=True)
+        with pytest.raises(UnsupportedError, match="runs stock"):
+            set_compute(tiny_model("llama3"), "fp8")
+        with pytest.raises(ValueError, match="fp8-backward"):
+            set_compute(tiny_model("llama3"), "fp8_backward")
+        assert compute.COMPUTE[0] == "bf16"
