@@ -13,6 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from luthier.gguf import kernels as quantisers
 from luthier.ops import fp8, gated_mlp, linear_cross_entropy, lora_linear, nf4, rms_norm, rotary
 
 
@@ -29,6 +30,8 @@ def kernels(dtype: str) -> dict[str, tuple]:
     weights = ["*fp32", "*fp32", "*fp32", "*fp32", x, "i32", "i32", "i64"]
     blocks = {"SIZE": 64, "BLOCKS": 32}
     x32, adapter = "*fp32", {"RANK": 16, "EXTENSION": 48, "BLOCK": 64, "HAS_BIAS": True, "ROWS": 64, "COLUMNS": 1024}
+    groups = {"N": 32, "LANES": quantisers.LANES}
+    fit, numbers = ["*fp32"] * 5, ["fp32", "fp32", "i32", "i32"]
     head = [x, "*i64", "*fp32", "i64", "fp32", "fp32"]
     return {
         "norm": (rms_norm._norm_forward, forward, norm, 16),
@@ -45,6 +48,11 @@ def kernels(dtype: str) -> dict[str, tuple]:
         "nf4": (nf4._nf4_kernel, ["*u8", "*u8", *weights], {"NESTED": 256, "WHOLE": True, **blocks}, 4),
         "nf4, plain scales": (nf4._nf4_kernel, ["*u8", "*fp32", *weights], {"NESTED": 0, "WHOLE": False, **blocks}, 4),
         "adapter": (lora_linear._adapter_kernel, [x32, x32, x, x, x, *["i32"] * 5, *["i64"] * 4], adapter, 4),
+        "fit with offset": (quantisers._fit_with_offset, [*fit, *fit[:2], *numbers[1:]], {**groups, "ABSOLUTE": False}, 4),
+        "fit symmetric": (quantisers._fit_symmetric, [*fit, *numbers], groups, 4),
+        "start of the exchange": (quantisers._start_exchange, [*fit[1:], *numbers[:3]], {**groups, "N": 16}, 4),
+        "exchange": (quantisers._exchange, [*fit, *numbers, "i32"], {"NEED_REST": True, "LANES": quantisers.LANES}, 4),
+        "ordered sum": (quantisers._ordered_sum, ["*fp32", "*fp32", "i32", "i32"], {"UNROLL": 8, "LANES": quantisers.LANES}, 4),
         "cross-entropy": (linear_cross_entropy._cross_entropy_kernel, head, {"V": 128256, "BLOCK": 8192, "CAPPED": True}, 16),
     }
 

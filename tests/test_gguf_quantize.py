@@ -6,45 +6,16 @@ import pytest
 import tiny
 import torch
 from llama_oracle import Llama, quantize_chunk
+from quantiser_inputs import column_importance, inputs
 from test_gguf_convert import IDS, divergence, reference
 
 from luthier.errors import UnsupportedError
-from luthier.gguf import GGUFFile, blocks, convert_to_gguf, fits, quantize_gguf
+from luthier.gguf import GGUFFile, blocks, convert_to_gguf, quantize_gguf
 from luthier.gguf.dequantize import dequantize, load_tensor
 from luthier.gguf.imatrix import read_importance, write_importance
 from luthier.gguf.mixtures import ModelShape, tensor_type
 from luthier.gguf.quantize import CHUNK, QUANTIZERS, WEIGHTED_QUANTIZERS, encode, encode_in_chunks
 from luthier.gguf.types import FILE_TYPES, TENSOR_TYPES
-
-
-def inputs(columns=512, rows=16):
-    """Weights of every kind that has broken a quantiser: name -> float32 ``[rows, columns]``."""
-    rng = np.random.default_rng(0)
-
-    def normal(*shape):
-        return rng.standard_normal(shape)
-
-    edges = np.zeros((24, columns))
-    edges[1], edges[2], edges[3], edges[4], edges[5] = 1, -1, 1e-30, 1e4, -1e-20
-    edges[6, ::2], edges[7, :256], edges[8], edges[9] = 1, 5, np.arange(columns), -np.arange(columns)
-    edges[10], edges[11], edges[12], edges[13] = 1e-38, 1e-45, normal(columns) * 1e-40, normal(columns) * 1e-14
-    edges[14], edges[15], edges[16] = 6e4, normal(columns) * 3e4, rng.integers(-3, 4, columns)
-    edges[17], edges[18], edges[19] = rng.integers(0, 2, columns), np.sign(normal(columns)), 3.4e35
-    edges[20], edges[21, 3], edges[22], edges[23] = normal(columns) * 1e30, 1, -0.0, normal(columns) * 1e-8
-    kinds = {
-        "normal": normal(rows, columns) * 0.02,
-        "bf16": torch.from_numpy(normal(rows, columns) * 0.02).bfloat16().float().numpy(),
-        "heavy tails": rng.standard_t(2, (rows, columns)) * 0.02,
-        "rows of different size": normal(rows, columns) * np.exp(3 * normal(rows, 1)),
-        "columns of different size": normal(rows, columns) * np.exp(3 * normal(1, columns)),
-        "sparse": normal(rows, columns) * (rng.random((rows, columns)) < 0.05),
-        "integers": rng.integers(-8, 8, (rows, columns)),
-        "positive": rng.random((rows, columns)),
-        "negative": -rng.random((rows, columns)),
-        "edges": edges,
-    }
-    return {name: values.astype(np.float32) for name, values in kinds.items()}
-
 
 INPUTS = inputs()
 
@@ -60,9 +31,8 @@ def differing_rows(kind, values, importance=None):
 def path(request, monkeypatch):
     """Both ways to compute on a CPU; the compiled one where numba is installed."""
     if request.param == "torch":
-        monkeypatch.setattr(fits, "compiled", None)
         monkeypatch.setattr(blocks, "compiled", None)
-    elif fits.compiled is None:
+    elif blocks.compiled is None:
         pytest.skip("numba is not installed (extra gguf)")
 
 
@@ -74,21 +44,8 @@ def test_bytes_equal_those_of_llama_cpp(name, path):
 
 @pytest.mark.parametrize("name", WEIGHTED_QUANTIZERS)
 def test_bytes_with_an_importance_matrix_equal_those_of_llama_cpp(name, path):
-    kind, rng = TENSOR_TYPES[name], np.random.default_rng(1)
-    importance = (rng.standard_normal(512) ** 2 * np.exp(rng.standard_normal(512))).astype(np.float32)
-    importance[rng.random(512) < 0.1] = 0  # columns that nothing ever passed through
-    assert {what: rows for what, values in INPUTS.items() if (rows := differing_rows(kind, values, importance))} == {}
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("name", QUANTIZERS)
-def test_a_gpu_gives_the_same_bytes(name):
-    kind, importance = TENSOR_TYPES[name], torch.rand(512)
-    for what, values in INPUTS.items():
-        values = torch.from_numpy(values)
-        for weights in (None, importance.expand(values.shape)):
-            on_gpu = encode(values.cuda(), kind, None if weights is None else weights.cuda()).cpu()
-            assert torch.equal(on_gpu, encode(values, kind, weights)), what
+    kind, weights = TENSOR_TYPES[name], column_importance()
+    assert {what: rows for what, values in INPUTS.items() if (rows := differing_rows(kind, values, weights))} == {}
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)

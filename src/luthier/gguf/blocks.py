@@ -13,8 +13,12 @@ divided are tensors: with Python numbers, CUDA multiplies by the reciprocal.
 from __future__ import annotations
 
 import importlib.util
+from types import ModuleType
 
 import torch
+
+from luthier.gguf import kernels
+from luthier.ops.backend import has_kernels
 
 if importlib.util.find_spec("numba") is not None:
     from luthier.gguf import compiled
@@ -22,8 +26,17 @@ else:
     compiled = None
 
 
+def loops(x: torch.Tensor) -> ModuleType | None:
+    """What runs a search on ``x`` as one loop over the weights of its groups, where there is something; else torch does."""
+    if has_kernels(x):
+        return kernels
+    return compiled if x.device.type == "cpu" else None
+
+
 def ordered_sum(terms: torch.Tensor) -> torch.Tensor:
     """Sum ``[n, G]`` over n, first to last, rounding after each addition."""
+    if has_kernels(terms):
+        return kernels.ordered_sum(terms)
     total = terms[0].clone()
     for term in terms[1:]:
         total += term

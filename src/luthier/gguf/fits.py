@@ -1,7 +1,7 @@
 """The searches at the heart of the block formats: the scale, or scale and offset, that stores a group with least error.
 
-The torch code is the reference and runs everywhere; on the CPU the same loops run compiled where numba is installed
-(``compiled.py``). All take groups as ``[n, G]``: n weights of G groups, see ``blocks.py``.
+The torch code is the reference and runs everywhere; the same loops run as kernels on a GPU (``kernels.py``), and compiled
+on the CPU where numba is installed (``compiled.py``). All take groups as ``[n, G]``: n weights of G groups, see ``blocks.py``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from luthier.gguf.blocks import compiled, largest, ordered_sum, smallest
+from luthier.gguf.blocks import largest, loops, ordered_sum, smallest
 
 EXCHANGES = 5
 SMALLEST = 1e-15  # a group whose largest weight is below this is stored as zeros
@@ -52,8 +52,8 @@ def fit_with_offset(
     grids that are tried later.
     """
     tops = [float(levels), *(_step(first, width, step, levels) for step in range(steps + 1))]
-    if _is_compiled(x):
-        return OffsetFit(*compiled.fit_with_offset(x, weights, levels, tops, absolute))
+    if faster := loops(x):
+        return OffsetFit(*faster.fit_with_offset(x, weights, levels, tops, absolute))
     lowest = x.amin(0)
     if (lowest == 0).any():  # of 0.0 and -0.0 the first: the sign is stored
         lowest = smallest(x)
@@ -117,8 +117,8 @@ def fit_symmetric(x: torch.Tensor, weights: torch.Tensor, levels: int) -> tuple[
     Also the grid that gave the best codes, 0 for a group of zeros: `first_codes` turns it into codes.
     """
     tops = [-float(levels), *(-_step(0.0, 0.1, step, levels) for step in range(-9, 10) if step)]
-    if _is_compiled(x):
-        return compiled.fit_symmetric(x, weights, levels, tops, SMALLEST)
+    if faster := loops(x):
+        return faster.fit_symmetric(x, weights, levels, tops, SMALLEST)
     magnitude, value = largest(x)
     zero = magnitude < SMALLEST
     value = torch.where(zero, torch.ones_like(value), value)
@@ -154,8 +154,8 @@ def first_codes(x: torch.Tensor, grid: torch.Tensor, levels: int) -> torch.Tenso
 
 def start_exchange(x: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """First codes -levels..levels-1 (float32 ``[n, G]``) and the two sums of `exchange`, errors weighted by squared weights."""
-    if _is_compiled(x):
-        return compiled.start_exchange(x, levels, SMALLEST)
+    if faster := loops(x):
+        return faster.start_exchange(x, levels, SMALLEST)
     magnitude, value = largest(x)
     value = torch.where(magnitude < SMALLEST, torch.ones_like(value), value)
     codes = torch.round(divided(-float(levels), value) * x).clamp_(-levels, levels - 1)
@@ -178,8 +178,8 @@ def exchange(
     ``sum_xl``, ``sum_l2`` ``[G]``: weighted sums of weight times code and of code squared; gives what they become.
     ``need_rest``: only where the other codes are not all zero.
     """
-    if _is_compiled(x):
-        compiled.exchange(x, weights, lowest, highest, need_rest, EXCHANGES, codes, sum_xl, sum_l2)
+    if faster := loops(x):
+        faster.exchange(x, weights, lowest, highest, need_rest, EXCHANGES, codes, sum_xl, sum_l2)
         return sum_xl, sum_l2
     weighted = weights * x
     for _ in range(EXCHANGES):
@@ -193,7 +193,3 @@ def exchange(
             codes[i] = torch.where(better, new, codes[i])
             sum_xl, sum_l2 = torch.where(better, new_xl, sum_xl), torch.where(better, new_l2, sum_l2)
     return sum_xl, sum_l2
-
-
-def _is_compiled(x: torch.Tensor) -> bool:
-    return compiled is not None and x.device.type == "cpu"

@@ -1,0 +1,268 @@
+"""The searches of ``fits.py`` as Triton kernels: a thread for each group, which holds its weights in registers.
+
+The same operations in the same order on float32 as in the torch code, so the same bytes: nothing is fused or reordered
+(launch with ``enable_fp_fusion=False``), divisions are IEEE's, and denormals are kept. Groups are ``[n, G]``, see
+``blocks.py``: threads side by side read side by side.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from luthier.ops.backend import jit, tl, triton
+
+LANES = 128  # groups of a program, one for each of its threads
+UNROLLED = 8  # terms of a sum that are loaded at once
+
+
+def ordered_sum(terms: Tensor) -> Tensor:
+    """Sum float32 ``[n, G]`` over n, first to last, rounding after each addition."""
+    total = torch.empty_like(terms[0])
+    _launch(_ordered_sum, terms, total, len(terms), UNROLL=UNROLLED if len(terms) % UNROLLED == 0 else 1)
+    return total
+
+
+def fit_with_offset(x: Tensor, weights: Tensor, levels: int, numerators: list[float], absolute: bool) -> tuple[Tensor, ...]:
+    """scale, low, grid, start of ``fits.OffsetFit``; ``numerators``: of the first grid, then of every step's."""
+    result = tuple(torch.empty_like(x[0]) for _ in range(4))
+    tops, steps = _on_device(tuple(numerators), x.device), len(numerators)
+    _launch(_fit_with_offset, x, weights, tops, *result, float(levels), steps, N=len(x), ABSOLUTE=absolute)
+    return result
+
+
+def fit_symmetric(x: Tensor, weights: Tensor, levels: int, numerators: list[float], smallest: float) -> tuple[Tensor, Tensor]:
+    """scale and grid of ``fits.fit_symmetric``."""
+    scale, grid = torch.empty_like(x[0]), torch.empty_like(x[0])
+    tops, steps = _on_device(tuple(numerators), x.device), len(numerators)
+    _launch(_fit_symmetric, x, weights, tops, scale, grid, float(levels), smallest, steps, N=len(x))
+    return scale, grid
+
+
+def start_exchange(x: Tensor, levels: int, smallest: float) -> tuple[Tensor, Tensor, Tensor]:
+    """codes, sum_xl, sum_l2 that ``fits.start_exchange`` gives."""
+    codes, sum_xl, sum_l2 = torch.empty_like(x), torch.empty_like(x[0]), torch.empty_like(x[0])
+    _launch(_start_exchange, x, codes, sum_xl, sum_l2, float(levels), smallest, N=len(x))
+    return codes, sum_xl, sum_l2
+
+
+def exchange(
+    x: Tensor,
+    weights: Tensor,
+    lowest: int,
+    highest: int,
+    need_rest: bool,
+    rounds: int,
+    codes: Tensor,
+    sum_xl: Tensor,
+    sum_l2: Tensor,
+) -> None:
+    """The rounds of ``fits.exchange``, in place."""
+    limits = float(lowest), float(highest)
+    _launch(_exchange, x, weights, codes, sum_xl, sum_l2, *limits, rounds, len(x), NEED_REST=need_rest)
+
+
+def _launch(kernel, groups: Tensor, *arguments, **constants) -> None:
+    count = groups.shape[1]
+    programs = (triton.cdiv(count, LANES),)
+    kernel[programs](groups, *arguments, count, LANES=LANES, **constants, num_warps=LANES // 32, enable_fp_fusion=False)
+
+
+@functools.lru_cache
+def _on_device(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float32, device=device)
+
+
+@jit
+def _lanes(count, LANES: tl.constexpr):
+    """The groups of this program's threads, and which of them there are."""
+    lane = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
+    return lane, lane < count
+
+
+@jit
+def _load_groups(GROUPS, lane, inside, count, N: tl.constexpr, LANES: tl.constexpr):
+    """The N weights of every thread's group, as a tuple: one load, then halves of halves. N loads would compile for long."""
+    at = tl.arange(0, N)[None, :] * count + lane[:, None]
+    parts = (tl.load(GROUPS + at, mask=inside[:, None], other=0.0),)
+    for level in tl.static_range(N.bit_length() - 1):
+        halves = ()
+        for i in tl.static_range(1 << level):
+            half = tl.reshape(parts[i], (LANES, 2, N >> (level + 1)))
+            first, second = tl.split(tl.permute(half, (0, 2, 1)))
+            halves = halves + (first, second)
+        parts = halves
+    weights = ()
+    for i in tl.static_range(N):
+        weights = weights + (tl.reshape(parts[i], (LANES,)),)
+    return weights
+
+
+@jit
+def _nearest(x):
+    """See ``fits.nearest``; as float32, and without a conversion from integers, which are slow on a GPU."""
+    bits = (x + 12582912.0).to(tl.int32, bitcast=True)
+    return ((bits & 0x007FFFFF) | 0x4B000000).to(tl.float32, bitcast=True) - 12582912.0
+
+
+@jit
+def _code(x, lowest, highest):
+    return tl.minimum(tl.maximum(_nearest(x), lowest), highest)
+
+
+@jit
+def _ordered_sum(TERMS, TOTAL, n, count, UNROLL: tl.constexpr, LANES: tl.constexpr):
+    lane, inside = _lanes(count, LANES)
+    total = tl.zeros([LANES], tl.float32)
+    for first in range(0, n, UNROLL):
+        for i in tl.static_range(UNROLL):
+            total += tl.load(TERMS + (first + i) * count + lane, mask=inside, other=0.0)
+    tl.store(TOTAL + lane, total, mask=inside)
+
+
+@jit
+def _error(x, weights, start, grid, scale, offset, levels, N: tl.constexpr, ABSOLUTE: tl.constexpr):
+    """What is lost with the codes that ``grid`` and ``start`` give, if they stand for ``code * scale + offset``."""
+    error = tl.zeros_like(start)
+    for i in tl.static_range(N):
+        gap = _code((x[i] - start) * grid, 0.0, levels) * scale + offset - x[i]
+        if ABSOLUTE:
+            error += tl.abs(gap) * weights[i]
+        else:
+            error += gap * gap * weights[i]
+    return error
+
+
+@jit
+def _fit_with_offset(
+    X, WEIGHTS, TOPS, SCALE, LOW, GRID, START, levels, steps, count,
+    N: tl.constexpr, ABSOLUTE: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    lane, inside = _lanes(count, LANES)
+    x = _load_groups(X, lane, inside, count, N, LANES)
+    weights = _load_groups(WEIGHTS, lane, inside, count, N, LANES)
+    lowest, high = x[0], x[0]
+    sum_w, sum_x = tl.zeros_like(lowest), tl.zeros_like(lowest)
+    for i in tl.static_range(N):
+        lowest = tl.where(x[i] < lowest, x[i], lowest)
+        high = tl.where(x[i] > high, x[i], high)
+        sum_w += weights[i]
+        sum_x += weights[i] * x[i]
+    lowest = tl.where(lowest > 0, 0.0, lowest)
+    flat = high == lowest
+    offset, start = lowest, lowest
+    grid = tl.div_rn(tl.load(TOPS), tl.where(flat, 1.0, high - lowest))
+    scale = tl.div_rn(1.0, grid)
+    best = _error(x, weights, start, grid, scale, offset, levels, N, ABSOLUTE)
+    for step in range(1, steps):
+        new_grid = tl.div_rn(tl.load(TOPS + step), tl.where(flat, 1.0, high - offset))
+        sum_l, sum_l2, sum_xl = tl.zeros_like(scale), tl.zeros_like(scale), tl.zeros_like(scale)
+        for i in tl.static_range(N):
+            code = _code((x[i] - offset) * new_grid, 0.0, levels)
+            sum_l += weights[i] * code
+            sum_l2 += (weights[i] * code) * code
+            sum_xl += (weights[i] * code) * x[i]
+        determinant = sum_w * sum_l2 - sum_l * sum_l
+        new_scale = tl.div_rn(sum_w * sum_xl - sum_x * sum_l, determinant)
+        new_offset = tl.div_rn(sum_l2 * sum_x - sum_l * sum_xl, determinant)
+        new_scale = tl.where(new_offset > 0, tl.div_rn(sum_xl, sum_l2), new_scale)
+        new_offset = tl.where(new_offset > 0, 0.0, new_offset)
+        error = _error(x, weights, offset, new_grid, new_scale, new_offset, levels, N, ABSOLUTE)
+        better = (determinant > 0) & (error < best)
+        best, scale = tl.where(better, error, best), tl.where(better, new_scale, scale)
+        grid, start = tl.where(better, new_grid, grid), tl.where(better, offset, start)
+        offset = tl.where(better, new_offset, offset)
+    tl.store(SCALE + lane, tl.where(flat, 0.0, scale), mask=inside)
+    tl.store(LOW + lane, tl.where(flat, lowest, offset) * -1.0, mask=inside)  # Triton's minus makes 0.0 of 0.0, not -0.0
+    tl.store(GRID + lane, tl.where(flat, 0.0, grid), mask=inside)
+    tl.store(START + lane, start, mask=inside)
+
+
+@jit
+def _largest(x, N: tl.constexpr):
+    """The largest magnitude of every group and, with its sign, the first weight that has it."""
+    magnitude, value = tl.zeros_like(x[0]), tl.zeros_like(x[0])
+    for i in tl.static_range(N):
+        larger = tl.abs(x[i]) > magnitude
+        magnitude, value = tl.where(larger, tl.abs(x[i]), magnitude), tl.where(larger, x[i], value)
+    return magnitude, value
+
+
+@jit
+def _symmetric_sums(x, weights, grid, levels, N: tl.constexpr):
+    """The weighted sums of weight times code and of code squared."""
+    sum_xl, sum_l2 = tl.zeros_like(grid), tl.zeros_like(grid)
+    for i in tl.static_range(N):
+        code = _code(x[i] * grid, -levels, levels - 1.0)
+        sum_xl += (weights[i] * x[i]) * code
+        sum_l2 += (weights[i] * code) * code
+    return sum_xl, sum_l2
+
+
+@jit
+def _fit_symmetric(
+    X, WEIGHTS, TOPS, SCALE, GRID, levels, smallest, steps, count, N: tl.constexpr, LANES: tl.constexpr
+):  # fmt: skip
+    lane, inside = _lanes(count, LANES)
+    x = _load_groups(X, lane, inside, count, N, LANES)
+    weights = _load_groups(WEIGHTS, lane, inside, count, N, LANES)
+    magnitude, value = _largest(x, N)
+    zero = magnitude < smallest
+    value = tl.where(zero, 1.0, value)
+    grid = tl.div_rn(tl.load(TOPS), value)
+    sum_xl, sum_l2 = _symmetric_sums(x, weights, grid, levels, N)
+    scale = tl.where(sum_l2 != 0, tl.div_rn(sum_xl, sum_l2), 0.0)
+    best = scale * sum_xl
+    for step in range(1, steps):
+        new_grid = tl.div_rn(tl.load(TOPS + step), value)
+        sum_xl, sum_l2 = _symmetric_sums(x, weights, new_grid, levels, N)
+        better = (sum_l2 > 0) & (sum_xl * sum_xl > best * sum_l2)
+        new_scale = tl.div_rn(sum_xl, sum_l2)
+        scale, best = tl.where(better, new_scale, scale), tl.where(better, new_scale * sum_xl, best)
+        grid = tl.where(better, new_grid, grid)
+    tl.store(SCALE + lane, tl.where(zero, 0.0, scale), mask=inside)
+    tl.store(GRID + lane, tl.where(zero, 0.0, grid), mask=inside)
+
+
+@jit
+def _start_exchange(X, CODES, SUM_XL, SUM_L2, levels, smallest, count, N: tl.constexpr, LANES: tl.constexpr):
+    lane, inside = _lanes(count, LANES)
+    x = _load_groups(X, lane, inside, count, N, LANES)
+    magnitude, value = _largest(x, N)
+    grid = tl.div_rn(-levels, tl.where(magnitude < smallest, 1.0, value))
+    sum_xl, sum_l2 = tl.zeros_like(grid), tl.zeros_like(grid)
+    for i in tl.static_range(N):
+        code = _code(grid * x[i], -levels, levels - 1.0)
+        sum_xl += ((x[i] * x[i]) * x[i]) * code
+        sum_l2 += ((x[i] * x[i]) * code) * code
+        tl.store(CODES + i * count + lane, code, mask=inside)
+    tl.store(SUM_XL + lane, sum_xl, mask=inside)
+    tl.store(SUM_L2 + lane, sum_l2, mask=inside)
+
+
+@jit
+def _exchange(
+    X, WEIGHTS, CODES, SUM_XL, SUM_L2, lowest, highest, rounds, n, count, NEED_REST: tl.constexpr, LANES: tl.constexpr
+):  # fmt: skip
+    lane, inside = _lanes(count, LANES)
+    sum_xl = tl.load(SUM_XL + lane, mask=inside, other=0.0)
+    sum_l2 = tl.load(SUM_L2 + lane, mask=inside, other=0.0)
+    for _ in range(rounds):
+        for i in range(n):
+            at = i * count + lane
+            x = tl.load(X + at, mask=inside, other=0.0)
+            weight = tl.load(WEIGHTS + at, mask=inside, other=0.0)
+            code = tl.load(CODES + at, mask=inside, other=0.0)
+            rest_xl = sum_xl - (weight * x) * code
+            rest_l2 = sum_l2 - (weight * code) * code
+            new = _code(tl.div_rn(x * rest_l2, rest_xl), lowest, highest)
+            new_xl, new_l2 = rest_xl + (weight * x) * new, rest_l2 + (weight * new) * new
+            positive = rest_l2 > 0 if NEED_REST else new_l2 > 0
+            better = (rest_xl > 0) & (new != code) & positive
+            better = better & ((new_xl * new_xl) * sum_l2 > (sum_xl * sum_xl) * new_l2)
+            tl.store(CODES + at, new, mask=inside & better)
+            sum_xl, sum_l2 = tl.where(better, new_xl, sum_xl), tl.where(better, new_l2, sum_l2)
+    tl.store(SUM_XL + lane, sum_xl, mask=inside)
+    tl.store(SUM_L2 + lane, sum_l2, mask=inside)
