@@ -19,6 +19,7 @@ from luthier import adapters
 from luthier.model.backbone import ModelState, backbone_class_members
 from luthier.model.dial import Dial
 from luthier.model.fused_layer import LayerState, layer_class_members, norm_class_members
+from luthier.model.graphs import Graphs
 from luthier.model.head import head_class_members
 from luthier.terminal import notice_once
 
@@ -76,6 +77,12 @@ def dial_of(model: nn.Module) -> Dial | None:
     """The memory dial of an accelerated model; None for a stock one."""
     state = state_of(model)
     return None if state is None else state.dial
+
+
+def graphs_of(model: nn.Module) -> Graphs | None:
+    """The CUDA graphs of an accelerated model, with their switch ``enabled``; None for a stock one."""
+    state = state_of(model)
+    return None if state is None else state.graphs
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:

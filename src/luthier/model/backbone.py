@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.model.dial import Dial
+from luthier.model.graphs import Graphs
 from luthier.ops.attention import Segments
 from luthier.ops.lora_linear import Workspace
 
@@ -35,6 +36,10 @@ class ModelState:
     compute: str = "bf16"  # how frozen weights are multiplied: one of model.compute.COMPUTE
     said: set[str] = field(default_factory=set)  # reasons for stock forwards that this model has already given
     structure: Structure | None = None  # of the batch in the forward that runs now; None: only the mask knows
+    graphs: Graphs = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.graphs = Graphs(self.dial, self.workspace)
 
 
 def backbone_class_members(stock: type[nn.Module]) -> dict:
@@ -49,8 +54,9 @@ def backbone_class_members(stock: type[nn.Module]) -> dict:
         call = signature.bind(self, *args, **kwargs).arguments
         extra = next((call[name] for name, p in signature.parameters.items() if p.kind is p.VAR_KEYWORD and name in call), {})
         try:
-            state.structure = find_structure({**call, **extra})
-            return stock.forward(self, *args, **kwargs)
+            structure = state.structure = find_structure({**call, **extra})
+            is_plain = structure is not None and structure.segments is None
+            return state.graphs.around(functools.partial(stock.forward, self, *args, **kwargs), self.layers, is_plain)
         finally:
             state.structure = None
 

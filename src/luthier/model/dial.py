@@ -68,6 +68,7 @@ class Dial:
 
     def __init__(self, layers: int) -> None:
         self.layers = layers
+        self.graph_bytes = 0  # of device memory that CUDA graphs hold without the allocator counting it as allocated
         self.follow_flag()
 
     def follow_flag(self) -> None:
@@ -85,7 +86,7 @@ class Dial:
 
         ``budget`` in GiB, or None for what is free; ``trainable``: parameters that will still get gradients and moments.
         """
-        self._choose(partial(self._within, budget, trainable))
+        self._choose(partial(self._within, trainable), budget)
 
     def set_offload(self) -> None:
         """Keep all but gate and up, in host memory; less where that would take more than its share."""
@@ -104,8 +105,12 @@ class Dial:
             return LayerPlan(Mode.RECOMPUTE if flag else Mode.KEEP)
         return self.plan[index]
 
-    def _choose(self, planner: Callable[[Shape, Tensor], list[LayerPlan] | None]) -> None:
-        self.planner, self.planned_tokens = planner, 0
+    def room(self, device: torch.device) -> float:
+        """Bytes that a step may still allocate."""
+        return available_memory(device, self.budget) - self.graph_bytes
+
+    def _choose(self, planner: Callable[[Shape, Tensor], list[LayerPlan] | None], budget: float | None = None) -> None:
+        self.planner, self.planned_tokens, self.budget = planner, 0, budget
         self.plan: list[LayerPlan] | None = None
         self.offload: Offload | None = None
 
@@ -118,11 +123,11 @@ class Dial:
     def _in_host_memory(self, shape: Shape, x: Tensor) -> list[LayerPlan]:
         return offload_plan(shape, x.shape[0], self.layers, free_host_memory() * HOST_SHARE)
 
-    def _within(self, budget: float | None, trainable: int, shape: Shape, x: Tensor) -> list[LayerPlan]:
+    def _within(self, trainable: int, shape: Shape, x: Tensor) -> list[LayerPlan]:
         if not x.is_cuda:  # main memory is plenty, and a CPU is slow at computing twice
-            return [LayerPlan(Mode.KEEP if budget is None else Mode.RECOMPUTE)] * self.layers
+            return [LayerPlan(Mode.KEEP if self.budget is None else Mode.RECOMPUTE)] * self.layers
         pending = trainable * (4 if self.planned_tokens else 12)  # gradients, and before the first step two moments
-        available = available_memory(x.device, budget) - pending - head_memory(x) - shape.written()
+        available = self.room(x.device) - pending - head_memory(x) - shape.written()
         return plan_for(shape, x.shape[0], self.layers, available)
 
 

@@ -7,8 +7,9 @@ an ``Unfused`` with the reason, and the stock forward runs. The reason is said o
 
 from __future__ import annotations
 
+import copy
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -21,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from luthier.adapters.spec import Spec
 from luthier.model.backbone import ModelState
 from luthier.model.blocks import AttentionBlock, Call, Kept, MlpBlock, Mode, Norm
-from luthier.model.dial import Shape
+from luthier.model.dial import LayerPlan, Shape
 from luthier.ops.backend import has_kernels
 from luthier.ops.fp8_linear import Fp8Projection
 from luthier.ops.gated_mlp import ACTIVATIONS
@@ -43,6 +44,12 @@ class Blocks:
     mlp: MlpBlock | None  # None: a mixture of experts, whose stock module runs behind the attention
     parallel: bool = False  # attention and MLP read the same input
 
+    def fresh(self) -> Blocks:
+        """The same blocks, which have not written anything into the workspace."""
+        attention = replace(self.attention, qkv=copy.copy(self.attention.qkv), o=copy.copy(self.attention.o))
+        mlp = self.mlp and replace(self.mlp, gate_up=copy.copy(self.mlp.gate_up), down=copy.copy(self.mlp.down))
+        return replace(self, attention=attention, mlp=mlp)
+
     def adapters(self) -> list[Tensor]:
         """A and B of every adapter, in the order in which the backward gives their gradients."""
         return [parameter for projection in self.projections() for pair in projection.adapters() for parameter in pair]
@@ -50,6 +57,29 @@ class Blocks:
     def projections(self) -> tuple[Projection, ...]:
         mlp = (self.mlp.gate_up, self.mlp.down) if self.mlp else ()
         return self.attention.qkv, self.attention.o, *mlp
+
+    def forward(self, x: Tensor, call: Call, mode: Mode) -> tuple[Tensor, Kept]:
+        """x (n, D) -> (the layer's output (n, D), what its backward needs)."""
+        kept = Kept(x)
+        x2 = x3 = self.attention.forward(x, call, kept, mode)
+        if self.mlp is not None:
+            x3 = self.mlp.forward(x if self.parallel else x2, x2, kept, mode)
+            kept.x2 = x2 if mode >= Mode.ALL_BUT_GATE_UP and not self.parallel else None
+        return x3, kept
+
+    def backward(self, grad: Tensor, call: Call, kept: Kept, wants_x: bool) -> tuple[Tensor | None, list[Tensor]]:
+        """grad (n, D) of the output -> (the gradient of x, if wanted, those of ``adapters``). Uses up what was kept."""
+        self.forget()
+        sequential = self.mlp is not None and not self.parallel
+        x2 = self.attention.recompute(call, kept, wants_output=sequential)
+        of_mlp, grad_mlp = [], grad
+        if self.mlp is not None:
+            grad_mlp, of_mlp = self.mlp.backward(grad, x2 if sequential else kept.x, kept, adds=sequential)
+        kept.gate_up = kept.mlp_branch = kept.x2 = x2 = None
+        grad_x, of_attention = self.attention.backward(grad if self.parallel else grad_mlp, call, kept, wants_x)
+        if self.parallel and wants_x:
+            grad_x = grad_x + grad_mlp
+        return grad_x, of_attention + of_mlp
 
     def forget(self) -> None:
         """What the projections wrote into the workspace is another layer's by now."""
@@ -73,6 +103,24 @@ class LayerState:
     model: ModelState
 
 
+@dataclass
+class LayerRun:
+    """A layer of the forward that runs now, ready to be called."""
+
+    state: LayerState
+    blocks: Blocks
+    call: Call
+    plan: LayerPlan
+
+    @property
+    def index(self) -> int:
+        return self.state.index
+
+    def __call__(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return _Layer.apply(x, self.blocks, self.call, self.state, self.plan, *self.blocks.adapters())
+
+
 def layer_class_members(stock: type[nn.Module], spec: Spec) -> dict:
     """The methods that make a subclass of ``stock`` run fused."""
 
@@ -85,6 +133,7 @@ def layer_class_members(stock: type[nn.Module], spec: Spec) -> dict:
                 _say_once(self, str(reason))
             else:
                 return run(self, blocks, spec, hidden_states, kwargs)
+        hidden_states = self.luthier_state.model.graphs.interrupt(hidden_states)
         if self.training and self.gradient_checkpointing:
             kwargs |= {"past_key_values": None, "use_cache": False}
             return self._gradient_checkpointing_func(partial(stock.forward, self, **kwargs), hidden_states, *args)
@@ -115,10 +164,10 @@ def run(layer: nn.Module, blocks: Blocks, spec: Spec, hidden_states: Tensor, kwa
         call.mask = kwargs.get("attention_mask")
     else:
         call.window, call.segments = _window(layer.self_attn, spec), structure.segments
-    with torch.autocast(hidden_states.device.type, enabled=False):
-        output = _Layer.apply(hidden_states, blocks, call, state, plan, *blocks.adapters())
+    layer_run = LayerRun(state, blocks, call, plan)
     if blocks.mlp is not None:
-        return output
+        return state.model.graphs.run(layer_run, hidden_states)
+    output = layer_run(hidden_states)
     experts = partial(_experts, layer, spec)
     return checkpoint(experts, output, use_reentrant=False) if plan.mode < Mode.KEEP else experts(output)
 
@@ -132,11 +181,7 @@ def _experts(layer: nn.Module, spec: Spec, x2: Tensor) -> Tensor:
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, blocks, call, state, plan, *adapters):
-        kept = Kept(x.reshape(-1, x.shape[-1]))
-        x2 = x3 = blocks.attention.forward(kept.x, call, kept, plan.mode)
-        if blocks.mlp is not None:
-            x3 = blocks.mlp.forward(kept.x if blocks.parallel else x2, x2, kept, plan.mode)
-            kept.x2 = x2 if plan.mode >= Mode.ALL_BUT_GATE_UP and not blocks.parallel else None
+        x3, kept = blocks.forward(x.reshape(-1, x.shape[-1]), call, plan.mode)
         ctx.blocks, ctx.call, ctx.kept, ctx.offload = blocks, call, kept, state.model.dial.offload
         if ctx.offload is not None and any(ctx.needs_input_grad):
             ctx.offload.park(state.index, kept, plan.offload)
@@ -151,21 +196,11 @@ class _Layer(torch.autograd.Function):
                 "Compute the loss again, or call luthier.restore(model) before a backward with retain_graph=True."
             )
         blocks, call, kept, ctx.kept = ctx.blocks, ctx.call, ctx.kept, None
-        wants_x, dtypes = ctx.needs_input_grad[0], [parameter.dtype for parameter in blocks.adapters()]
-        flat = grad.reshape(-1, grad.shape[-1])
-        blocks.forget()
+        dtypes = [parameter.dtype for parameter in blocks.adapters()]
         if ctx.offload is not None:
             ctx.offload.fetch(kept)
-        sequential = blocks.mlp is not None and not blocks.parallel
-        x2 = blocks.attention.recompute(call, kept, wants_output=sequential)
-        of_mlp, grad_mlp = [], flat
-        if blocks.mlp is not None:
-            grad_mlp, of_mlp = blocks.mlp.backward(flat, x2 if sequential else kept.x, kept, adds=sequential)
-        kept.gate_up = kept.mlp_branch = kept.x2 = x2 = None
-        grad_x, of_attention = blocks.attention.backward(flat if blocks.parallel else grad_mlp, call, kept, wants_x)
-        if blocks.parallel and wants_x:
-            grad_x = grad_x + grad_mlp
-        gradients = [gradient.to(dtype) for gradient, dtype in zip(of_attention + of_mlp, dtypes, strict=True)]
+        grad_x, gradients = blocks.backward(grad.reshape(-1, grad.shape[-1]), call, kept, ctx.needs_input_grad[0])
+        gradients = [gradient.to(dtype) for gradient, dtype in zip(gradients, dtypes, strict=True)]
         return (None if grad_x is None else grad_x.view(grad.shape)), None, None, None, None, *gradients
 
 

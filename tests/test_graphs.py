@@ -1,0 +1,451 @@
+"""Short batches from CUDA graphs: the same numbers as without, whatever has changed since they were made.
+
+There is no GPU here: ``Again`` stands for a graph and runs the recorded function once more, on the objects it was made
+with. Whatever a key does not notice shows in the numbers, as it would with kernels.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import warnings
+
+import pytest
+import torch
+from peft.tuners.lora import LoraLayer
+from stock_pairs import difference, nf4_model, with_lora
+from tiny import VOCAB, tiny_model
+
+from luthier.model.accelerate import accelerate, dial_of, graphs_of
+from luthier.model.blocks import Mode
+from luthier.model.compute import set_compute
+from luthier.model.dial import LayerPlan, Shape
+from luthier.model.graphs import REPEATS, Gradients, padded, step_bytes
+
+
+class Again:
+    made = replayed = 0
+
+    @staticmethod
+    def fits(x):
+        return True
+
+    @staticmethod
+    def new_pool():
+        return None
+
+    def __init__(self, function, pool):
+        function()
+        self.function = function
+        Again.made += 1
+
+    def replay(self):
+        self.function()
+        Again.replayed += 1
+
+
+@pytest.fixture(autouse=True)
+def counters():
+    Again.made = Again.replayed = 0
+
+
+def batch(rows: int = 2, length: int = 64, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Whole rows, every token of which trains."""
+    ids = torch.randint(5, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+def graphed(model: torch.nn.Module) -> torch.nn.Module:
+    graphs = graphs_of(accelerate(model))
+    graphs.new_graph, graphs.enabled = Again, True
+    return model.train()
+
+
+def pair(family: str = "llama3", **settings) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """The same model twice: with graphs, and without."""
+    models = [graphed(with_lora(tiny_model(family), **settings)) for _ in range(2)]
+    graphs_of(models[1]).enabled = False
+    return tuple(models)
+
+
+def gradients_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def step(model: torch.nn.Module, inputs: dict, **more) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    loss = model(**inputs, **more).loss
+    loss.backward()
+    return loss.detach(), gradients_of(model)
+
+
+def assert_equal(models, inputs, replays: int | None = None, exact: bool = True) -> None:
+    """Both models give the same step, and the first one took it from so many graphs."""
+    before = Again.replayed
+    (loss, gradients), (expected, truth) = (step(model, inputs) for model in models)
+    if exact:
+        assert torch.equal(loss, expected) and gradients.keys() == truth.keys()
+        assert all(torch.equal(gradients[name], truth[name]) for name in truth)
+    else:
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+        assert difference(gradients, truth) < 1e-5
+    if replays is not None:
+        assert Again.replayed - before == replays
+
+
+def warm(models, inputs=None) -> None:
+    for _ in range(REPEATS):
+        assert_equal(models, batch() if inputs is None else inputs, replays=0)
+    assert_equal(models, batch() if inputs is None else inputs, replays=2)
+
+
+@pytest.mark.parametrize("family", ["llama3", "gemma3", "cohere2", "olmo2", "phi3", "smollm3"])
+def test_training_from_graphs_is_training_without(family):
+    models = pair(family)
+    optimizers = [torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2) for model in models]
+    for index in range(REPEATS + 4):
+        assert_equal(models, batch(seed=index), replays=2 if index >= REPEATS else 0)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert Again.made == 2
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+def test_every_mode_runs_from_graphs(mode):
+    models = pair("qwen3")
+    for model in models:
+        dial_of(model).set_plan([LayerPlan(mode)] * 2)
+    warm(models)
+    assert_equal(models, batch(seed=5), replays=2)
+
+
+def test_4_bit_weights(tmp_path):
+    models = [graphed(with_lora(nf4_model(tmp_path, num_hidden_layers=3))) for _ in range(2)]
+    graphs_of(models[1]).enabled = False
+    warm(models)
+    assert_equal(models, batch(seed=5), replays=2)
+
+
+def test_rows_of_any_length_share_the_graph_of_the_next_round_one():
+    models = pair()
+    for length in (61, 50, 64, 37, 64, 50):  # what a longer row has left behind it changes nothing either
+        assert_equal(models, batch(length=length, seed=length), exact=False)
+    assert Again.made == 2 and Again.replayed == 2 * 4
+    assert_equal(models, batch(length=65), replays=0, exact=False)
+    assert padded(64) == 64 and padded(65) == 128 and padded(1025) == 1152
+
+
+def change_weights(model):
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name:
+                parameter.mul_(1.5)
+
+
+def change_scaling(model):
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.scaling["default"] *= 0.5
+
+
+def replace_data(model):
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = parameter.data * 2
+
+
+def replace_base(model):
+    for name, parameter in model.named_parameters():
+        if "down_proj.base_layer" in name:
+            parameter.data = parameter.data * 1.25
+
+
+def replace_norms(model):
+    for name, parameter in model.named_parameters():
+        if "layernorm" in name:
+            parameter.data = parameter.data * 0.9
+
+
+def merge(model):
+    model.enable_input_require_grads()  # nothing else wants a gradient then
+    model.merge_adapter()
+
+
+def freeze_one(model):
+    next(p for name, p in model.named_parameters() if "lora_A" in name).requires_grad_(False)
+
+
+def inputs_want_gradients(model):
+    model.enable_input_require_grads()
+
+
+def another_adapter(model):
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        model.add_adapter("other", model.peft_config["default"])
+        model.set_adapter("other")
+        for name, parameter in model.named_parameters():
+            if "lora_B.other" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+
+
+def other_plan(model):
+    dial_of(model).set_plan([LayerPlan(Mode.RECOMPUTE), LayerPlan(Mode.KEEP)])
+
+
+CHANGES = [change_weights, change_scaling, replace_data, replace_base, replace_norms, merge, freeze_one]
+CHANGES += [inputs_want_gradients, another_adapter, other_plan]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_change_is_noticed(change):
+    models = pair()
+    warm(models)
+    for model in models:
+        change(model)
+    for index in range(REPEATS + 2):
+        assert_equal(models, batch(seed=index), replays=2 if index >= REPEATS or change is change_weights else 0)
+
+
+def test_a_disabled_adapter_and_the_one_before_it():
+    models = pair()
+    warm(models)
+    losses = []
+    for _ in range(2):
+        before = Again.replayed
+        with models[0].disable_adapter(), models[1].disable_adapter():
+            losses += [model(**batch()).loss for model in models]
+        assert Again.replayed == before and losses[-1] == losses[-2]
+        assert_equal(models, batch(seed=3), replays=2)
+
+
+def test_a_second_forward_before_the_first_backward():
+    models = pair()
+    warm(models)
+    results, before = [], Again.replayed
+    for model in models:
+        model.zero_grad()
+        first, second = (model(**batch(seed=seed)).loss for seed in (1, 2))
+        (first + 2 * second).backward()
+        results.append((first.detach(), second.detach(), gradients_of(model)))
+    assert Again.replayed - before == 2  # one pass came from graphs
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+    assert difference(results[0][2], results[1][2]) == 0
+
+
+def test_a_forward_whose_backward_never_comes():
+    models = pair()
+    warm(models)
+    loss = models[0](**batch()).loss
+    assert_equal(models, batch(seed=1), replays=0)
+    del loss
+    gc.collect()
+    assert_equal(models, batch(seed=1), replays=2)
+
+
+def test_gradients_add_up_over_several_backwards():
+    models = pair()
+    warm(models)
+    for model in models:
+        model.zero_grad()
+        for seed in range(3):
+            model(**batch(seed=seed)).loss.backward()
+    assert Again.replayed == 2 + 3 * 2
+    kept = gradients_of(models[0])
+    assert difference(kept, gradients_of(models[1])) == 0
+    held = {name: p.grad for name, p in models[0].named_parameters() if p.grad is not None}
+    for parameter in models[0].parameters():
+        parameter.grad = None
+    models[0](**batch(seed=9)).loss.backward()
+    assert difference(held, kept) == 0, "a later backward wrote into gradients that were handed out"
+
+
+def test_a_second_backward_is_refused():
+    models = pair()
+    warm(models)
+    loss = models[0](**batch()).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_what_is_no_plain_batch_runs_without():
+    models = pair()
+    warm(models)
+    hole = batch()
+    hole["attention_mask"][0, :3] = 0
+    packed = {"input_ids": batch(1)["input_ids"], "labels": batch(1)["labels"]}
+    packed["position_ids"] = torch.cat((torch.arange(40), torch.arange(24)))[None]
+    for inputs in (hole, packed):
+        for _ in range(REPEATS + 1):
+            assert_equal(models, inputs, replays=0)
+    with torch.no_grad():
+        assert models[0](**batch()).loss == models[1](**batch()).loss
+    assert Again.replayed == 2
+    models[0].eval()
+    logits = models[0](input_ids=batch()["input_ids"]).logits
+    assert torch.equal(logits, models[1].eval()(input_ids=batch()["input_ids"]).logits)
+    generated = models[0].generate(batch()["input_ids"][:, :5], max_new_tokens=3, do_sample=False)
+    assert generated.shape == (2, 8) and Again.replayed == 2
+    for model in models:
+        model.train()
+    assert_equal(models, batch(seed=2), replays=2)
+
+
+def test_long_batches_and_offloaded_ones_run_without(monkeypatch):
+    models = pair()
+    monkeypatch.setattr("luthier.model.graphs.TOKENS", 100)
+    for _ in range(REPEATS + 1):
+        assert_equal(models, batch(), replays=0)
+    monkeypatch.undo()
+    for model in models:
+        dial_of(model).set_plan([LayerPlan(Mode.KEEP, offload=True), LayerPlan(Mode.KEEP)])
+    for _ in range(REPEATS + 1):
+        assert_equal(models, batch(), replays=0)
+
+
+def test_a_switch():
+    models = pair()
+    warm(models)
+    graphs_of(models[0]).enabled = False
+    assert_equal(models, batch(), replays=0)
+    graphs_of(models[0]).enabled = True
+    assert_equal(models, batch(), replays=2)
+    graphs_of(models[0]).clear()
+    warm(models)
+
+
+@pytest.mark.parametrize("where", ["layer", "part", "everywhere"])
+def test_hooks_see_every_layer(where):
+    models = pair()
+    warm(models)
+    seen = []
+    layer = models[0].base_model.model.model.layers[1]
+
+    def watch(module, args, output):
+        seen.append(output[0] if isinstance(output, tuple) else output)
+
+    if where == "everywhere":
+        handle = torch.nn.modules.module.register_module_forward_hook(watch)
+    else:
+        handle = (layer if where == "layer" else layer.self_attn.q_proj).register_forward_hook(watch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a hooked projection runs its layer stock
+        assert_equal(models, batch(seed=1), replays=0, exact=False)
+        assert seen
+    handle.remove()
+    assert_equal(models, batch(seed=1), replays=2)
+
+
+def test_hidden_states_can_be_asked_for():
+    models = pair()
+    warm(models)
+    states, expected = (model(**batch(), output_hidden_states=True).hidden_states for model in models)
+    assert len(states) == 3 and all(torch.equal(*both) for both in zip(states, expected, strict=True))
+
+
+def shifted(layer_class: type) -> type:
+    """That class, called with another input than the layer before it gave."""
+
+    def call(self, x, **kwargs):
+        return layer_class.__call__(self, x + 1, **kwargs)
+
+    return type("Shifted", (layer_class,), {"__call__": call})
+
+
+def test_something_between_the_layers_is_found():
+    """A backbone that adds something between its layers, once it had not (as one with pictures in a batch)."""
+    models = pair()
+    warm(models)
+    for model in models:
+        second = model.get_base_model().model.layers[1]
+        second.__class__ = shifted(type(second))
+    assert_equal(models, batch(seed=1), replays=0)
+    assert not graphs_of(models[0]).enabled
+
+
+def test_a_skipped_layer():
+    models = pair()
+    warm(models)
+    for model in models:
+        model.config.num_hidden_layers = 1
+    assert_equal(models, batch(seed=1), replays=0)
+
+
+def test_another_autocast():
+    models = pair()
+    warm(models)
+    for model in models:
+        model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        losses = [model(**batch()).loss for model in models]
+    assert torch.equal(*losses) and Again.replayed == 2
+
+
+class Broken(Again):
+    def __init__(self, function, pool):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+
+def test_what_cannot_be_recorded_runs_without_and_says_so_once():
+    models = pair()
+    graphs_of(models[0]).new_graph = Broken
+    for _ in range(REPEATS):
+        assert_equal(models, batch(), replays=0)
+    with pytest.warns(UserWarning, match="not permitted when stream is capturing\\).$"):
+        assert_equal(models, batch(), replays=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_equal(models, batch(), replays=0)
+
+
+def test_two_models_and_a_copy_have_graphs_of_their_own():
+    models, others = pair(), pair("qwen3")
+    warm(models)
+    warm(others)
+    copied = copy.deepcopy(models[0])
+    assert graphs_of(copied) is not graphs_of(models[0]) and not graphs_of(copied).recordings
+    assert graphs_of(copied).dial is dial_of(copied)
+    change_weights(copied)
+    loss, _ = step(copied, batch())
+    assert_equal(models, batch(), replays=2)
+    assert_equal(others, batch(), replays=2)
+    assert loss != step(models[0], batch())[0]
+
+
+def test_an_experts_model_runs_without():
+    model = graphed(with_lora(tiny_model("qwen3_moe")))
+    for _ in range(REPEATS + 1):
+        step(model, batch())
+    assert not Again.made
+
+
+def test_gradients_of_several_dtypes():
+    parameters = [torch.empty(2, 3), torch.empty(4, dtype=torch.bfloat16), torch.empty(5)]
+    gradients = Gradients(parameters)
+    for index, view in enumerate(gradients.views):
+        view.fill_(index)
+    copies = gradients.copied()
+    for index, (copied, parameter) in enumerate(zip(copies, parameters, strict=True)):
+        gradients.views[index].fill_(9)
+        assert copied.shape == parameter.shape and copied.dtype == parameter.dtype and (copied == index).all()
+
+
+def test_the_memory_of_a_step():
+    shape = Shape(hidden=8, attention=12, heads=8, mlp=16, low=2, size=2)
+    plans = [LayerPlan(Mode.KEEP), LayerPlan(Mode.RECOMPUTE)]
+    kept = 10 * (shape.kept(Mode.KEEP) + shape.kept(Mode.RECOMPUTE))
+    assert step_bytes(shape, 10, plans) == kept + shape.transient(10, 4096)
+
+
+@pytest.mark.parametrize("compute", ["fp8-backward", "fp8"])
+def test_8_bit_compute(tmp_path, compute):
+    models = [graphed(with_lora(nf4_model(tmp_path))) for _ in range(2)]
+    graphs_of(models[1]).enabled = False
+    warm(models)
+    for model in models:
+        with pytest.warns(UserWarning, match="less exact"):
+            set_compute(model, compute)
+    warm(models)
+    assert_equal(models, batch(seed=3), replays=2)
