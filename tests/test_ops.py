@@ -250,13 +250,14 @@ class TestNF4:
         expected = dequantize_4bit(weight.data, flat).view(shape)
         assert torch.equal(nf4.dequantise(nf4.quantised(weight)), expected)
 
+    @pytest.mark.parametrize("columns, wide", [(128, 144), (128, 145), (4096 + 64, 4192), (96, 112)])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-    def test_into_longer_rows(self, path, dtype):
-        weight = nf4.quantised(self.quantise(48, 128))
-        out = unwritten(50, 144, dtype=dtype)
-        nf4.dequantise(weight, out[:48, :128])
-        assert torch.equal(out[:48, :128], nf4.dequantise_reference(weight, dtype))
-        assert torch.isnan(out[48:]).all() and torch.isnan(out[:, 128:]).all()
+    def test_into_longer_rows(self, path, dtype, columns, wide):
+        weight = nf4.quantised(self.quantise(9, columns))
+        out = unwritten(11, wide, dtype=dtype)
+        nf4.dequantise(weight, out[:9, :columns])
+        assert torch.equal(out[:9, :columns], nf4.dequantise_reference(weight, dtype))
+        assert torch.isnan(out[9:]).all() and torch.isnan(out[:, columns:]).all()
 
 
 HEADS = {"plain": {}, "capped": {"softcap": 2.0}, "scaled": {"scale": 0.25}, "both": {"softcap": 1.5, "scale": 3.0}}

@@ -29,5 +29,5 @@ def power_of_2(n: int) -> int:
 
 
 def warps_for(elements: int) -> int:
-    """Warps for a program that holds ``elements`` fp32 values in registers at a time: at least 8 a thread, 4 to 16 warps."""
-    return min(16, max(4, power_of_2(elements) // 256))
+    """Warps for a program that holds ``elements`` fp32 values in registers at a time: 16 a thread, 4 to 16 warps."""
+    return min(16, max(4, power_of_2(elements) // 512))

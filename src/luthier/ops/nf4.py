@@ -16,7 +16,7 @@ from torch import Tensor
 
 from luthier.ops.backend import has_kernels, jit, tl, triton
 
-TILE = 2048  # weights that one program dequantises
+TILE = 4096  # weights that one program dequantises at most
 
 
 @dataclass(frozen=True)
@@ -105,41 +105,62 @@ def _through_bitsandbytes(weight: Quantised, dtype: torch.dtype) -> Tensor:
 
 
 def launch(weight: Quantised, out: Tensor) -> Tensor:
-    total, columns = weight.shape.numel(), weight.shape[-1]
-    blocks = triton.cdiv(total, weight.blocksize)
-    per_program = max(1, TILE // weight.blocksize)
+    total, columns, size = weight.shape.numel(), weight.shape[-1], weight.blocksize
+    whole = columns % size == 0
     nested = weight.nested_absmax is not None
     scales = (weight.nested_absmax, weight.nested_code, weight.offset) if nested else (weight.absmax,) * 3
-    _nf4_kernel[(triton.cdiv(blocks, per_program),)](
+    per_program = _blocks_of_a_program(columns // size if whole else triton.cdiv(total, size), size)
+    programs = total // columns * triton.cdiv(columns // size, per_program) if whole else triton.cdiv(total, size * per_program)
+    pairs = whole and out.element_size() == 2 and out.stride(-2) % 2 == 0 and out.data_ptr() % 4 == 0
+    _nf4_kernel[(programs,)](
         weight.packed, weight.absmax, weight.code, *scales, out, total, columns, out.stride(-2),
-        NESTED=weight.nested_blocksize if nested else 0, SIZE=weight.blocksize, BLOCKS=per_program,
-        WHOLE=columns % weight.blocksize == 0, num_warps=4, enable_fp_fusion=False,
+        NESTED=weight.nested_blocksize if nested else 0, SIZE=size, BLOCKS=per_program, WHOLE=whole, PAIRS=pairs,
+        num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return out
+
+
+def _blocks_of_a_program(blocks: int, size: int) -> int:
+    """Up to ``TILE`` weights, a power of two of blocks: the one that wastes least on a run of ``blocks``, the largest such."""
+    largest = max(1, TILE // size)
+    return min((largest, max(1, largest // 2), max(1, largest // 4)), key=lambda n: triton.cdiv(blocks, n) * n)
 
 
 @jit
 def _nf4_kernel(
     PACKED, ABSMAX, CODE, NESTED_ABSMAX, NESTED_CODE, OFFSET, OUT, total, columns, stride,
-    NESTED: tl.constexpr, SIZE: tl.constexpr, BLOCKS: tl.constexpr, WHOLE: tl.constexpr,
+    NESTED: tl.constexpr, SIZE: tl.constexpr, BLOCKS: tl.constexpr, WHOLE: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """``BLOCKS`` runs of ``SIZE`` weights a program. ``WHOLE``: none of them goes over the end of a row."""
-    block = (tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)).to(tl.int64)
-    inside = block * SIZE < total
+    """``BLOCKS`` runs of ``SIZE`` weights a program. ``WHOLE``: all of one row. ``PAIRS``: the weights of a byte are one word."""
+    lane = tl.arange(0, BLOCKS)
+    if WHOLE:
+        programs = tl.cdiv(columns, BLOCKS * SIZE)
+        row = (tl.program_id(0) // programs).to(tl.int64)
+        within = tl.program_id(0) % programs * BLOCKS + lane
+        inside = within * SIZE < columns
+        block = row * (columns // SIZE) + within
+        start = row * stride + within * SIZE
+    else:
+        block = tl.program_id(0).to(tl.int64) * BLOCKS + lane
+        inside = block * SIZE < total
+        start = block * SIZE
     scale = tl.load(ABSMAX + block, mask=inside, other=0)
     if NESTED > 0:
         outer = tl.load(NESTED_ABSMAX + block // NESTED, mask=inside, other=0.0)
         scale = tl.load(NESTED_CODE + scale.to(tl.int32)) * outer + tl.load(OFFSET)
     byte = tl.arange(0, SIZE // 2)
     at = block[:, None] * (SIZE // 2) + byte[None, :]
-    pair = tl.load(PACKED + at, mask=2 * at < total, other=0).to(tl.int32)
+    pair = tl.load(PACKED + at, mask=inside[:, None] & (2 * at < total), other=0).to(tl.int32)
     high = (tl.load(CODE + (pair >> 4)) * scale[:, None]).to(OUT.dtype.element_ty)
     low = (tl.load(CODE + (pair & 15)) * scale[:, None]).to(OUT.dtype.element_ty)
-    value = tl.reshape(tl.join(high, low), (BLOCKS, SIZE))
-    element = tl.arange(0, SIZE)
-    if WHOLE:
-        start = (block * SIZE) // columns * stride + (block * SIZE) % columns
-        tl.store(OUT + start[:, None] + element[None, :], value, mask=inside[:, None])
+    if PAIRS:
+        word = high.to(tl.uint16, bitcast=True).to(tl.uint32) | (low.to(tl.uint16, bitcast=True).to(tl.uint32) << 16)
+        words = OUT.to(tl.pointer_type(tl.uint32))
+        tl.store(words + (start // 2)[:, None] + byte[None, :], word, mask=inside[:, None])
     else:
-        index = block[:, None] * SIZE + element[None, :]
-        tl.store(OUT + index // columns * stride + index % columns, value, mask=index < total)
+        value = tl.reshape(tl.join(high, low), (BLOCKS, SIZE))
+        index = start[:, None] + tl.arange(0, SIZE)[None, :]
+        if WHOLE:
+            tl.store(OUT + index, value, mask=inside[:, None])
+        else:
+            tl.store(OUT + index // columns * stride + index % columns, value, mask=index < total)
