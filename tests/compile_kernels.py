@@ -28,7 +28,8 @@ def kernels(dtype: str) -> dict[str, tuple]:
     backward = [x, x, x, x, x, "*fp32", "i32", "i64", "i64", "i64", "i64", "fp32"]
     rotation = [x, x, x, x, "i32", *["i64"] * 12]
     weights = ["*fp32", "*fp32", "*fp32", "*fp32", x, "i32", "i32", "i64"]
-    blocks = {"SIZE": 64, "BLOCKS": 64}
+    whole = {"SIZE": 64, "BLOCKS": 64, "WHOLE": True, "PAIRS": True}
+    broken = {**whole, "WHOLE": False, "PAIRS": False}
     x32, adapter = "*fp32", {"RANK": 16, "EXTENSION": 48, "BLOCK": 64, "HAS_BIAS": True, "ROWS": 64, "COLUMNS": 1024}
     groups = {"N": 32, "LANES": quantisers.LANES}
     fit, numbers = ["*fp32"] * 5, ["fp32", "fp32", "i32", "i32"]
@@ -45,8 +46,8 @@ def kernels(dtype: str) -> dict[str, tuple]:
             for number, kind in enumerate(gated_mlp.KINDS)
             for name, kernel in (("forward", gated_mlp._gated_forward), ("backward", gated_mlp._gated_backward))
         },
-        "nf4": (nf4._nf4_kernel, ["*u8", "*u8", *weights], {"NESTED": 256, "WHOLE": True, "PAIRS": True, **blocks}, 4),
-        "nf4, plain scales": (nf4._nf4_kernel, ["*u8", "*fp32", *weights], {"NESTED": 0, "WHOLE": False, "PAIRS": False, **blocks}, 4),
+        "nf4": (nf4._nf4_kernel, ["*u8", "*u8", *weights], {"NESTED": 256, **whole}, 4),
+        "nf4, plain scales": (nf4._nf4_kernel, ["*u8", "*fp32", *weights], {"NESTED": 0, **broken}, 4),
         "adapter": (lora_linear._adapter_kernel, [x32, x32, x, x, x, *["i32"] * 5, *["i64"] * 4], adapter, 4),
         "fit with offset": (quantisers._fit_with_offset, [*fit, *fit[:2], *numbers[1:]], {**groups, "ABSOLUTE": False}, 4),
         "fit symmetric": (quantisers._fit_symmetric, [*fit, *numbers], groups, 4),

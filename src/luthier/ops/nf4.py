@@ -131,7 +131,7 @@ def _nf4_kernel(
     PACKED, ABSMAX, CODE, NESTED_ABSMAX, NESTED_CODE, OFFSET, OUT, total, columns, stride,
     NESTED: tl.constexpr, SIZE: tl.constexpr, BLOCKS: tl.constexpr, WHOLE: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """``BLOCKS`` runs of ``SIZE`` weights a program. ``WHOLE``: all of one row. ``PAIRS``: the weights of a byte are one word."""
+    """``BLOCKS`` runs of ``SIZE`` weights a program. ``WHOLE``: all of one row. ``PAIRS``: two weights are a word."""
     lane = tl.arange(0, BLOCKS)
     if WHOLE:
         programs = tl.cdiv(columns, BLOCKS * SIZE)
