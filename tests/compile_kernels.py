@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from luthier.gguf import kernels as quantisers
-from luthier.ops import fp8, gated_mlp, linear_cross_entropy, lora_linear, nf4, rms_norm, rotary
+from luthier.ops import dropout, fp8, gated_mlp, linear_cross_entropy, lora_linear, nf4, rms_norm, rotary
 
 
 def kernels(dtype: str) -> dict[str, tuple]:
@@ -33,6 +33,7 @@ def kernels(dtype: str) -> dict[str, tuple]:
     x32, adapter = "*fp32", {"RANK": 16, "EXTENSION": 48, "BLOCK": 64, "HAS_BIAS": True, "ROWS": 64, "COLUMNS": 1024}
     groups = {"N": 32, "LANES": quantisers.LANES}
     fit, numbers = ["*fp32"] * 5, ["fp32", "fp32", "i32", "i32"]
+    mask = {"ADDS": True, "ROUNDS": 7, "SHIFT": 8, "ROWS": 8, "TILE": 256}
     head = [x, "*i64", "*fp32", "i64", "fp32", "fp32"]
     return {
         "norm": (rms_norm._norm_forward, forward, norm, 16),
@@ -54,6 +55,7 @@ def kernels(dtype: str) -> dict[str, tuple]:
         "start of the exchange": (quantisers._start_exchange, [*fit[1:], *numbers[:3]], {**groups, "N": 16}, 4),
         "exchange": (quantisers._exchange, [*fit, *numbers, "i32"], {"NEED_REST": True, "LANES": quantisers.LANES}, 4),
         "ordered sum": (quantisers._ordered_sum, ["*fp32", "*fp32", "i32", "i32"], {"UNROLL": 8, "LANES": quantisers.LANES}, 4),
+        "dropout": (dropout._dropout_kernel, [x, x, x, "i64", *["i32"] * 5, *["i64"] * 3], mask, 4),
         "cross-entropy": (linear_cross_entropy._cross_entropy_kernel, head, {"V": 128256, "BLOCK": 8192, "CAPPED": True}, 16),
     }
 

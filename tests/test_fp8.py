@@ -20,6 +20,7 @@ from luthier.model.compute import set_compute
 from luthier.model.dial import LayerPlan
 from luthier.model.load import load_model
 from luthier.ops import fp8, lora_linear, nf4
+from luthier.ops.dropout import Dropout
 from luthier.ops.fp8 import E4M3, quantise_rows, scales_of, weight_bounds, write_weight
 from luthier.ops.fp8_linear import Fp8Projection
 
@@ -116,7 +117,9 @@ def test_a_projection_with_adapters_and_bias_is_its_exact_one_but_for_the_roundi
     for scale, allowed in ((1.0, 1.6 * 2**0.5 * ROUNDING), (0.0, 2e-6)):
         parts = [
             lora_linear.Part(scale * randn(64, 96), randn(64, seed=1), randn(3, 96, seed=2), randn(64, 3, seed=3), 0.5),
-            lora_linear.Part(scale * randn(32, 96, seed=4), None, randn(7, 96, seed=6), randn(32, 7, seed=7), 2.0),
+            lora_linear.Part(
+                scale * randn(32, 96, seed=4), None, randn(7, 96, seed=6), randn(32, 7, seed=7), 2.0, Dropout(0.3, 11)
+            ),
         ]
         exact = lora_linear.Projection("qkv", parts, lora_linear.Workspace())
         ours = Fp8Projection("qkv", parts, lora_linear.Workspace(), everywhere)

@@ -283,7 +283,6 @@ def eager(model):
 FALLBACKS = {
     "DoRA": (lambda: with_lora(tiny_model("llama3"), use_dora=True), "DoRA"),
     "a hook": (lambda: hooked(with_lora(tiny_model("llama3"))), "hooks are attached"),
-    "full fine-tuning": (lambda: tiny_model("llama3"), "base weights are trained"),
     "another attention": (lambda: with_lora(eager(tiny_model("llama3"))), "'eager'"),
     "sinks": (lambda: with_lora(tiny_model("gpt_oss")), "eager"),
 }
@@ -301,22 +300,6 @@ def test_what_does_not_fit_runs_stock_and_says_why_once(case):
         assert_same(model, batch(), truth)
     said = [str(warning.message) for warning in caught if "stock forward" in str(warning.message)]
     assert len(said) == 1 and reason in said[0]
-
-
-def test_several_active_adapters_run_stock():
-    def make():
-        from peft import LoraConfig
-
-        model = with_lora(tiny_model("llama3"))
-        model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
-        model.base_model.set_adapter(["default", "other"])
-        return model
-
-    truth = loss_and_gradients(make(), **batch())
-    model = accelerate(make())
-    with pytest.warns(UserWarning, match="several adapters"):
-        loss, _ = loss_and_gradients(model, **batch())
-    torch.testing.assert_close(loss, truth[0])
 
 
 def test_restore_takes_everything_back():

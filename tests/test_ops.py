@@ -25,8 +25,9 @@ if HAS_TRITON and not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from luthier.ops import attention as attention_module  # noqa: E402
-from luthier.ops import backend, gated_mlp, linear_cross_entropy, lora_linear, nf4, rms_norm, rotary, token_logprobs  # noqa: E402
+from luthier.ops import backend, dropout, gated_mlp, linear_cross_entropy, lora_linear, nf4, rms_norm, rotary  # noqa: E402
 from luthier.ops.attention import attention, attention_reference  # noqa: E402
+from luthier.ops.token_logprobs import token_logprobs  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"
 DTYPES = [torch.float32, torch.bfloat16]
@@ -43,11 +44,11 @@ RUNS_KERNELS = pytest.param(
 def path(request, monkeypatch):
     """Both ways through an op: its plain-torch reference and its kernel."""
     if not request.param:
-        for op in (rms_norm, rotary, gated_mlp, nf4, linear_cross_entropy, lora_linear):
+        for op in (rms_norm, rotary, gated_mlp, nf4, linear_cross_entropy, lora_linear, dropout):
             monkeypatch.setattr(op, "has_kernels", lambda x: False)
         yield "reference"
         return
-    for op in (rms_norm, rotary, gated_mlp, nf4, linear_cross_entropy, lora_linear):
+    for op in (rms_norm, rotary, gated_mlp, nf4, linear_cross_entropy, lora_linear, dropout):
         monkeypatch.setattr(op, "has_kernels", lambda x: True)
     if GPU:
         yield "kernel"
@@ -294,9 +295,7 @@ class TestLinearCrossEntropy:
             return log_probs.gather(-1, tokens[..., None])[..., 0], -(log_probs.exp() * log_probs).sum(-1)
 
         check(
-            lambda hidden, weight: token_logprobs.token_logprobs(
-                hidden, weight, tokens, **shaping, temperature=0.7, chunk_rows=4
-            ),
+            lambda hidden, weight: token_logprobs(hidden, weight, tokens, **shaping, temperature=0.7, chunk_rows=4),
             reference,
             inputs,
         )
@@ -319,7 +318,7 @@ def test_mismatched_tokens_are_an_error():
     with pytest.raises(ValueError, match="(5, 8)"):
         linear_cross_entropy.linear_cross_entropy(randn(5, 8), randn(9, 8), torch.zeros(4, dtype=torch.long))
     with pytest.raises(ValueError, match="temperature=0"):
-        token_logprobs.token_logprobs(randn(5, 8), randn(9, 8), torch.zeros(5, dtype=torch.long), temperature=0)
+        token_logprobs(randn(5, 8), randn(9, 8), torch.zeros(5, dtype=torch.long), temperature=0)
 
 
 @pytest.mark.parametrize("heads", [4, 2])
@@ -382,6 +381,51 @@ def test_a_projection_writes_what_its_drawing_shows(path, dtype):
     expected[:70, 48:51], expected[75:108, 51:58], expected[:70, 58] = parts[0].b, parts[2].b, parts[0].bias
     expected[108:118, :48] = torch.cat((parts[0].a, parts[2].a))
     assert torch.equal(written, expected.to(dtype))
+
+
+class TestDropout:
+    @pytest.mark.parametrize(
+        "rounds, words", [(7, "5f6fb709 0d893f64 4f121f81 4f730a48"), (10, "6627e8d5 e169c58d bc57ac4c 9b00dbd8")]
+    )
+    def test_philox_gives_its_authors_numbers(self, rounds, words):
+        zero = torch.zeros(1, dtype=torch.long)
+        assert [int(part) for part in dropout.philox(0, zero, zero, rounds)] == [int(word, 16) for word in words.split()]
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("shape", [(11, 97), (3, 4), (1, 2100)])
+    def test_what_is_kept_stays_as_it_was(self, path, dtype, shape):
+        x, total = randn(*shape, dtype=dtype), randn(*shape, seed=1, dtype=dtype)
+        settings = dropout.Dropout(0.4, 3 << 40 | 12345)
+        kept = dropout.kept_reference(*shape, settings, first_row=5, device=DEVICE)
+        wide = torch.cat((x, unwritten(shape[0], 3, dtype=dtype)), dim=1)[:, : shape[1]]
+        assert torch.equal(dropout.drop(wide, settings, 5), torch.where(kept, x, 0.0))
+        expected = total + torch.where(kept, x, 0.0)
+        assert torch.equal(dropout.add_dropped_(total, wide, settings, 5), expected)
+
+    @pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
+    def test_masks_are_random(self, p):
+        """Rate, columns, neighbours and other seeds within four standard deviations of independent coins."""
+        rows, columns = 400, 514
+        kept = dropout.kept_reference(rows, columns, dropout.Dropout(p, 1)).double() - (1 - p)
+        other = dropout.kept_reference(rows, columns, dropout.Dropout(p, 2)).double() - (1 - p)
+        variance = p * (1 - p)
+        assert abs(kept.mean()) < 4 * (variance / kept.numel()) ** 0.5
+        assert kept.mean(0).abs().max() < 5 * (variance / rows) ** 0.5  # of 514 columns one may be 4 off
+        quarter = -(-columns // 4)
+        pairs = [(kept[:, 1:], kept[:, :-1]), (kept[1:], kept[:-1]), (kept[:, quarter:], kept[:, :-quarter]), (kept, other)]
+        for left, right in pairs:
+            assert abs((left * right).mean()) < 4 * variance / left.numel() ** 0.5
+
+    def test_rows_count_from_where_the_caller_says(self):
+        settings = dropout.Dropout(0.3, 9)
+        whole = dropout.kept_reference(20, 33, settings)
+        assert torch.equal(dropout.kept_reference(8, 33, settings, first_row=12), whole[12:])
+
+    def test_seeds_come_from_torchs_generator(self):
+        torch.manual_seed(5)
+        first = [dropout.Dropout.draw(0.1) for _ in range(2)]
+        torch.manual_seed(5)
+        assert [dropout.Dropout.draw(0.1) for _ in range(2)] == first and first[0] != first[1]
 
 
 def test_powers_and_warps():

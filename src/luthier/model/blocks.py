@@ -18,7 +18,7 @@ from torch import Tensor
 from luthier.ops.attention import AttentionState, Segments, attend, attend_backward
 from luthier.ops.gated_mlp import gated_backward_, gated_forward
 from luthier.ops.lora_linear import Projection
-from luthier.ops.rms_norm import rms_norm_backward, rms_norm_forward
+from luthier.ops.rms_norm import rms_norm_backward, rms_norm_forward, rms_norm_gradients
 from luthier.ops.rotary import rotate
 
 MLP_ROWS = 4096  # rows that the MLP handles at a time: bounds its transients
@@ -33,6 +33,18 @@ class Mode(IntEnum):
     KEEP = 3  # and gate and up: 92 KiB; no product is computed twice
 
 
+class Gradients(dict):
+    """Gradients of trained parameters by the parameter's ``id``, in fp32 or finished."""
+
+    def add(self, more: dict[int, Tensor]) -> None:
+        for key, gradient in more.items():
+            self[key] = self[key].add_(gradient) if key in self else gradient
+
+    def of(self, parameters: list[Tensor]) -> list[Tensor]:
+        """In the order and the dtypes of the parameters."""
+        return [self[id(parameter)].to(parameter.dtype) for parameter in parameters]
+
+
 @dataclass(frozen=True)
 class Norm:
     weight: Tensor
@@ -42,8 +54,16 @@ class Norm:
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         return rms_norm_forward(x, self.weight, self.eps, self.flavour, out)
 
-    def backward(self, grad: Tensor, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        return rms_norm_backward(grad, x, self.weight, self.eps, self.flavour, residual, out)
+    def backward(
+        self, grad: Tensor, x: Tensor, gradients: Gradients, residual: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """The gradient of x, plus ``residual``; that of a trained weight goes to ``gradients``."""
+        settings = self.weight, self.eps, self.flavour, residual, out
+        if not self.weight.requires_grad:
+            return rms_norm_backward(grad, x, *settings)
+        grad_x, grad_weight = rms_norm_gradients(grad, x, *settings)
+        gradients.add({id(self.weight): grad_weight})
+        return grad_x
 
 
 @dataclass
@@ -95,6 +115,9 @@ class AttentionBlock:
     residual_scale: float = 1.0
     norm_is_wide: bool = False  # q_norm and k_norm run over all heads at once
 
+    def norms(self) -> list[Norm]:
+        return [norm for norm in (self.norm, self.post_norm, self.q_norm, self.k_norm) if norm]
+
     def forward(self, x: Tensor, call: Call, kept: Kept, mode: Mode) -> Tensor:
         """x (n, D) -> x2 (n, D)."""
         qkv, out, attention = self._attend(x, call, kept)
@@ -117,27 +140,27 @@ class AttentionBlock:
             kept.x2, kept.branch = self._output(kept.x, kept.out, self.o.written(kept.x), kept.low_o)
         return kept.x2
 
-    def backward(self, grad: Tensor, call: Call, kept: Kept, wants_x: bool) -> tuple[Tensor | None, list[Tensor]]:
-        """grad (n, D) of x2 -> (gradient of x, gradients of q's, k's, v's, o's A and B)."""
-        branch_grad = self.post_norm.backward(grad, kept.branch) if self.post_norm else grad
+    def backward(self, grad: Tensor, call: Call, kept: Kept, gradients: Gradients, wants_x: bool) -> Tensor | None:
+        """grad (n, D) of x2 -> that of x, and into ``gradients`` those of what trains here."""
+        branch_grad = self.post_norm.backward(grad, kept.branch, gradients) if self.post_norm else grad
         written = self.o.written(grad)
         wide, low = self.o.extended_gradient(branch_grad, written, self.residual_scale)
         out_grad = self.o.backward(wide, written)
-        gradients_o = _gradients(self.o, low, kept.out, wide[:, : self.o.width_out], kept.low_o)
+        gradients.add(self.o.gradients(wide[:, : self.o.width_out], kept.out, low, kept.low_o))
         del wide, branch_grad
         q, k, v = self._rotated(kept.qkv, call)
         heads = (self._heads(t, call.batch, n) for t, n in ((out_grad, self.heads), (kept.out, self.heads)))
         dq, dk, dv = attend_backward(next(heads), q, k, v, next(heads), kept.attention, self.scale)
         del out_grad, q, k, v
-        qkv_grad = self._gradient_before_rotation(dq, dk, dv, kept.qkv, call)
+        qkv_grad = self._gradient_before_rotation(dq, dk, dv, kept.qkv, call, gradients)
         del dq, dk, dv
         written = self.qkv.written(grad)
         h = self._normal(kept.x)
         h_grad, low = self.qkv.input_gradient(qkv_grad, written)
-        gradients = _gradients(self.qkv, low, h, qkv_grad, kept.low_qkv) + gradients_o
-        if not wants_x:
-            return None, gradients
-        return (self.norm.backward(h_grad, kept.x, grad) if self.norm else h_grad + grad), gradients
+        gradients.add(self.qkv.gradients(qkv_grad, h, low, kept.low_qkv))
+        if self.norm and (wants_x or self.norm.weight.requires_grad):
+            return self.norm.backward(h_grad, kept.x, gradients, grad)
+        return h_grad + grad if wants_x else None
 
     def _normal(self, x: Tensor) -> Tensor:
         return self.norm.forward(x) if self.norm else x
@@ -160,7 +183,7 @@ class AttentionBlock:
         out, attention = attend(*self._rotated(qkv, call), self.scale, call.mask, call.window, call.segments)
         return qkv, out.transpose(1, 2).reshape(x.shape[0], -1), attention
 
-    def _output(self, x: Tensor, out: Tensor, written: Tensor, low: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _output(self, x: Tensor, out: Tensor, written: Tensor | None, low: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """(x2, the branch before its post-norm if there is one)."""
         if self.post_norm is None:
             return self.o.apply(out, low, written, x, self.residual_scale), None
@@ -184,7 +207,9 @@ class AttentionBlock:
             return norm.forward(part, torch.empty(part.shape, dtype=part.dtype, device=part.device))
         return norm.forward(part.reshape(-1, self.width)).view(part.shape)
 
-    def _gradient_before_rotation(self, dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, call: Call) -> Tensor:
+    def _gradient_before_rotation(
+        self, dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, call: Call, gradients: Gradients
+    ) -> Tensor:
         """The gradient of the projections' outputs (n, N)."""
         grad = torch.empty_like(qkv)
         parts, before = self._split(grad), self._split(qkv)
@@ -197,9 +222,9 @@ class AttentionBlock:
             else:
                 target.copy_(turned)
             if norm and self.norm_is_wide:
-                norm.backward(part, value, out=part)
+                norm.backward(part, value, gradients, out=part)
             elif norm:
-                rows = norm.backward(part.reshape(-1, self.width), value.reshape(-1, self.width))
+                rows = norm.backward(part.reshape(-1, self.width), value.reshape(-1, self.width), gradients)
                 part.copy_(rows.view(part.shape))
         return grad
 
@@ -224,6 +249,9 @@ class MlpBlock:
     residual_scale: float = 1.0
     rows: int = MLP_ROWS
 
+    def norms(self) -> list[Norm]:
+        return [norm for norm in (self.norm, self.post_norm) if norm]
+
     def forward(self, x: Tensor, residual: Tensor, kept: Kept, mode: Mode) -> Tensor:
         """x (n, D), what the branch reads, and what it is added to (n, D) -> x3 (n, D)."""
         n = x.shape[0]
@@ -239,7 +267,7 @@ class MlpBlock:
             act = self.down.new_input(both.shape[0], x)
             gated_forward(*both.chunk(2, dim=1), self.activation, act[:, : self.down.width_in])
             del both
-            lows.append(self.down.extend(act, down))
+            lows.append(self.down.extend(act, down, row=start))
             if self.post_norm:
                 self.down.forward(act, down, out=outputs[chunk])
             else:
@@ -250,8 +278,8 @@ class MlpBlock:
         kept.mlp_branch = outputs if keeps else None
         return torch.add(residual, self.post_norm.forward(outputs), alpha=self.residual_scale)
 
-    def backward(self, grad: Tensor, x: Tensor, kept: Kept, adds: bool) -> tuple[Tensor, list[Tensor]]:
-        """grad (n, D) of x3 -> (gradient of x, gradients of gate's, up's and down's A and B).
+    def backward(self, grad: Tensor, x: Tensor, kept: Kept, gradients: Gradients, adds: bool) -> Tensor:
+        """grad (n, D) of x3 -> that of x, and into ``gradients`` those of what trains here.
 
         ``adds``: x is also what the branch was added to, so its gradient holds ``grad`` itself.
         """
@@ -260,37 +288,30 @@ class MlpBlock:
         branch_grad = grad
         if self.post_norm:
             branch = self._branch(h, kept, gate_up, down) if kept.mlp_branch is None else kept.mlp_branch
-            branch_grad = self.post_norm.backward(grad, branch)
+            branch_grad = self.post_norm.backward(grad, branch, gradients)
             del branch
         wide, low_down = self.down.extended_gradient(branch_grad, down, self.residual_scale)
         h_grad = torch.empty_like(x) if n > self.rows else None
-        a_down, lows, b_gate_up = None, [], None
         for start in range(0, n, self.rows):
             chunk = slice(start, start + self.rows)
+            own = {"row": start, "whole": n <= self.rows}
             both = self.gate_up.forward_again(h[chunk], gate_up) if kept.gate_up is None else kept.gate_up[chunk]
-            act = gated_backward_(self.down.backward(wide[chunk], down), *both.chunk(2, dim=1), self.activation)
-            if low_down is not None:
-                a_down = _sum(a_down, self.down.gradients_of_a(low_down[chunk], act))
+            act = self.down.backward(wide[chunk], down, start)
+            gated_backward_(act, *both.chunk(2, dim=1), self.activation)
+            lows = _rows(low_down, chunk), _rows(kept.low_down, chunk)
+            gradients.add(self.down.gradients(wide[chunk, : self.down.width_out], act, *lows, **own))
             del act
-            part, low = self.gate_up.input_gradient(both, gate_up)
+            part, low = self.gate_up.input_gradient(both, gate_up, start)
             if h_grad is None:
                 h_grad = part
             else:
                 h_grad[chunk] = part
-            if low is not None:
-                lows.append(low)
-                parts = self.gate_up.gradients_of_b(both, kept.low_gate_up[chunk])
-                b_gate_up = parts if b_gate_up is None else [_sum(*pair) for pair in zip(b_gate_up, parts, strict=True)]
-        narrow = h[:, : self.gate_up.width_in]
-        a_gate_up = self.gate_up.gradients_of_a(torch.cat(lows), narrow) if lows else None
-        gradients = _interleaved(self.gate_up, a_gate_up, b_gate_up)
-        if low_down is not None:
-            b_down = self.down.gradients_of_b(wide[:, : self.down.width_out], kept.low_down)
-            gradients += _interleaved(self.down, a_down, b_down)
+            narrow = h[chunk, : self.gate_up.width_in]
+            gradients.add(self.gate_up.gradients(both, narrow, low, _rows(kept.low_gate_up, chunk), **own))
         del wide, h, narrow
         if self.norm:
-            return self.norm.backward(h_grad, x, grad if adds else None, out=h_grad), gradients
-        return (h_grad.add_(grad) if adds else h_grad), gradients
+            return self.norm.backward(h_grad, x, gradients, grad if adds else None, out=h_grad)
+        return h_grad.add_(grad) if adds else h_grad
 
     def _input(self, x: Tensor, written: Tensor, low: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         h = self.gate_up.new_input(x.shape[0], x)
@@ -306,24 +327,10 @@ class MlpBlock:
             both = self.gate_up.forward_again(h[chunk], gate_up) if kept.gate_up is None else kept.gate_up[chunk]
             act = self.down.new_input(both.shape[0], h)
             gated_forward(*both.chunk(2, dim=1), self.activation, act[:, : self.down.width_in])
-            self.down.extend(act, down, None if kept.low_down is None else kept.low_down[chunk])
+            self.down.extend(act, down, _rows(kept.low_down, chunk), start)
             self.down.forward(act, down, out=branch[chunk])
         return branch
 
 
-def _gradients(projection: Projection, low_grad: Tensor | None, x: Tensor, grad: Tensor, low: Tensor | None) -> list[Tensor]:
-    """[dA, dB] of every adapter of a projection, in the order of ``Projection.adapters``."""
-    if low_grad is None:
-        return []
-    return _interleaved(projection, projection.gradients_of_a(low_grad, x), projection.gradients_of_b(grad, low))
-
-
-def _interleaved(projection: Projection, a: Tensor | None, b: list[Tensor] | None) -> list[Tensor]:
-    if a is None:
-        return []
-    ranks = [part.rank for part in projection.parts if part.rank]
-    return [gradient for pair in zip(a.split(ranks), b, strict=True) for gradient in pair]
-
-
-def _sum(total: Tensor | None, more: Tensor) -> Tensor:
-    return more if total is None else total.add_(more)
+def _rows(x: Tensor | None, chunk: slice) -> Tensor | None:
+    return None if x is None else x[chunk]

@@ -15,15 +15,17 @@ from functools import partial
 import torch
 from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
 from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from luthier.adapters.spec import Spec
 from luthier.model.backbone import ModelState
-from luthier.model.blocks import AttentionBlock, Call, Kept, MlpBlock, Mode, Norm
+from luthier.model.blocks import AttentionBlock, Call, Gradients, Kept, MlpBlock, Mode, Norm
 from luthier.model.dial import LayerPlan, Shape
 from luthier.ops.backend import has_kernels
+from luthier.ops.dropout import Dropout
 from luthier.ops.fp8_linear import Fp8Projection
 from luthier.ops.gated_mlp import ACTIVATIONS
 from luthier.ops.lora_linear import Part, Projection
@@ -50,9 +52,12 @@ class Blocks:
         mlp = self.mlp and replace(self.mlp, gate_up=copy.copy(self.mlp.gate_up), down=copy.copy(self.mlp.down))
         return replace(self, attention=attention, mlp=mlp)
 
-    def adapters(self) -> list[Tensor]:
-        """A and B of every adapter, in the order in which the backward gives their gradients."""
-        return [parameter for projection in self.projections() for pair in projection.adapters() for parameter in pair]
+    def trained(self) -> list[Tensor]:
+        """Every parameter that gets a gradient."""
+        halves = (self.attention, self.mlp) if self.mlp else (self.attention,)
+        norms = {id(norm.weight): norm.weight for half in halves for norm in half.norms()}  # parallel halves share one
+        trained = [tensor for projection in self.projections() for tensor in projection.trained]
+        return trained + [weight for weight in norms.values() if weight.requires_grad]
 
     def projections(self) -> tuple[Projection, ...]:
         mlp = (self.mlp.gate_up, self.mlp.down) if self.mlp else ()
@@ -68,18 +73,19 @@ class Blocks:
         return x3, kept
 
     def backward(self, grad: Tensor, call: Call, kept: Kept, wants_x: bool) -> tuple[Tensor | None, list[Tensor]]:
-        """grad (n, D) of the output -> (the gradient of x, if wanted, those of ``adapters``). Uses up what was kept."""
+        """grad (n, D) of the output -> (the gradient of x, if wanted, those of ``trained``). Uses up what was kept."""
         self.forget()
+        gradients = Gradients()
         sequential = self.mlp is not None and not self.parallel
         x2 = self.attention.recompute(call, kept, wants_output=sequential)
-        of_mlp, grad_mlp = [], grad
+        grad_mlp = grad
         if self.mlp is not None:
-            grad_mlp, of_mlp = self.mlp.backward(grad, x2 if sequential else kept.x, kept, adds=sequential)
+            grad_mlp = self.mlp.backward(grad, x2 if sequential else kept.x, kept, gradients, adds=sequential)
         kept.gate_up = kept.mlp_branch = kept.x2 = x2 = None
-        grad_x, of_attention = self.attention.backward(grad if self.parallel else grad_mlp, call, kept, wants_x)
+        grad_x = self.attention.backward(grad if self.parallel else grad_mlp, call, kept, gradients, wants_x)
         if self.parallel and wants_x:
             grad_x = grad_x + grad_mlp
-        return grad_x, of_attention + of_mlp
+        return (grad_x if wants_x else None), gradients.of(self.trained())
 
     def forget(self) -> None:
         """What the projections wrote into the workspace is another layer's by now."""
@@ -118,7 +124,7 @@ class LayerRun:
 
     def __call__(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            return _Layer.apply(x, self.blocks, self.call, self.state, self.plan, *self.blocks.adapters())
+            return _Layer.apply(x, self.blocks, self.call, self.state, self.plan, *self.blocks.trained())
 
 
 def layer_class_members(stock: type[nn.Module], spec: Spec) -> dict:
@@ -180,7 +186,7 @@ def _experts(layer: nn.Module, spec: Spec, x2: Tensor) -> Tensor:
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, blocks, call, state, plan, *adapters):
+    def forward(ctx, x, blocks, call, state, plan, *trained):
         x3, kept = blocks.forward(x.reshape(-1, x.shape[-1]), call, plan.mode)
         ctx.blocks, ctx.call, ctx.kept, ctx.offload = blocks, call, kept, state.model.dial.offload
         if ctx.offload is not None and any(ctx.needs_input_grad):
@@ -196,11 +202,9 @@ class _Layer(torch.autograd.Function):
                 "Compute the loss again, or call luthier.restore(model) before a backward with retain_graph=True."
             )
         blocks, call, kept, ctx.kept = ctx.blocks, ctx.call, ctx.kept, None
-        dtypes = [parameter.dtype for parameter in blocks.adapters()]
         if ctx.offload is not None:
             ctx.offload.fetch(kept)
         grad_x, gradients = blocks.backward(grad.reshape(-1, grad.shape[-1]), call, kept, ctx.needs_input_grad[0])
-        gradients = [gradient.to(dtype) for gradient, dtype in zip(gradients, dtypes, strict=True)]
         return (None if grad_x is None else grad_x.view(grad.shape)), None, None, None, None, *gradients
 
 
@@ -243,14 +247,15 @@ def read_blocks(layer: nn.Module, spec: Spec, hidden_states: Tensor, kwargs: dic
 
 
 def _projection(role: str, parts: list[Part], state: ModelState) -> Projection:
-    if state.compute == "bf16":
+    if state.compute == "bf16" or any(part.trains for part in parts):
         return Projection(role, parts, state.workspace)
     return Fp8Projection(role, parts, state.workspace, everywhere=state.compute == "fp8")
 
 
 def read_part(module: nn.Module) -> Part:
-    """A linear layer with the adapter that is active on it now."""
+    """A linear layer with the adapters that are active on it now. Each call draws the seed of its dropout."""
     _check_hooks(module)
+    module = unwrapped(module)
     if not isinstance(module, LoraLayer):
         return Part(*_weight(module))
     base, merged, disabled, adapters = module.get_base_layer(), module.merged, module.disable_adapters, module.lora_A
@@ -261,20 +266,36 @@ def read_part(module: nn.Module) -> Part:
     active = [] if merged or disabled else [name for name in module.active_adapters if name in adapters]
     if not active:
         return Part(weight, bias)
-    if len(active) > 1:
-        raise Unfused(f"several adapters are active: {', '.join(active)}")
-    name = active[0]
+    found = [(adapters[name], module.lora_B[name], module.scaling[name], _dropped(module, name)) for name in active]
+    for a, b, _, _ in found:
+        _check_hooks(a)
+        _check_hooks(b)
+    a, b, scale, p = found[0]
+    if len(found) == 1:
+        return Part(weight, bias, a.weight, b.weight, scale / (1 - p), Dropout.draw(p) if p else None)
+    if any(p for *_, p in found):
+        raise Unfused(f"several adapters are active and have dropout: {', '.join(active)}")
+    # one adapter of all ranks; autograd takes its gradients apart
+    a, b = torch.cat([a.weight for a, *_ in found]), torch.cat([scale * b.weight for _, b, scale, _ in found], dim=1)
+    return Part(weight, bias, a, b)
+
+
+def _dropped(module: LoraLayer, name: str) -> float:
+    """The share of its input that an adapter drops; Unfused if it is more than A and B."""
     if name in module.lora_variant:
         raise Unfused(f"the adapter {name!r} is a variant of LoRA (DoRA or another)")
-    dropout = module.lora_dropout[name]
-    if isinstance(dropout, nn.Dropout) and dropout.p:
-        raise Unfused("the adapter has dropout")
     if module.lora_bias.get(name):
         raise Unfused("the adapter has a bias of its own")
-    a, b = adapters[name], module.lora_B[name]
-    _check_hooks(a)
-    _check_hooks(b)
-    return Part(weight, bias, a.weight, b.weight, module.scaling[name])
+    dropout = module.lora_dropout[name]
+    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module itself, or the copy of it that trains through peft's ``modules_to_save``."""
+    if not isinstance(module, ModulesToSaveWrapper):
+        return module
+    active = [] if module.disable_adapters else module.active_adapters
+    return module.modules_to_save[active[0]] if active else module.original_module
 
 
 def read_norm(owner: nn.Module, name: str | None, spec: Spec) -> Norm | None:
@@ -282,8 +303,7 @@ def read_norm(owner: nn.Module, name: str | None, spec: Spec) -> Norm | None:
         return None
     module = getattr(owner, name)
     _check_hooks(module)
-    if module.weight.requires_grad:
-        raise Unfused("its norms are trained")
+    module = unwrapped(module)
     return Norm(module.weight, _eps(module), spec.norm)
 
 
@@ -293,8 +313,6 @@ def _eps(norm: nn.Module) -> float:
 
 def _weight(linear: nn.Module) -> tuple[Tensor | Quantised, Tensor | None]:
     weight, bias = linear.weight, linear.bias
-    if weight.requires_grad or (bias is not None and bias.requires_grad):
-        raise Unfused("its base weights are trained")
     if type(linear) is nn.Linear:
         return weight, bias
     if type(linear).__name__ != "Linear4bit":

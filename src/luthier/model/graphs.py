@@ -102,7 +102,7 @@ class Pass:
         return shape_key(self.x), tuple(self.addresses), tuple(self.which), tuple(tables), flags, attention
 
     def parameters(self) -> list[Tensor]:
-        return [parameter for layer in self.layers for parameter in layer.blocks.adapters()]
+        return [parameter for layer in self.layers for parameter in layer.blocks.trained()]
 
     def eager(self) -> Tensor:
         x = self.x
@@ -181,7 +181,7 @@ class Program:
         views = iter(buffers.gradients.views)
         for layer, which in zip(taken.layers, taken.which, strict=True):
             cos, sin = buffers.tables[which]
-            targets = [next(views) for _ in layer.blocks.adapters()]
+            targets = [next(views) for _ in layer.blocks.trained()]
             self.layers.append((layer.blocks, replace(layer.call, cos=cos, sin=sin), layer.plan.mode, targets))
         self.kept: list = []
 
@@ -241,7 +241,7 @@ class Recording:
         return buffers.output[:, :length].clone()
 
     def backward(self, grad: Tensor) -> tuple[Tensor | None, list[Tensor]]:
-        """grad (B, T, D) of the output -> the gradients of x, if wanted, and of the adapters, in memory of their own."""
+        """grad (B, T, D) of the output -> the gradients of x, if wanted, and of what trains, in memory of their own."""
         buffers = self.buffers
         _fill(buffers.grad, grad)
         self.backward_graph.replay()
@@ -254,6 +254,7 @@ class Flight:
 
     def __init__(self, recording: Recording, taken: Pass) -> None:
         self.recording, self.tables = recording, list(taken.tables.values())
+        self.parameters = taken.parameters()  # some live in this pass alone: several adapters side by side
         self.landed = False
 
 
@@ -261,7 +262,7 @@ class _Stack(torch.autograd.Function):
     """All layers, from a recording."""
 
     @staticmethod
-    def forward(ctx, x, flight, *adapters):
+    def forward(ctx, x, flight, *trained):
         ctx.flight = flight
         return flight.recording.forward(x, flight.tables)
 

@@ -15,7 +15,6 @@ import inspect
 from collections.abc import Callable, Iterator
 
 import torch
-from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
@@ -24,6 +23,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import ModelOutput
 
 from luthier.adapters.spec import Head, Spec
+from luthier.model.fused_layer import unwrapped
 from luthier.ops.linear_cross_entropy import CHUNK_BYTES, linear_cross_entropy, shape_logits
 
 
@@ -165,9 +165,7 @@ def head_values(config, head: Head) -> dict:
 
 def plain_linear(lm_head: nn.Module) -> nn.Linear | None:
     """The linear layer that a head is, also one trained through modules_to_save; None if its call does more than that."""
-    if isinstance(lm_head, ModulesToSaveWrapper):
-        active = [] if lm_head.disable_adapters else lm_head.active_adapters
-        lm_head = lm_head.modules_to_save[active[0]] if active else lm_head.original_module
+    lm_head = unwrapped(lm_head)
     hooked = lm_head._forward_hooks or lm_head._forward_pre_hooks or "forward" in lm_head.__dict__
     return lm_head if type(lm_head) is nn.Linear and not hooked else None
 

@@ -20,6 +20,8 @@ from luthier.ops.lora_linear import Part, Projection, Workspace
 class Fp8Projection(Projection):
     """A ``Projection`` that multiplies in 8 bits in its backward, and in its forward too if ``everywhere``."""
 
+    multiplies_in_place = False
+
     def __init__(self, role: str, parts: list[Part], workspace: Workspace, everywhere: bool) -> None:
         super().__init__(role, parts, workspace)
         self.everywhere = everywhere
@@ -62,13 +64,13 @@ class Fp8Projection(Projection):
             y.add_(written.adapters[0][:, self.rank])
         return y if residual is None else torch.add(residual, y, alpha=alpha)
 
-    def input_gradient(self, grad: Tensor, written: Written) -> tuple[Tensor, Tensor | None]:
+    def input_gradient(self, grad: Tensor, written: Written, row: int = 0) -> tuple[Tensor, Tensor | None]:
         low = self.low_gradient(grad, written)
-        return self._input_gradient(grad, low, written), low
+        return self._input_gradient(grad, low, written, row), low
 
-    def backward(self, wide: Tensor, written: Written) -> Tensor:
+    def backward(self, wide: Tensor, written: Written, row: int = 0) -> Tensor:
         low = wide[:, self.width_out : self.width_out + self.rank] if self.rank else None
-        return self._input_gradient(wide[:, : self.width_out], low, written)
+        return self._input_gradient(wide[:, : self.width_out], low, written, row)
 
     def a(self, written: Written) -> Tensor:
         return super().a(written.exact) if self.is_exact else written.adapters[1]
@@ -81,9 +83,9 @@ class Fp8Projection(Projection):
         """Whether the weights are written out in the activations' dtype now, with the adapters beside them."""
         return not (self.everywhere or self.in_backward)
 
-    def _input_gradient(self, grad: Tensor, low: Tensor | None, written: Written) -> Tensor:
+    def _input_gradient(self, grad: Tensor, low: Tensor | None, written: Written, row: int) -> Tensor:
         dx = product(quantise_rows(grad), written.columns, grad.dtype)
-        return dx if low is None else dx.addmm_(low, self.a(written))
+        return dx if low is None else self.add_adapters_(dx, low, written, row)
 
 
 class Written:

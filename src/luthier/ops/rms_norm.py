@@ -75,6 +75,17 @@ def rms_norm_backward(
     return launch_backward(grad, x, weight, eps, flavour, residual, out)
 
 
+def rms_norm_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float, flavour: str, residual: Tensor | None = None, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``rms_norm_backward``, and the fp32 gradient of the weight (D,)."""
+    if not has_kernels(x):
+        values, grad_weight = rms_norm_backward_reference(grad, x, weight, eps, flavour, residual)
+        return (values if out is None else out.copy_(values)), grad_weight
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+    return launch_backward(grad, x, weight, eps, flavour, residual, out, wants_weight=True)
+
+
 def launch_forward(x: Tensor, weight: Tensor, eps: float, flavour: str, out: Tensor) -> Tensor:
     rows, width = x.shape
     block = power_of_2(width)
