@@ -48,6 +48,18 @@ def test_bytes_with_an_importance_matrix_equal_those_of_llama_cpp(name, path):
     assert {what: rows for what, values in INPUTS.items() if (rows := differing_rows(kind, values, weights))} == {}
 
 
+@pytest.mark.skipif(blocks.compiled is None, reason="numba is not installed (extra gguf)")
+def test_compiled_loops_need_no_directory_to_be_kept_in(monkeypatch):
+    def njit(cache=False, **options):
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return original(**options)
+
+    original = blocks.compiled.numba.njit
+    monkeypatch.setattr(blocks.compiled.numba, "njit", njit)
+    assert blocks.compiled._compiled(lambda x: x + 1)(1) == 2
+
+
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_dequantised_weights_equal_those_of_another_reader(name):
     kind = TENSOR_TYPES[name]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib.util
 from types import ModuleType
 
+import numpy as np
 import torch
 
 from luthier.gguf import kernels
@@ -37,6 +38,8 @@ def ordered_sum(terms: torch.Tensor) -> torch.Tensor:
     """Sum ``[n, G]`` over n, first to last, rounding after each addition."""
     if has_kernels(terms):
         return kernels.ordered_sum(terms)
+    if terms.device.type == "cpu" and terms.is_contiguous() and terms.shape[1] > 1:
+        return torch.from_numpy(np.add.reduce(terms.numpy(), axis=0))  # in order along all but the fast axis, as it documents
     total = terms[0].clone()
     for term in terms[1:]:
         total += term
@@ -45,12 +48,15 @@ def ordered_sum(terms: torch.Tensor) -> torch.Tensor:
 
 def largest(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Of ``[n, G]``: the largest magnitude and, with its sign, the first weight that has it, each ``[G]``."""
-    magnitude, value = torch.zeros_like(x[0]), torch.zeros_like(x[0])
-    for row in x:
-        larger = row.abs() > magnitude
-        magnitude = torch.where(larger, row.abs(), magnitude)
-        value = torch.where(larger, row, value)
-    return magnitude, value
+    high, low = x.amax(0), x.amin(0)
+    value = torch.where(high > -low, high, low)
+    unclear = (~(high > -low) & ~(high < -low)).nonzero().squeeze(1)  # of 1 and -1 the first, of NaN and 1 the 1
+    if len(unclear):
+        best = torch.zeros_like(x[0, unclear])
+        for row in x[:, unclear]:
+            best = torch.where(row.abs() > best.abs(), row, best)
+        value[unclear] = best
+    return value.abs(), value
 
 
 def smallest(x: torch.Tensor) -> torch.Tensor:

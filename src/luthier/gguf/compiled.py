@@ -1,4 +1,4 @@
-"""The fits of ``kquants.py`` and ``weighted.py`` as compiled loops for the CPU, where numba is installed (extra "gguf").
+"""The searches of ``fits.py`` as compiled loops for the CPU, where numba is installed (extra "gguf").
 
 The same operations in the same order on float32, so the same bytes; several times as fast as one torch operation after the
 other. Loops run over the weights of a group outside and over groups (``LANES`` at a time) inside, where they become vector
@@ -6,6 +6,8 @@ instructions. No fast math: nothing is reordered or fused.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numba
 import numpy as np
@@ -15,12 +17,20 @@ LANES = 256
 MAGIC = np.float32(12582912.0)  # 1.5 * 2**23
 ZERO, ONE = np.float32(0), np.float32(1)
 
-_compiled = numba.njit(nogil=True, error_model="numpy", cache=True)
+OPTIONS = {"nogil": True, "error_model": "numpy"}
+
+
+def _compiled(function: Callable) -> Callable:
+    """Compiled at its first call, seconds, and kept beside this file or in the user's cache, where one can be written."""
+    try:
+        return numba.njit(cache=True, **OPTIONS)(function)
+    except RuntimeError:
+        return numba.njit(**OPTIONS)(function)
 
 
 @_compiled
 def _nearest(x):
-    """See ``kquants.nearest``; as float32."""
+    """See ``fits.nearest``; as float32."""
     return np.float32((np.float32(x + MAGIC).view(np.int32) & np.int32(0x007FFFFF)) - np.int32(0x00400000))
 
 
@@ -170,46 +180,65 @@ def _fit_symmetric(x, weights, levels, numerators, smallest, scale, grid):
 
 
 @_compiled
-def _exchange(x, weights, lowest, highest, need_rest, rounds, codes, sum_xl, sum_l2):
-    """Group by group: most groups are done after a round or two."""
-    n, groups = x.shape
-    for j in range(groups):
-        xl, l2 = sum_xl[j], sum_l2[j]
-        for _ in range(rounds):
-            changed = False
-            for i in range(n):
-                v, w, code = x[i, j], weights[i, j], codes[i, j]
-                rest_xl = xl - (w * v) * code
-                rest_l2 = l2 - (w * code) * code
-                if rest_xl > ZERO:
-                    new = min(highest, max(lowest, _nearest((v * rest_l2) / rest_xl)))
-                    if new != code:
-                        new_xl, new_l2 = rest_xl + (w * v) * new, rest_l2 + (w * new) * new
-                        positive = (rest_l2 if need_rest else new_l2) > ZERO
-                        if positive and (new_xl * new_xl) * l2 > (xl * xl) * new_l2:
-                            codes[i, j], xl, l2, changed = new, new_xl, new_l2, True
-            if not changed:
-                break
-        sum_xl[j], sum_l2[j] = xl, l2
+def _exchange_group(x, weights, lowest, highest, need_rest, rounds, codes, xl, l2):
+    """``fits.exchange`` for one group; most are done after a round or two."""
+    for _ in range(rounds):
+        changed = False
+        for i in range(len(x)):
+            v, w, code = x[i], weights[i], codes[i]
+            rest_xl = xl - (w * v) * code
+            rest_l2 = l2 - (w * code) * code
+            if rest_xl > ZERO:
+                new = min(highest, max(lowest, _nearest((v * rest_l2) / rest_xl)))
+                if new != code:
+                    new_xl, new_l2 = rest_xl + (w * v) * new, rest_l2 + (w * new) * new
+                    positive = (rest_l2 if need_rest else new_l2) > ZERO
+                    if positive and (new_xl * new_xl) * l2 > (xl * xl) * new_l2:
+                        codes[i], xl, l2, changed = new, new_xl, new_l2, True
+        if not changed:
+            break
+    return xl, l2
 
 
 @_compiled
-def _start_exchange(x, levels, smallest, codes, sum_xl, sum_l2):
-    """First codes of every group, its weights' squares as the weights of their errors, and the sums of `_exchange`."""
-    n, groups = x.shape
-    for j in range(groups):
-        magnitude, value, xl, l2 = ZERO, ONE, ZERO, ZERO
-        for i in range(n):
-            if abs(x[i, j]) > magnitude:
-                magnitude, value = abs(x[i, j]), x[i, j]
-        grid = -levels / (ONE if magnitude < smallest else value)
-        for i in range(n):
-            v = x[i, j]
-            code = min(levels - ONE, max(-levels, _nearest(grid * v)))
-            codes[i, j] = code
-            xl += ((v * v) * v) * code
-            l2 += ((v * v) * code) * code
-        sum_xl[j], sum_l2[j] = xl, l2
+def _exchange(x, weights, lowest, highest, need_rest, rounds, codes, sum_xl, sum_l2):
+    for j in range(x.shape[1]):
+        sum_xl[j], sum_l2[j] = _exchange_group(
+            x[:, j], weights[:, j], lowest, highest, need_rest, rounds, codes[:, j], sum_xl[j], sum_l2[j]
+        )
+
+
+@_compiled
+def _fit_by_exchange(x, levels, smallest, rounds, scale, codes):
+    """Groups ``[G, n]`` to scales ``[G]`` and codes uint8 ``[G, n]``, errors weighted by squared weights."""
+    weights, found = np.empty(x.shape[1], np.float32), np.empty(x.shape[1], np.float32)
+    for k in range(len(x)):
+        group, magnitude, value = x[k], ZERO, ONE
+        for v in group:
+            if abs(v) > magnitude:
+                magnitude, value = abs(v), v
+        if magnitude < smallest:
+            scale[k], codes[k] = ZERO, np.uint8(0)
+            continue
+        grid, xl, l2 = -levels / value, ZERO, ZERO
+        for i in range(len(group)):
+            weights[i] = group[i] * group[i]
+        for i in range(len(group)):
+            found[i] = min(levels - ONE, max(-levels, _nearest(grid * group[i])))
+        for i in range(len(group)):
+            xl += (weights[i] * group[i]) * found[i]
+            l2 += (weights[i] * found[i]) * found[i]
+        xl, l2 = _exchange_group(group, weights, -levels, levels - ONE, False, rounds, found, xl, l2)
+        scale[k] = xl / l2 if l2 > ZERO else ZERO
+        for i in range(len(group)):
+            codes[k, i] = np.uint8(found[i] + levels)
+
+
+@_compiled
+def _round_symmetric(x, step, levels, codes):
+    for k in range(len(x)):
+        for i in range(x.shape[1]):
+            codes[k, i] = np.uint8(min(levels - ONE, max(-levels, _nearest(x[k, i] / step[k]))) + levels)
 
 
 @_compiled
@@ -231,7 +260,7 @@ def _quantize_q8_0(x, scale, codes):
 def fit_with_offset(
     x: torch.Tensor, weights: torch.Tensor, levels: int, numerators: list[float], absolute: bool
 ) -> tuple[torch.Tensor, ...]:
-    """scale, low, grid, start of ``kquants.OffsetFit``; ``numerators``: of the first grid, then of every step's."""
+    """scale, low, grid, start of ``fits.OffsetFit``; ``numerators``: of the first grid, then of every step's."""
     result = [torch.empty(x.shape[1]) for _ in range(4)]
     _fit_with_offset(*_arrays(x, weights), np.float32(levels), np.array(numerators, np.float32), absolute, *_arrays(*result))
     return tuple(result)
@@ -240,7 +269,7 @@ def fit_with_offset(
 def fit_symmetric(
     x: torch.Tensor, weights: torch.Tensor, levels: int, numerators: list[float], smallest: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """scale and grid of ``kquants.fit_symmetric``."""
+    """scale and grid of ``fits.fit_symmetric``."""
     scale, grid = torch.empty(x.shape[1]), torch.empty(x.shape[1])
     tops = np.array(numerators, np.float32)
     _fit_symmetric(*_arrays(x, weights), np.float32(levels), tops, np.float32(smallest), *_arrays(scale, grid))
@@ -258,15 +287,22 @@ def exchange(
     sum_xl: torch.Tensor,
     sum_l2: torch.Tensor,
 ) -> None:
-    """The rounds of ``kquants.exchange``, in place."""
+    """The rounds of ``fits.exchange``, in place."""
     _exchange(*_arrays(x, weights), np.float32(lowest), np.float32(highest), need_rest, rounds, *_arrays(codes, sum_xl, sum_l2))
 
 
-def start_exchange(x: torch.Tensor, levels: int, smallest: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """codes, sum_xl, sum_l2 that ``fits.start_exchange`` gives."""
-    codes, sum_xl, sum_l2 = torch.empty_like(x), torch.empty(x.shape[1]), torch.empty(x.shape[1])
-    _start_exchange(x.numpy(), np.float32(levels), np.float32(smallest), *_arrays(codes, sum_xl, sum_l2))
-    return codes, sum_xl, sum_l2
+def fit_by_exchange(x: torch.Tensor, levels: int, smallest: float, rounds: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """scale and codes of ``fits.fit_by_exchange``."""
+    scale, codes = torch.empty(len(x)), torch.empty(x.shape, dtype=torch.uint8)
+    _fit_by_exchange(x.numpy(), np.float32(levels), np.float32(smallest), rounds, *_arrays(scale, codes))
+    return scale, codes
+
+
+def round_symmetric(x: torch.Tensor, step: torch.Tensor, levels: int) -> torch.Tensor:
+    """The codes of ``fits.round_symmetric``, for steps that are not 0."""
+    codes = torch.empty(x.shape, dtype=torch.uint8)
+    _round_symmetric(*_arrays(x, step), np.float32(levels), codes.numpy())
+    return codes
 
 
 def quantize_q8_0(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,6 +6,7 @@ on the CPU where numba is installed (``compiled.py``). All take groups as ``[n, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +32,14 @@ class OffsetFit:
 def nearest(x: torch.Tensor) -> torch.Tensor:
     """Round to int32, halves to even, by adding 1.5 * 2**23 as llama.cpp does: beyond 2**22 it wraps as theirs does."""
     return ((x + 12582912.0).view(torch.int32) & 0x007FFFFF) - 0x00400000
+
+
+def _round(x: torch.Tensor, lowest: int, highest: int, widest: torch.Tensor) -> None:
+    """`nearest` within bounds, in place; ``widest``: the largest magnitudes in ``x``, where weights near 1e38 may overflow."""
+    if widest.amax() <= LARGEST_ROUNDED:
+        x.round_().clamp_(lowest, highest)
+    else:
+        x.copy_(nearest(x).clamp_(lowest, highest))
 
 
 def _step(first: float, width: float, step: int, levels: int) -> float:
@@ -64,12 +73,8 @@ def fit_with_offset(
     codes, term, product = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
 
     def round_with(grid: torch.Tensor, start: torch.Tensor) -> None:
-        torch.sub(x, start, out=codes).mul_(grid)
-        widest = torch.maximum((lowest - start).abs(), (high - start).abs()) * grid.abs()
-        if (widest <= LARGEST_ROUNDED).all():
-            codes.round_().clamp_(0, levels)
-        else:  # weights near the end of float32 overflow the grid
-            codes.copy_(nearest(codes).clamp_(0, levels))
+        widest = torch.maximum((lowest - start).abs(), (high - start).abs()).mul_(grid.abs())
+        _round(torch.sub(x, start, out=codes).mul_(grid), 0, levels, widest)
 
     def error(scale: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
         torch.mul(codes, scale, out=term).add_(start).sub_(x)
@@ -158,9 +163,32 @@ def start_exchange(x: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Te
         return faster.start_exchange(x, levels, SMALLEST)
     magnitude, value = largest(x)
     value = torch.where(magnitude < SMALLEST, torch.ones_like(value), value)
-    codes = torch.round(divided(-float(levels), value) * x).clamp_(-levels, levels - 1)
+    codes = torch.mul(divided(-float(levels), value), x).round_().clamp_(-levels, levels - 1)
     weights = x * x
     return codes, ordered_sum((weights * x) * codes), ordered_sum((weights * codes) * codes)
+
+
+def fit_by_exchange(x: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Groups ``[G, n]`` as scale ``[G]`` times codes uint8 ``[G, n]`` (0 is -levels), errors weighted by squared weights."""
+    if in_one := getattr(loops(x), "fit_by_exchange", None):
+        return in_one(x, levels, SMALLEST, EXCHANGES)
+    x = x.t().contiguous()
+    codes, sum_xl, sum_l2 = start_exchange(x, levels)
+    sum_xl, sum_l2 = exchange(x, x * x, -levels, levels - 1, codes, sum_xl, sum_l2)
+    zero = torch.maximum(x.amax(0), -x.amin(0)) < SMALLEST
+    scale = torch.where((sum_l2 > 0) & ~zero, sum_xl / sum_l2, torch.zeros_like(sum_xl))
+    return scale, codes.add_(levels).mul_(~zero).to(torch.uint8).t()
+
+
+def round_symmetric(x: torch.Tensor, step: torch.Tensor, levels: int, first_pass: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """Codes uint8 ``[G, n]`` (0 is -levels) of the weights ``[G, n]`` in steps ``[G]``; where that is 0, of the first pass."""
+    zero = step == 0
+    step = torch.where(zero, torch.ones_like(step), step)
+    if in_one := getattr(loops(x), "round_symmetric", None):
+        codes = in_one(x, step, levels)
+    else:
+        codes = (nearest(x / step[:, None]).clamp_(-levels, levels - 1) + levels).to(torch.uint8)
+    return torch.where(zero[:, None], first_pass(), codes) if zero.any() else codes
 
 
 def exchange(
@@ -172,24 +200,34 @@ def exchange(
     sum_xl: torch.Tensor,
     sum_l2: torch.Tensor,
     need_rest: bool = False,
+    rounds: int = EXCHANGES,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Change one of the ``codes`` (float32 ``[n, G]``, in place) after the other where that lowers the error, five times.
+    """Change one of the ``codes`` (float32 ``[n, G]``, in place) after the other where that lowers the error, for ``rounds``.
 
     ``sum_xl``, ``sum_l2`` ``[G]``: weighted sums of weight times code and of code squared; gives what they become.
     ``need_rest``: only where the other codes are not all zero.
     """
     if faster := loops(x):
-        faster.exchange(x, weights, lowest, highest, need_rest, EXCHANGES, codes, sum_xl, sum_l2)
+        faster.exchange(x, weights, lowest, highest, need_rest, rounds, codes, sum_xl, sum_l2)
         return sum_xl, sum_l2
-    weighted = weights * x
-    for _ in range(EXCHANGES):
-        for i in range(len(x)):
-            rest_xl = sum_xl - weighted[i] * codes[i]
-            rest_l2 = sum_l2 - (weights[i] * codes[i]) * codes[i]
-            new = nearest((x[i] * rest_l2) / rest_xl).clamp_(lowest, highest).float()
-            new_xl, new_l2 = rest_xl + weighted[i] * new, rest_l2 + (weights[i] * new) * new
-            better = (rest_xl > 0) & (new != codes[i]) & ((rest_l2 if need_rest else new_l2) > 0)
-            better &= (new_xl * new_xl) * sum_l2 > (sum_xl * sum_xl) * new_l2
-            codes[i] = torch.where(better, new, codes[i])
-            sum_xl, sum_l2 = torch.where(better, new_xl, sum_xl), torch.where(better, new_l2, sum_l2)
+    moved = torch.zeros_like(sum_xl, dtype=torch.bool)
+    for v, w, code in zip(x, weights, codes, strict=True):
+        wv = w * v
+        rest_xl, rest_l2 = sum_xl - wv * code, sum_l2 - (w * code).mul_(code)
+        new = (v * rest_l2).div_(rest_xl)
+        _round(new, lowest, highest, new.abs())
+        new_xl, new_l2 = (wv * new).add_(rest_xl), (w * new).mul_(new).add_(rest_l2)
+        better = (new_xl * new_xl).mul_(sum_l2) > (sum_xl * sum_xl).mul_(new_l2)
+        better &= torch.minimum(rest_xl, rest_l2 if need_rest else new_l2) > 0
+        better &= new != code
+        code.copy_(torch.where(better, new, code))
+        sum_xl, sum_l2 = torch.where(better, new_xl, sum_xl), torch.where(better, new_l2, sum_l2)
+        moved |= better
+    left = moved.nonzero().squeeze(1)  # what did not move now will not later: most groups are done after one round
+    if rounds > 1 and len(left):
+        part = codes[:, left]
+        sum_xl[left], sum_l2[left] = exchange(
+            x[:, left], weights[:, left], lowest, highest, part, sum_xl[left], sum_l2[left], need_rest, rounds - 1
+        )
+        codes[:, left] = part
     return sum_xl, sum_l2

@@ -9,6 +9,8 @@ with the scale as it was stored. A group whose stored scale is 0 keeps the codes
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from luthier.gguf.blocks import half_bytes, largest, ordered_sum, ratio
@@ -16,12 +18,12 @@ from luthier.gguf.fits import (
     SMALLEST,
     OffsetFit,
     divided,
-    exchange,
     first_codes,
+    fit_by_exchange,
     fit_symmetric,
     fit_with_offset,
     nearest,
-    start_exchange,
+    round_symmetric,
 )
 
 
@@ -136,21 +138,20 @@ def store_q2_k(groups, fit, scale, scale_codes, low, low_codes) -> torch.Tensor:
 
 def quantize_q6_k(x: torch.Tensor) -> torch.Tensor:
     groups = x.reshape(-1, 16).t().contiguous()
-    return store_q6_k(groups, *fit_symmetric(groups, groups * groups, 32))
+    return store_q6_k(x, *fit_symmetric(groups, groups * groups, 32))
 
 
-def store_q6_k(groups: torch.Tensor, scale: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
-    """The second pass and the packing; ``groups`` is float32 ``[16, 16 * B]``."""
-    scale = scale.view(-1, 16)
-    count = len(scale)
+def store_q6_k(x: torch.Tensor, scale: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+    """The second pass and the packing; ``scale`` and ``grid`` are those of groups of 16, ``[16 * B]``."""
+    groups, scale, count = x.reshape(-1, 16), scale.view(-1, 16), len(x)
     top, value = largest(scale.t().contiguous())
     empty = top < SMALLEST
     inverse = divided(-128.0, torch.where(empty, torch.ones_like(value), value))
     scale_codes = nearest(inverse[:, None] * scale).clamp_max(127)
     stored = divided(1.0, inverse).half()
     step = (stored.float()[:, None] * scale_codes.float()).view(-1)
-    codes = nearest(groups / torch.where(step == 0, torch.ones_like(step), step)).clamp_(-32, 31) + 32
-    codes = torch.where(step == 0, first_codes(groups, grid, 32), codes).to(torch.uint8).t().reshape(count, 2, 4, 32)
+    codes = round_symmetric(groups, step, 32, lambda: first_codes(groups, grid[:, None], 32).to(torch.uint8))
+    codes = codes.reshape(count, 2, 4, 32)
     low, high = codes & 15, codes >> 4
     low = torch.stack([low[:, :, 0] | (low[:, :, 2] << 4), low[:, :, 1] | (low[:, :, 3] << 4)], 2).reshape(count, 128)
     high = (high[:, :, 0] | (high[:, :, 1] << 2) | (high[:, :, 2] << 4) | (high[:, :, 3] << 6)).reshape(count, 64)
@@ -159,33 +160,23 @@ def store_q6_k(groups: torch.Tensor, scale: torch.Tensor, grid: torch.Tensor) ->
 
 
 def quantize_q3_k(x: torch.Tensor) -> torch.Tensor:
-    groups = x.reshape(-1, 16).t().contiguous()
-    scale, first_pass = _fit_by_exchange(groups)
+    groups = x.reshape(-1, 16)
+    scale, first_pass = fit_by_exchange(groups, 4)
     scale = scale.view(-1, 16)
     _, value = largest(scale.t().contiguous())
     inverse = ratio(-32.0, value)
     scale_codes = signed_bytes(nearest(inverse[:, None] * scale)).clamp_(-32, 31) + 32
     scale_codes = torch.where(value[:, None] != 0, scale_codes, torch.zeros_like(scale_codes))
-    return store_q3_k(groups, first_pass, ratio(1.0, inverse), scale_codes)
+    return store_q3_k(groups, lambda: first_pass, ratio(1.0, inverse), scale_codes)
 
 
 def store_q3_k(
-    groups: torch.Tensor, first_pass: torch.Tensor, scale: torch.Tensor, codes_of_scales: torch.Tensor
+    groups: torch.Tensor, first_pass: Callable[[], torch.Tensor], scale: torch.Tensor, codes_of_scales: torch.Tensor
 ) -> torch.Tensor:
-    """The second pass and the packing; ``groups`` ``[16, 16 * B]``, ``scale`` ``[B]``, its codes int32 ``[B, 16]`` in 0..63."""
+    """The second pass and the packing; ``groups`` ``[16 * B, 16]``, ``scale`` ``[B]``, its codes int32 ``[B, 16]`` in 0..63."""
     step = (scale.half().float()[:, None] * (codes_of_scales - 32).float()).view(-1)
-    codes = nearest(groups / torch.where(step == 0, torch.ones_like(step), step)).clamp_(-4, 3) + 4
-    codes = torch.where(step == 0, first_pass, codes).to(torch.uint8).t().reshape(-1, 8, 32)
+    codes = round_symmetric(groups, step, 4, first_pass).reshape(-1, 8, 32)
     low, high = codes_of_scales & 15, codes_of_scales >> 4
     high = high[:, 0:4] | (high[:, 4:8] << 2) | (high[:, 8:12] << 4) | (high[:, 12:] << 6)
     packed_scales = torch.cat([low[:, :8] | (low[:, 8:] << 4), high], 1).to(torch.uint8)
     return torch.cat([_pack_top_bits(codes, 2), _pack_pairs(codes & 3), packed_scales, half_bytes(scale)], 1)
-
-
-def _fit_by_exchange(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale ``[G]`` for codes -4..3 and the codes (+4) ``[n, G]``."""
-    codes, sum_xl, sum_l2 = start_exchange(x, 4)
-    sum_xl, sum_l2 = exchange(x, x * x, -4, 3, codes, sum_xl, sum_l2)
-    zero = x.abs().amax(0) < SMALLEST
-    scale = torch.where((sum_l2 > 0) & ~zero, sum_xl / sum_l2, torch.zeros_like(sum_xl))
-    return scale, torch.where(zero, torch.zeros_like(codes), codes + 4).to(torch.int32)

@@ -20,7 +20,7 @@ from luthier.gguf.types import PLAIN_DTYPES, FileType, TensorType, file_type
 from luthier.gguf.writer import GGUFWriter, Layout, TensorInfo, Value, plan
 from luthier.terminal import progress
 
-CHUNK = 1 << 19  # weights that a thread of the CPU encodes at once: what it works on stays in its cache
+CHUNK = 1 << (19 if blocks.compiled is None else 20)  # weights that a thread of the CPU encodes at once: about its cache
 CUDA_CHUNK = 1 << 24
 LARGEST_HALF = 65504.0
 

@@ -89,12 +89,13 @@ def quantize_q3_k(x: torch.Tensor, importance: torch.Tensor, mean_square: torch.
     scales = scale.view(-1, 16).t().contiguous()
     block_scale, block_grid = fit_symmetric(scales, ordered_sum(weights).view(-1, 16).t().contiguous(), 32)
     codes = first_codes(scales, block_grid, 32).t().contiguous()
-    return store_q3_k(groups, first_codes(groups, grid, 4), block_scale, codes)
+    groups = x.reshape(-1, 16)
+    return store_q3_k(groups, lambda: first_codes(groups, grid[:, None], 4).to(torch.uint8), block_scale, codes)
 
 
 def quantize_q6_k(x: torch.Tensor, importance: torch.Tensor, mean_square: torch.Tensor) -> torch.Tensor:
     groups = x.reshape(-1, 16).t().contiguous()
-    return store_q6_k(groups, *fit_symmetric(groups, importance.reshape(-1, 16).t().contiguous(), 32))
+    return store_q6_k(x, *fit_symmetric(groups, importance.reshape(-1, 16).t().contiguous(), 32))
 
 
 def _symmetric_codes(
