@@ -5,11 +5,16 @@ Zeros or NaN would run faster than any trained model does (the card is power-lim
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from luthier.ops.fp8 import quantise_rows_reference
 
 LLAMA_8B = {
     "model_type": "llama",
@@ -123,7 +128,7 @@ def random_model(
     for module in list(model.model.layers.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear) and four_bit:
-                setattr(module, name, _nf4_linear(child, generator, device))
+                setattr(module, name, _nf4_linear(_random(child, child.weight.shape, generator, device)))
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:
@@ -162,13 +167,47 @@ def dequantised(model: nn.Module) -> nn.Module:
     return model.float()
 
 
-def _nf4_linear(linear: nn.Linear, generator: torch.Generator, device: str) -> nn.Module:
-    weight = torch.randn(linear.weight.shape, dtype=torch.bfloat16, device=device, generator=generator).mul_(0.02)
+@contextlib.contextmanager
+def emulating_8_bits(model: nn.Module, everywhere: bool) -> Iterator[None]:
+    """While open, the decoder's frozen linear layers round to e4m3 as 8-bit compute does: ``everywhere``, or backwards only."""
+    layers = [m for n, m in model.named_modules() if type(m) is nn.Linear and ".layers." in n and "lora_" not in n]
+    for layer in layers:
+        layer.forward = lambda x, weight=layer.weight: _Emulated.apply(x, weight, everywhere)
+    yield
+    for layer in layers:
+        del layer.forward
+
+
+class _Emulated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, everywhere):
+        ctx.save_for_backward(weight)
+        return _rounded(x) @ _rounded(weight).T if everywhere else x @ weight.T
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _rounded(grad) @ _rounded(ctx.saved_tensors[0].T).T, None, None
+
+
+def _rounded(x: torch.Tensor) -> torch.Tensor:
+    return quantise_rows_reference(x.reshape(-1, x.shape[-1])).dequantised().view(x.shape)
+
+
+def in_nf4(model: nn.Module) -> nn.Module:
+    """The model with the linear layers of its decoder quantised, and frozen."""
+    for module in list(model.model.layers.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(module, name, _nf4_linear(child.weight.data))
+    model.is_loaded_in_4bit = True
+    return model.requires_grad_(False)
+
+
+def _nf4_linear(weight: torch.Tensor) -> nn.Module:
     with torch.device("meta"):
-        new = bnb.nn.Linear4bit(
-            linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
-        )
-    new.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True).to(device)
+        new = bnb.nn.Linear4bit(*weight.T.shape, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+    packed = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True)
+    new.weight = packed.to(weight.device)
     return new
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 from bitsandbytes.nn import Params4bit
 
+from luthier.ops.fp8 import E4M3, quantise_rows, quantise_rows_reference, scales_of, weight_bounds, write_weight
 from luthier.ops.gated_mlp import gated_activation_reference, gated_backward_, gated_backward_reference, gated_forward
 from luthier.ops.linear_cross_entropy import loss_and_grad_, loss_and_grad_reference
 from luthier.ops.nf4 import dequantise, dequantise_reference, quantised
@@ -46,6 +47,8 @@ def cases(rows: int) -> dict[str, tuple[Callable, Callable, float]]:
     cos, sin = randn(1, rows, 64), randn(1, rows, 64)
     packed = Params4bit(randn(2 * MLP, WIDTH), requires_grad=False, quant_type="nf4", compress_statistics=True).cuda()
     matrix, written = quantised(packed), randn(2 * MLP, WIDTH)
+    scales = [scales_of(bounds) for bounds in weight_bounds(matrix)]
+    e4m3 = [torch.empty(shape, device="cuda", dtype=E4M3) for shape in ((2 * MLP, WIDTH), (WIDTH, 2 * MLP))]
     logits, targets = randn(2048, VOCABULARY), torch.randint(VOCABULARY, (2048,), device="cuda")
     norm = (1e-5, "cast_then_scale")
     return {
@@ -71,6 +74,17 @@ def cases(rows: int) -> dict[str, tuple[Callable, Callable, float]]:
             lambda: dequantise_reference(matrix),
             size(written) + packed.numel() + matrix.absmax.numel(),
         ),
+        "rows to e4m3": (lambda: quantise_rows(both), lambda: quantise_rows_reference(both), size(both) * 1.5),
+        **{
+            f"nf4 to e4m3{', transposed' if transposed else ''}": (
+                lambda of=transposed: write_weight(matrix, scales[of], e4m3[of], of),
+                lambda of=transposed: quantise_rows_reference(
+                    dequantise_reference(matrix).T if of else dequantise_reference(matrix)
+                ),
+                size(written) / 2 + packed.numel() + matrix.absmax.numel(),
+            )
+            for transposed in (False, True)
+        },
         "cross-entropy": (
             lambda: loss_and_grad_(logits, targets, None, 1.0),
             lambda: loss_and_grad_reference(logits, targets, None, 1.0),

@@ -4,12 +4,15 @@
 
 A step is ``model(input_ids, attention_mask, labels).loss.backward(); AdamW(fused).step(); zero_grad()`` on fresh random
 tokens, median after warm-up. Every peer runs in a process of its own. Luthier's rows are the settings of its memory dial.
-Nothing is timed unless its gradients are as good as stock transformers + peft (at most twice its bf16 error).
+Nothing is timed unless its gradients are as good as stock transformers + peft (at most twice its bf16 error); those of
+8-bit compute, as good as stock layers that emulate it (twice their error), and fp8-backward's loss bit for bit bf16's.
+Beside them stands what one bf16 rounding of the embeddings does to the gradients of the whole model.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import statistics
@@ -19,11 +22,13 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-LUTHIER = {  # row -> arguments of set_checkpointing
+LUTHIER = {  # row -> arguments of set_checkpointing, and of set_compute
     "luthier offload": {"mode": "offload"},
     "luthier recompute": {"mode": True},
     "luthier 40 GiB": {"mode": "auto", "memory_budget": 40},
     "luthier keep": {"mode": False},
+    "luthier fp8-backward": {"mode": "offload", "compute": "fp8-backward"},
+    "luthier fp8": {"mode": False, "compute": "fp8"},
 }
 GROUPS = {  # what a kernel's name holds -> the row of the profile
     "attention": ("flash", "fmha", "cudnn_generated", "sdpa", "attention"),
@@ -85,6 +90,9 @@ def worker(arguments: argparse.Namespace) -> None:
     started = time.perf_counter()
     model = prepared(arguments.worker, with_lora(random_model(arguments.model, layers=arguments.layers)))
     result = {"build_seconds": round(time.perf_counter() - started, 1), "shapes": {}}
+    kind = LUTHIER.get(arguments.worker, {}).get("compute")
+    if kind:
+        result["beside bf16"] = beside_bf16(model, kind)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
     for shape in arguments.shapes.split(","):
         batch, tokens = map(int, shape.split("x"))
@@ -106,8 +114,11 @@ def prepared(name: str, model):
     if name in LUTHIER:
         from luthier.model.accelerate import accelerate
         from luthier.model.checkpointing import set_checkpointing
+        from luthier.model.compute import set_compute
 
-        return set_checkpointing(accelerate(model), **LUTHIER[name])
+        settings = dict(LUTHIER[name])
+        set_compute(accelerate(model), settings.pop("compute", "bf16"))
+        return set_checkpointing(model, **settings)
     if name == "liger":
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
@@ -187,42 +198,91 @@ def group_of(kernel: str) -> str:
 def correctness() -> dict:
     """Loss and adapter gradients of two layers of real kernels' widths: each setting's error beside stock bf16's own."""
     import torch
-    from models import dequantised, random_model, with_lora
+    from models import dequantised, emulating_8_bits, random_model, with_lora
 
     from luthier.model.accelerate import accelerate, dial_of
     from luthier.model.blocks import Mode
+    from luthier.model.compute import set_compute
     from luthier.model.dial import LayerPlan
 
     torch.backends.cuda.matmul.allow_tf32 = False
-    inputs = None
-
-    def gradients(model) -> tuple[float, dict]:
-        model.train().zero_grad()
-        loss = model(**inputs).loss
-        loss.backward()
-        return loss.item(), {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
-
-    def error(ours: dict, truth: dict) -> float:
-        squares = sum((ours[name] - truth[name]).square().sum() for name in truth)
-        return float((squares / sum(value.square().sum() for value in truth.values())).sqrt())
-
     exact_model = with_lora(dequantised(random_model("check")))
     inputs = random_batch(exact_model, 2, 1024, 0)
-    exact_loss, exact = gradients(exact_model)
+    exact_loss, exact = gradients(exact_model, inputs)
+    in_8_bits = {}
+    for kind in ("fp8-backward", "fp8"):
+        with emulating_8_bits(exact_model, everywhere=kind == "fp8"):
+            in_8_bits[kind] = 2 * error(gradients(exact_model, inputs)[1], exact)
     del exact_model
     model = with_lora(random_model("check"))
-    stock_loss, stock = gradients(model)
+    stock_loss, stock = gradients(model, inputs)
     allowed = 2 * error(stock, exact)
     rows = {"stock": {"loss": stock_loss, "gradient_error": allowed / 2}}
     dial = dial_of(accelerate(model))
+
+    def row(mode: Mode, offload: bool, allowed: float, loss_allowed: float = 0.01) -> dict:
+        dial.set_plan([LayerPlan(mode, offload)] * dial.layers)
+        loss, ours = gradients(model, inputs)
+        found = error(ours, exact)
+        passed = found <= allowed and abs(loss - exact_loss) < loss_allowed
+        return {"loss": loss, "gradient_error": found, "allowed": allowed, "passed": passed}
+
     for mode in Mode:
         for offload in (False, True):
-            dial.set_plan([LayerPlan(mode, offload)] * dial.layers)
-            loss, ours = gradients(model)
-            name = f"luthier {mode.name.lower()}{' offload' if offload else ''}"
-            rows[name] = {"loss": loss, "gradient_error": error(ours, exact)}
-    passed = all(row["gradient_error"] <= allowed and abs(row["loss"] - exact_loss) < 0.01 for row in rows.values())
+            rows[f"luthier {mode.name.lower()}{' offload' if offload else ''}"] = row(mode, offload, allowed)
+    for kind, loss_allowed in (("fp8-backward", 0.01), ("fp8", 0.05)):
+        set_compute(model, kind)
+        for mode in (Mode.ALL_BUT_GATE_UP, Mode.KEEP):
+            rows[f"luthier {kind} {mode.name.lower()}"] = row(mode, False, in_8_bits[kind], loss_allowed)
+    passed = all(row.get("passed", True) for row in rows.values())
+    passed &= rows["luthier fp8-backward keep"]["loss"] == rows["luthier keep"]["loss"]
     return {"exact_loss": exact_loss, "allowed": allowed, "rows": rows, "passed": passed}
+
+
+def beside_bf16(model, kind: str) -> dict:
+    """Relative error and cosine of all adapters' gradients against the same model's in bf16; and what one ulp does."""
+    from luthier.model.compute import set_compute
+
+    inputs = random_batch(model, 1, 2048, 0)
+    truth = gradients(set_compute(model, "bf16"), inputs)[1]
+    with nudged_embeddings(model):
+        ulp = gradients(model, inputs)[1]
+    ours = gradients(set_compute(model, kind), inputs)[1]
+    model.zero_grad(set_to_none=True)
+    return {
+        name: {"gradient_error": error(value, truth), "cosine": cosine(value, truth)}
+        for name, value in ((kind, ours), ("one ulp", ulp))
+    }
+
+
+@contextlib.contextmanager
+def nudged_embeddings(model):
+    """While open, the embeddings are off by what rounding to bf16 may cost: times 1 + 2^-9 noise."""
+    import torch
+
+    def nudge(module, arguments, output):
+        return output * (1 + 2**-9 * torch.randn_like(output))
+
+    handle = model.get_input_embeddings().register_forward_hook(nudge)
+    yield
+    handle.remove()
+
+
+def gradients(model, inputs: dict) -> tuple[float, dict]:
+    model.train().zero_grad()
+    loss = model(**inputs).loss
+    loss.backward()
+    return loss.item(), {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def error(ours: dict, truth: dict) -> float:
+    squares = sum((ours[name] - truth[name]).square().sum() for name in truth)
+    return float((squares / sum(value.square().sum() for value in truth.values())).sqrt())
+
+
+def cosine(ours: dict, truth: dict) -> float:
+    lengths = [sum(value.square().sum() for value in gradients.values()).sqrt() for gradients in (ours, truth)]
+    return float(sum((ours[name] * truth[name]).sum() for name in truth) / (lengths[0] * lengths[1]))
 
 
 def print_check(check: dict) -> None:
@@ -240,6 +300,8 @@ def print_row(name: str, row: dict) -> None:
         else:
             cells.append(f"{shape}: {cell['tokens_per_second']} tok/s {cell['peak_gib']} GiB")
     print(f"{name:18} " + " | ".join(cells), flush=True)
+    for other, found in row.get("beside bf16", {}).items():
+        print(f"{'':18} {other}: gradients off by {found['gradient_error']:.1%}, cosine {found['cosine']:.4f}")
     if "profile" in row:
         print(f"{'':18} " + ", ".join(f"{group} {ms} ms" for group, ms in row["profile"]["groups"].items()))
 
