@@ -33,9 +33,12 @@ LUTHIER = {  # row -> arguments of set_checkpointing, and of set_compute
 GROUPS = {  # what a kernel's name holds -> the row of the profile
     "attention": ("flash", "fmha", "cudnn_generated", "sdpa", "attention"),
     "products": ("gemm", "cutlass", "cublas", "nvjet", "xmma", "sm90_", "sm80_"),
-    "dequantisation": ("nf4", "dequant"),
+    "dequantisation": ("nf4", "dequant", "_write_kernel"),
     "copies": ("memcpy", "copy", "memset", "fill"),
-    "element-wise": ("elementwise", "vectorized", "reduce", "softmax", "_norm_", "_gated_", "_rotary_", "_cross_entropy_"),
+    "element-wise": (
+        *("elementwise", "vectorized", "reduce", "softmax"),
+        *("_norm_", "_gated_", "_rotary_", "_quantise_", "_cross_entropy_"),
+    ),
 }
 
 
