@@ -5,7 +5,7 @@
 A random checkpoint of a few layers at real widths is written to disk, loaded with FastLanguageModel.from_pretrained in
 NF4 and given adapters with get_peft_model; a step is ``model(input_ids, attention_mask, labels).loss.backward()`` and
 AdamW. Beside it stock transformers + peft on the same checkpoint and adapters, with gradient checkpointing. The error of
-the adapters' gradients is against the same weights in fp32, and may be twice stock's own.
+the gradients is against the same weights in fp32, and may be twice stock's own. ``--kind`` trains something else.
 """
 
 from __future__ import annotations
@@ -23,6 +23,11 @@ from pathlib import Path
 LAYERS = {"gemma3-4b": 6, "gemma3-12b": 6}  # every sixth layer sees the whole row
 VOCABULARY = 32768  # the head would outweigh so few layers
 FAMILIES = "llama-3.1-8b,qwen3-8b,gemma3-4b,mistral-7b,qwen2.5-7b,phi-4,gemma3-12b,granite-8b,phi-3-mini"
+KINDS = {  # what trains -> arguments of FastLanguageModel.from_pretrained
+    "qlora": {"load_in_4bit": True},
+    "lora": {"load_in_16bit": True},
+    "full": {"full_finetuning": True},
+}
 TINY = {  # widths with which this script itself is tried on a CPU
     "hidden_size": 128,
     "intermediate_size": 256,
@@ -37,6 +42,7 @@ TINY = {  # widths with which this script itself is tried on a CPU
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", default=FAMILIES, help="shapes of bench/models.py, comma separated")
+    parser.add_argument("--kind", default="qlora", choices=KINDS, help="adapters on 4 bits, on 16 bits, or every weight")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--shape", default="2x2048", help="batch x tokens that are timed")
     parser.add_argument("--steps", type=int, default=4)
@@ -107,23 +113,23 @@ def measured(family: str, arguments: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory() as directory:
         write_checkpoint(family, directory, layers, arguments.tiny)
         started = time.perf_counter()
-        stock = stock_model(directory)
+        stock = stock_model(directory, arguments.kind)
         hf_seconds = time.perf_counter() - started
-        adapters = {name: p.detach().clone() for name, p in stock.named_parameters() if p.requires_grad}
+        trained = {name: p.detach().clone() for name, p in stock.named_parameters() if p.requires_grad}
         inputs = random_batch(stock, 2, 24 if arguments.tiny else 512, seed=0)
         stock_loss, stock_gradients = gradients(stock, inputs)
         stock.gradient_checkpointing_enable({"use_reentrant": False})
         hf = speed(stock)
         stock.gradient_checkpointing_disable()
-        stock.load_state_dict(adapters, strict=False)
+        stock.load_state_dict(trained, strict=False)
         exact_loss, exact = gradients(dequantised(stock), inputs)
         del stock
         gc.collect()
 
         started = time.perf_counter()
-        model = our_model(directory)
+        model = our_model(directory, arguments.kind)
         seconds = time.perf_counter() - started
-    model.load_state_dict(adapters, strict=False)
+    model.load_state_dict(trained, strict=False)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         loss, ours = gradients(model, inputs)
@@ -158,8 +164,8 @@ def write_checkpoint(family: str, directory: str, layers: int, tiny: bool) -> No
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", **special).save_pretrained(directory)
 
 
-def stock_model(directory: str):
-    """transformers + peft, as their documentation trains a 4-bit model; the adapters' B away from zero."""
+def stock_model(directory: str, kind: str):
+    """transformers + peft, as their documentation trains such a model; the adapters' B away from zero."""
     import torch
     from models import with_lora
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -168,28 +174,28 @@ def stock_model(directory: str):
     quantisation = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
     )
-    model = AutoModelForCausalLM.from_pretrained(
-        directory, quantization_config=quantisation, dtype=torch.bfloat16, device_map={"": 0 if on_gpu else "cpu"}
-    )
-    return with_lora(model).train()
+    settings = {"quantization_config": quantisation} if kind == "qlora" else {}
+    settings |= {"dtype": torch.bfloat16, "device_map": {"": 0 if on_gpu else "cpu"}}
+    model = AutoModelForCausalLM.from_pretrained(directory, **settings).train()
+    return model if kind == "full" else with_lora(model)
 
 
-def our_model(directory: str):
+def our_model(directory: str, kind: str):
     import torch
 
     from luthier import FastLanguageModel
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tokenizer of four words is repaired
-        model, _ = FastLanguageModel.from_pretrained(directory, dtype=torch.bfloat16, load_in_4bit=True)
-    return FastLanguageModel.get_peft_model(model, r=16)
+        model, _ = FastLanguageModel.from_pretrained(directory, dtype=torch.bfloat16, **KINDS[kind])
+    return model if kind == "full" else FastLanguageModel.get_peft_model(model, r=16)
 
 
 def gradients(model, inputs: dict) -> tuple[float, dict]:
     model.train().zero_grad()
     loss = model(**inputs).loss
     loss.backward()
-    found = {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
+    found = {name: p.grad.float() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return loss.item(), found
 
