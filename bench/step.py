@@ -22,8 +22,10 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+BUDGETS = {"luthier small": defaultdict(lambda: 10, {"2x2048": 7.0, "8x2048": 10.1, "1x8192": 8.2, "1x32768": 14.3})}  # GiB
 LUTHIER = {  # row -> arguments of set_checkpointing, and of set_compute
     "luthier offload": {"mode": "offload"},
+    "luthier small": {"mode": "auto"},
     "luthier recompute": {"mode": True},
     "luthier 40 GiB": {"mode": "auto", "memory_budget": 40},
     "luthier keep": {"mode": False},
@@ -99,6 +101,7 @@ def worker(arguments: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
     for shape in arguments.shapes.split(","):
         batch, tokens = map(int, shape.split("x"))
+        set_budget(arguments.worker, model, shape)
         try:
             result["shapes"][shape] = timed(model, optimizer, batch, tokens, arguments.warmup, arguments.steps)
         except torch.OutOfMemoryError as error:
@@ -121,13 +124,20 @@ def prepared(name: str, model):
 
         settings = dict(LUTHIER[name])
         set_compute(accelerate(model), settings.pop("compute", "bf16"))
-        return set_checkpointing(model, **settings)
+        return model if name in BUDGETS else set_checkpointing(model, **settings)
     if name == "liger":
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
         _apply_liger_kernel_to_instance(model.get_base_model())
     model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
+
+
+def set_budget(name: str, model, shape: str) -> None:
+    if name in BUDGETS:
+        from luthier.model.checkpointing import set_checkpointing
+
+        set_checkpointing(model, "auto", BUDGETS[name][shape])
 
 
 def timed(model, optimizer, batch: int, tokens: int, warmup: int, steps: int) -> dict:
@@ -207,6 +217,7 @@ def correctness() -> dict:
     from luthier.model.blocks import Mode
     from luthier.model.compute import set_compute
     from luthier.model.dial import LayerPlan
+    from luthier.model.offload import Host
 
     torch.backends.cuda.matmul.allow_tf32 = False
     exact_model = with_lora(dequantised(random_model("check")))
@@ -223,20 +234,21 @@ def correctness() -> dict:
     rows = {"stock": {"loss": stock_loss, "gradient_error": allowed / 2}}
     dial = dial_of(accelerate(model))
 
-    def row(mode: Mode, offload: bool, allowed: float, loss_allowed: float = 0.01) -> dict:
-        dial.set_plan([LayerPlan(mode, offload)] * dial.layers)
+    def row(layer: LayerPlan, allowed: float, loss_allowed: float = 0.01) -> dict:
+        dial.set_plan([layer] * dial.layers, embedding_in_host_memory=layer.host == Host.EVERYTHING)
         loss, ours = gradients(model, inputs)
         found = error(ours, exact)
         passed = found <= allowed and abs(loss - exact_loss) < loss_allowed
         return {"loss": loss, "gradient_error": found, "allowed": allowed, "passed": passed}
 
-    for mode in Mode:
-        for offload in (False, True):
-            rows[f"luthier {mode.name.lower()}{' offload' if offload else ''}"] = row(mode, offload, allowed)
+    kinds = [LayerPlan(mode, host) for mode in Mode for host in (Host.NOTHING, Host.NARROW)]
+    for layer in [*kinds, LayerPlan(Mode.KEEP, Host.INPUT), LayerPlan(Mode.KEEP, Host.EVERYTHING)]:
+        place = f", {layer.host.name.lower()} in host memory" if layer.host else ""
+        rows[f"luthier {layer.mode.name.lower()}{place}"] = row(layer, allowed)
     for kind, loss_allowed in (("fp8-backward", 0.01), ("fp8", 0.05)):
         set_compute(model, kind)
         for mode in (Mode.ALL_BUT_GATE_UP, Mode.KEEP):
-            rows[f"luthier {kind} {mode.name.lower()}"] = row(mode, False, in_8_bits[kind], loss_allowed)
+            rows[f"luthier {kind} {mode.name.lower()}"] = row(LayerPlan(mode), in_8_bits[kind], loss_allowed)
     passed = all(row.get("passed", True) for row in rows.values())
     passed &= rows["luthier fp8-backward keep"]["loss"] == rows["luthier keep"]["loss"]
     return {"exact_loss": exact_loss, "allowed": allowed, "rows": rows, "passed": passed}
@@ -290,7 +302,7 @@ def cosine(ours: dict, truth: dict) -> float:
 
 def print_check(check: dict) -> None:
     for name, row in check.get("rows", {}).items():
-        print(f"{name:38} loss {row['loss']:.5f}   relative error of the adapters' gradients {row['gradient_error']:.4%}")
+        print(f"{name:48} loss {row['loss']:.5f}   relative error of the adapters' gradients {row['gradient_error']:.4%}")
     verdict = "passed" if check["passed"] else "FAILED"
     print(f"exact loss {check.get('exact_loss')}, allowed error {check.get('allowed')}: {verdict}", flush=True)
 

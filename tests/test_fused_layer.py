@@ -14,6 +14,7 @@ from luthier.model.accelerate import accelerate, dial_of, restore
 from luthier.model.blocks import MlpBlock, Mode
 from luthier.model.dial import LayerPlan
 from luthier.model.fused_layer import LayerState
+from luthier.model.offload import Host
 
 UNFUSED = {"gpt_oss"}  # attention sinks
 DENSE = [family for family in FAMILIES if family not in UNFUSED]
@@ -23,12 +24,12 @@ def layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     return [module for module in model.modules() if isinstance(module.__dict__.get("luthier_state"), LayerState)]
 
 
-def fused(model: torch.nn.Module, mode: Mode | None = None, offload: bool = False) -> torch.nn.Module:
+def fused(model: torch.nn.Module, mode: Mode | None = None, host: Host = Host.NOTHING) -> torch.nn.Module:
     """The model accelerated, all its layers in one mode."""
     dial = dial_of(accelerate(model))
     dial.follow_flag()
     if mode is not None:
-        dial.set_plan([LayerPlan(mode, offload)] * dial.layers)
+        dial.set_plan([LayerPlan(mode, host)] * dial.layers)
     return model
 
 
@@ -177,12 +178,13 @@ def test_a_4_bit_model(tmp_path, mode):
     assert_same(fused(model, mode), batch(), truth)
 
 
-@pytest.mark.parametrize("mode", [Mode.RECOMPUTE, Mode.ATTENTION, Mode.ALL_BUT_GATE_UP])
-def test_what_waits_in_host_memory_comes_back(mode):
+@pytest.mark.parametrize("host", [Host.INPUT, Host.NARROW, Host.EVERYTHING])
+@pytest.mark.parametrize("mode", Mode)
+def test_what_waits_in_host_memory_comes_back(mode, host):
     inputs = batch()
     del inputs["attention_mask"]
     truth = loss_and_gradients(with_lora(tiny_model("llama3")), **inputs)
-    model = fused(with_lora(tiny_model("llama3")), mode, offload=True)
+    model = fused(with_lora(tiny_model("llama3")), mode, host)
     assert_same(model, inputs, truth)
     losses = [model(**inputs).loss for _ in range(2)]  # two graphs alive at a time, backwards in another order
     model.zero_grad()
@@ -261,7 +263,7 @@ def test_two_models_side_by_side():
 
 
 def test_a_copy_is_a_model_of_its_own():
-    model = fused(with_lora(tiny_model("llama3")), Mode.RECOMPUTE, offload=True)
+    model = fused(with_lora(tiny_model("llama3")), Mode.RECOMPUTE, Host.NARROW)
     truth = loss_and_gradients(model, **batch())
     twin = copy.deepcopy(model)
     assert dial_of(twin) is not dial_of(model) and len({id(layer.luthier_state.model) for layer in layers(twin)}) == 1

@@ -19,8 +19,9 @@ from tiny import VOCAB, tiny_model
 from luthier.model.accelerate import accelerate, dial_of, graphs_of
 from luthier.model.blocks import Mode
 from luthier.model.compute import set_compute
-from luthier.model.dial import LayerPlan, Shape
-from luthier.model.graphs import REPEATS, Gradients, padded, step_bytes
+from luthier.model.dial import LayerPlan
+from luthier.model.graphs import REPEATS, Gradients, padded
+from luthier.model.offload import Host
 
 
 class Again:
@@ -299,7 +300,7 @@ def test_long_batches_and_offloaded_ones_run_without(monkeypatch):
         assert_equal(models, batch(), replays=0)
     monkeypatch.undo()
     for model in models:
-        dial_of(model).set_plan([LayerPlan(Mode.KEEP, offload=True), LayerPlan(Mode.KEEP)])
+        dial_of(model).set_plan([LayerPlan(Mode.KEEP, Host.NARROW), LayerPlan(Mode.KEEP)])
     for _ in range(REPEATS + 1):
         assert_equal(models, batch(), replays=0)
 
@@ -430,13 +431,6 @@ def test_gradients_of_several_dtypes():
     for index, (copied, parameter) in enumerate(zip(copies, parameters, strict=True)):
         gradients.views[index].fill_(9)
         assert copied.shape == parameter.shape and copied.dtype == parameter.dtype and (copied == index).all()
-
-
-def test_the_memory_of_a_step():
-    shape = Shape(hidden=8, attention=12, heads=8, mlp=16, low=2, size=2)
-    plans = [LayerPlan(Mode.KEEP), LayerPlan(Mode.RECOMPUTE)]
-    kept = 10 * (shape.kept(Mode.KEEP) + shape.kept(Mode.RECOMPUTE))
-    assert step_bytes(shape, 10, plans) == kept + shape.transient(10, 4096)
 
 
 @pytest.mark.parametrize("compute", ["fp8-backward", "fp8"])

@@ -20,24 +20,24 @@ LLAMA_8B = LlamaConfig(
 )
 # peak of the allocator in GiB, measured on an H200: NF4, r=16 on all linears
 MEASURED = [
-    (2 * 2048, True, 8.2),
-    (8 * 2048, True, 12.8),
-    (32768, True, 18.0),
-    (2 * 2048, False, 18.7),
-    (8 * 2048, False, 54.0),
+    (2 * 2048, True, 7.87),
+    (8 * 2048, True, 11.78),
+    (32768, True, 17.25),
+    (2 * 2048, False, 18.39),
+    (8 * 2048, False, 53.31),
 ]
 
 
 def test_what_does_not_grow_is_what_was_measured():
     found = estimate(LLAMA_8B)
-    measured = 6.09 + 0.41  # weights, embeddings, adapter with its moments and 16-bit copy; and one layer's expanded weights
+    measured = 5.94 + 0.41  # weights, embeddings, adapter with gradients and moments; and one layer's expanded weights
     assert found.fixed / GIB == pytest.approx(measured, rel=0.02)
 
 
 @pytest.mark.parametrize(("tokens", "checkpointing", "measured"), MEASURED)
 def test_the_total_is_what_was_measured(tokens, checkpointing, measured):
     found = estimate(LLAMA_8B, batch_tokens=tokens, use_gradient_checkpointing=checkpointing)
-    assert found.total / GIB == pytest.approx(measured, rel=0.06)
+    assert found.total / GIB == pytest.approx(measured, rel=0.04)
     assert found.total == sum(found.parts.values()) == found.to_dict()["total"]
 
 
@@ -61,14 +61,14 @@ def test_weights_and_adapter_are_counted_as_they_load(tmp_path, family):
     stored = sum(p.nbytes + s.absmax.nbytes + s.state2.absmax.nbytes for p, s in zip(packed, state, strict=True))
     assert found.parts["weights in nf4"] == pytest.approx(stored, rel=0.01)
     assert found.parts["embeddings, head and norms"] == 2 * others
-    assert found.parts["adapter"] == 6 * adapter and found.parts["optimizer"] == 8 * adapter
+    assert found.parts["adapter"] == 4 * adapter and found.parts["optimizer"] == 8 * adapter
 
 
 def test_precisions_and_optimizers_cost_what_they_cost():
     count = sum(estimate(LLAMA_8B, "full", batch_tokens=1).parts[name] for name in ("weights",)) // 2
     assert estimate(LLAMA_8B, "16bit").parts["weights"] == 2 * count
     assert estimate(LLAMA_8B, optim="adamw_8bit").parts["optimizer"] * 4 == estimate(LLAMA_8B).parts["optimizer"]
-    assert estimate(LLAMA_8B, target_modules=["q_proj"]).parts["adapter"] == 6 * 16 * 32 * 2 * 4096
+    assert estimate(LLAMA_8B, target_modules=["q_proj"]).parts["adapter"] == 4 * 16 * 32 * 2 * 4096
     heads = estimate(LLAMA_8B, modules_to_save=["lm_head"]).parts["gradients"] - estimate(LLAMA_8B).parts["gradients"]
     assert heads == 4 * 128256 * 4096
     with pytest.raises(ValueError, match="'4bit'.*nf4"):

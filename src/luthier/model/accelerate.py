@@ -42,7 +42,9 @@ def accelerate(model: nn.Module) -> nn.Module:
             f"{', '.join(sorted(spec.layer_classes))}. Load it with transformers' own class, or train it without accelerate()."
         )
     if not any("luthier_state" in layer.__dict__ for layer in layers):
-        state = ModelState(Dial(len(layers)))
+        head = base.get_output_embeddings()
+        tied = head is not None and getattr(base.get_input_embeddings(), "weight", None) is getattr(head, "weight", None)
+        state = ModelState(Dial(len(layers)), tied=tied)
         for index, layer in enumerate(layers):
             _swap(layer, _class(type(layer), layer_class_members, spec), LayerState(index, state))
         backbone = next(module for module in base.modules() if any(child in layers for child in _layer_list(module)))
@@ -56,6 +58,9 @@ def accelerate(model: nn.Module) -> nn.Module:
 
 def restore(model: nn.Module) -> nn.Module:
     """Undo ``accelerate``: every module of the model has its stock class again. Gives the model back."""
+    dial = dial_of(model)
+    if dial is not None:
+        dial.follow_flag()  # gives its host memory back
     for module in base_model(model).modules():
         if _stock_class(module) is not type(module):
             _swap(module, _stock_class(module))

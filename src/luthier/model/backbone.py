@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from luthier.model.dial import Dial
 from luthier.model.graphs import Graphs
+from luthier.model.host_memory import movable
 from luthier.ops.attention import Segments
 from luthier.ops.lora_linear import Workspace
 
@@ -36,6 +37,7 @@ class ModelState:
     compute: str = "bf16"  # how frozen weights are multiplied: one of model.compute.COMPUTE
     said: set[str] = field(default_factory=set)  # reasons for stock forwards that this model has already given
     structure: Structure | None = None  # of the batch in the forward that runs now; None: only the mask knows
+    tied: bool = False  # the head reads the embedding table
     graphs: Graphs = field(init=False)
 
     def __post_init__(self) -> None:
@@ -53,12 +55,15 @@ def backbone_class_members(stock: type[nn.Module]) -> dict:
         state = self.luthier_state
         call = signature.bind(self, *args, **kwargs).arguments
         extra = next((call[name] for name, p in signature.parameters.items() if p.kind is p.VAR_KEYWORD and name in call), {})
+        state.dial.embedding = movable(self.get_input_embeddings(), state.tied)
         try:
             structure = state.structure = find_structure({**call, **extra})
             is_plain = structure is not None and structure.segments is None
             return state.graphs.around(functools.partial(stock.forward, self, *args, **kwargs), self.layers, is_plain)
         finally:
             state.structure = None
+            if state.dial.offload is not None:
+                state.dial.offload.settle()
 
     return {"forward": forward}
 

@@ -94,8 +94,18 @@ class Kept:
     x2: Tensor | None = None
     gate_up: Tensor | None = None
     mlp_branch: Tensor | None = None
-    parked: object = None  # dial.Parked: what of it waits in host memory
+    parked: object = None  # offload.Parked: what of it waits in host memory
     before: object = None  # a weak reference to what the layer before keeps
+
+    @property
+    def rows(self) -> Tensor | None:
+        """The attention's one number a row."""
+        return None if self.attention is None else self.attention.rows
+
+    @rows.setter
+    def rows(self, value: Tensor | None) -> None:
+        if self.attention is not None:
+            self.attention.rows = value
 
 
 @dataclass

@@ -1,33 +1,45 @@
 """The memory dial: what each layer of a model keeps between forward and backward, and where.
 
-A plan is one ``LayerPlan`` a layer: a mode (``blocks.Mode``), and whether what it keeps waits in pinned host memory. It
-comes from the user, or from a budget: as little is computed twice as fits. The same loss and gradients come out of any.
+A plan is one ``LayerPlan`` a layer: a mode (``blocks.Mode``), and what of the things it keeps waits in pinned host memory
+(``offload.Host``). It comes from the user, or is the fastest that a cost model finds within a budget of device and host
+memory. The same loss and gradients come out of any.
 """
 
 from __future__ import annotations
 
-import os
-import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import combinations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from luthier.model.blocks import Kept, Mode
+from luthier.model.blocks import MLP_ROWS, Mode
+from luthier.model.host_memory import HostEmbedding, free_host_memory
+from luthier.model.offload import Host, Offload
+from luthier.ops.linear_cross_entropy import CHUNK_BYTES
 from luthier.terminal import say
 
 GIB = 1 << 30
 RESERVE = 0.06  # of the card, for fragmentation and for what other libraries allocate
-HOST_SHARE = 0.5  # of the free host memory that an automatic plan may pin
-OFFLOADED = ("x", "qkv", "out", "x2")  # what a layer parks in host memory; gate and up would take longer than they save
+SCRATCH = 1 << 27  # bytes that libraries take for themselves
+HOST_SHARE = 0.5  # of the free host memory that a plan may pin
+WORTH = 0.01  # of a step that has to be saved before the embedding table leaves the device
 
 
 @dataclass(frozen=True)
 class LayerPlan:
     mode: Mode
-    offload: bool = False
+    host: Host = Host.NOTHING
+
+
+@dataclass(frozen=True)
+class Plan:
+    layers: tuple[LayerPlan, ...]
+    embedding_in_host_memory: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,134 +53,319 @@ class Shape:
     low: int  # all adapters' inner activations
     size: int
     extra: int = 0  # branches kept for post-norms
+    head_width: int = 128
 
     def kept(self, mode: Mode) -> int:
         """Bytes a token that a layer keeps."""
-        width = self.hidden + self.low
-        if mode >= Mode.ATTENTION:
-            width += self.heads
-        if mode >= Mode.ALL_BUT_GATE_UP:
-            width += self.attention + self.hidden + self.extra
-        if mode >= Mode.KEEP:
-            width += 2 * self.mlp + self.extra
-        return width * self.size
+        return self.parked(LayerPlan(mode, Host.EVERYTHING))
 
-    def transient(self, tokens: int, chunk: int) -> int:
-        """Bytes that one layer's backward needs at its peak, with everything computed again."""
-        per_token = 6 * self.hidden + 2 * self.attention + self.heads
-        return self.size * (tokens * per_token + min(tokens, chunk) * 4 * self.mlp)
+    def parked(self, layer: LayerPlan) -> int:
+        """Bytes a token of those that wait in host memory."""
+        if layer.host == Host.NOTHING:
+            return 0
+        width, rows = self.hidden + self.low, 0
+        if layer.mode >= Mode.ATTENTION and layer.host >= Host.NARROW:
+            width, rows = width + self.heads, 4 * self.heads // self.head_width
+        if layer.mode >= Mode.ALL_BUT_GATE_UP and layer.host >= Host.NARROW:
+            width += self.attention + self.hidden + self.extra
+        if layer.mode >= Mode.KEEP and layer.host >= Host.EVERYTHING:
+            width += 2 * self.mlp + self.extra
+        return width * self.size + rows
+
+    def transient(self, tokens: int, mode: Mode) -> int:
+        """Bytes that one layer's backward needs at its peak beside what the layer keeps."""
+        again = {Mode.RECOMPUTE: self.attention + self.heads, Mode.ATTENTION: self.attention}.get(mode, 0)
+        in_attention = (
+            again + 2 * self.hidden + 3 * self.heads + 2 * self.attention
+        )  # the kernel itself takes 2 * heads + attention
+        in_mlp, chunk = again + 4 * self.hidden, self.mlp
+        if mode == Mode.KEEP:
+            in_attention -= 2 * self.mlp  # gate and up are given back before
+        else:
+            in_mlp, chunk = in_mlp + self.hidden, 3 * self.mlp
+        return self.size * max(tokens * in_attention, tokens * in_mlp + min(tokens, MLP_ROWS) * chunk)
+
+    def head(self, tokens: int) -> int:
+        """Bytes that the head needs: chunks of logits, and the last hidden states and their gradient with a copy of each."""
+        return CHUNK_BYTES + 4 * tokens * self.hidden * self.size
 
     def written(self) -> int:
         """Bytes of the buffers into which a layer's weights are written out."""
         return self.size * self.hidden * (self.attention + self.heads + 3 * self.mlp)
 
 
+@dataclass(frozen=True)
+class Speeds:
+    """What the cost model knows of a card: FLOP/s of a large product in a long run, bytes/s of the bus each way."""
+
+    products: float = 650e12
+    link: float = 55e9
+
+    ATTENTION = 0.85, 0.75  # of the products' rate, forward and backward
+    COPYING = 0.04  # of the time of copies beside the computing that the computing takes longer
+
+
+@dataclass(frozen=True)
+class Work:
+    """Seconds of one layer: forward, backward with everything kept, and what each mode computes again."""
+
+    forward: float
+    backward: float
+    again: tuple[float, ...]
+
+    @classmethod
+    def of(cls, shape: Shape, tokens: int, length: int, speeds: Speeds) -> Work:
+        """``length``: tokens of one sequence."""
+        product = lambda width: 2 * tokens * shape.hidden * width / speeds.products  # noqa: E731
+        scores = 2 * tokens * min(length, tokens) * shape.heads / speeds.products
+        attend, attend_back = scores / Speeds.ATTENTION[0], 2.5 * scores / Speeds.ATTENTION[1]
+        qkv, out, gate_up = product(shape.attention), product(shape.heads), product(2 * shape.mlp)
+        linear = qkv + out + gate_up + product(shape.mlp)
+        again = gate_up + qkv + out + attend, gate_up + qkv + out, gate_up, 0.0
+        return cls(linear + attend, linear + attend_back, again)
+
+
 class Dial:
-    """The plan of one model, shared by its layers."""
+    """The plans of one model, shared by its layers."""
 
     def __init__(self, layers: int) -> None:
         self.layers = layers
         self.graph_bytes = 0  # of device memory that CUDA graphs hold without the allocator counting it as allocated
+        self.host_embedding: HostEmbedding | None = None
+        self.embedding: nn.Embedding | None = None  # the backbone says which one could wait in host memory
+        self.has_run = False  # gradients' moments and buffers are there since the first step
         self.follow_flag()
 
     def follow_flag(self) -> None:
         """No plan: a layer recomputes if its gradient checkpointing flag is set and keeps everything if not."""
-        self._choose(self._no_plan)
+        self._choose(lambda batch: None)
 
-    def set_plan(self, plan: list[LayerPlan]) -> None:
+    def set_plan(self, plan: list[LayerPlan], embedding_in_host_memory: bool = False) -> None:
         """Run the layers by this plan from now on."""
         if len(plan) != self.layers:
             raise ValueError(f"The plan describes {len(plan)} layers, the model has {self.layers}: give one LayerPlan a layer.")
-        self._choose(partial(self._given, list(plan)))
+        given = Plan(tuple(plan), embedding_in_host_memory)
+        self._choose(lambda batch: given)
 
     def set_automatic(self, budget: float | None = None, trainable: int = 0) -> None:
-        """Plan at the first training step, and again when a longer batch comes.
+        """Plan at the first training step, and for every length of batch that comes later.
 
         ``budget`` in GiB, or None for what is free; ``trainable``: parameters that will still get gradients and moments.
         """
         self._choose(partial(self._within, trainable), budget)
 
     def set_offload(self) -> None:
-        """Keep all but gate and up, in host memory; less where that would take more than its share."""
+        """Keep all but gate and up, in host memory; less where that would take more than its share. The embedding too."""
         self._choose(self._in_host_memory)
 
-    def of_layer(self, index: int, shape: Shape, x: Tensor, flag: bool) -> LayerPlan:
-        """What layer ``index`` does in the forward that starts now, with input ``x`` (n, D)."""
-        if x.shape[0] > self.planned_tokens:
-            before, self.plan = self.plan, self.planner(shape, x)
-            self.planned_tokens = x.shape[0]
-            if self.plan and self.offload is None and any(layer.offload for layer in self.plan):
-                self.offload = Offload()
-            if self.plan and self.plan != before and x.is_cuda:
-                say(describe(self.plan, x.shape[0]))
-        if self.plan is None:
+    def of_layer(self, index: int, shape: Shape, x: Tensor, length: int, flag: bool) -> LayerPlan:
+        """What layer ``index`` does in the forward that starts now, with input ``x`` (n, D) of sequences of ``length``."""
+        tokens = bucket(x.shape[0])
+        if tokens not in self.plans:
+            self._plan(tokens, Batch(shape, tokens, min(length, tokens), x.device))
+        plan = self.plans[tokens]
+        if plan is None:
             return LayerPlan(Mode.RECOMPUTE if flag else Mode.KEEP)
-        return self.plan[index]
+        return plan.layers[index]
 
     def room(self, device: torch.device) -> float:
         """Bytes that a step may still allocate."""
         return available_memory(device, self.budget) - self.graph_bytes
 
-    def _choose(self, planner: Callable[[Shape, Tensor], list[LayerPlan] | None], budget: float | None = None) -> None:
-        self.planner, self.planned_tokens, self.budget = planner, 0, budget
-        self.plan: list[LayerPlan] | None = None
+    def _choose(self, planner: Callable[[Batch], Plan | None], budget: float | None = None) -> None:
+        if self.host_embedding is not None:
+            self.host_embedding.bring_back()
+        self.planner, self.budget, self.host_embedding = planner, budget, None
+        self.plans: dict[int, Plan | None] = {}  # by tokens
         self.offload: Offload | None = None
 
-    def _no_plan(self, shape: Shape, x: Tensor) -> None:
-        return None
+    def _plan(self, tokens: int, batch: Batch) -> None:
+        """Plan for a number of tokens, and make room in host memory."""
+        plan, before = self.planner(batch), set(self.plans.values())
+        self.plans[tokens], self.has_run = plan, True
+        if plan is None:
+            return
+        if plan.embedding_in_host_memory and self.embedding is not None and self.host_embedding is None:
+            self.host_embedding = HostEmbedding(self.embedding)
+        slabs = [tokens * size + 4096 for layer in plan.layers if (size := batch.shape.parked(layer))]  # and for alignment
+        if slabs:
+            self.offload = self.offload or Offload()
+            self.offload.prepare(slabs, batch.device)
+        if plan not in before and batch.device.type == "cuda":
+            say(describe(plan, tokens, sum(slabs) + (self.table_bytes if self.host_embedding else 0)))
 
-    def _given(self, plan: list[LayerPlan], shape: Shape, x: Tensor) -> list[LayerPlan]:
-        return plan
+    @property
+    def planned_tokens(self) -> int:
+        """Of the longest batch so far."""
+        return max(self.plans, default=0)
 
-    def _in_host_memory(self, shape: Shape, x: Tensor) -> list[LayerPlan]:
-        return offload_plan(shape, x.shape[0], self.layers, free_host_memory() * HOST_SHARE)
+    @property
+    def table_bytes(self) -> int:
+        return 0 if self.embedding is None else self.embedding.weight.nbytes
 
-    def _within(self, trainable: int, shape: Shape, x: Tensor) -> list[LayerPlan]:
-        if not x.is_cuda:  # main memory is plenty, and a CPU is slow at computing twice
-            return [LayerPlan(Mode.KEEP if self.budget is None else Mode.RECOMPUTE)] * self.layers
-        pending = trainable * (4 if self.planned_tokens else 12)  # gradients, and before the first step two moments
-        available = self.room(x.device) - pending - head_memory(x) - shape.written()
-        return plan_for(shape, x.shape[0], self.layers, available)
+    @property
+    def host_room(self) -> float:
+        """Bytes of host memory that plans may pin, what they have pinned already included."""
+        pool = self.offload and self.offload.pool
+        return HOST_SHARE * (free_host_memory() + (pool.held if pool else 0))
+
+    def _in_host_memory(self, batch: Batch) -> Plan:
+        host = self.host_room - self.table_bytes
+        layers = offload_plan(batch.shape, batch.tokens, self.layers, host)
+        return Plan(tuple(layers), self.embedding is not None and host > 0)
+
+    def _within(self, trainable: int, batch: Batch) -> Plan:
+        if batch.device.type != "cuda":  # main memory is plenty, and a CPU is slow at computing twice
+            return Plan((LayerPlan(Mode.KEEP if self.budget is None else Mode.RECOMPUTE),) * self.layers)
+        pending = 4 * trainable if self.has_run else 12 * trainable + batch.shape.written()  # the first step makes the moments
+        device = self.room(batch.device) - pending
+        host, speeds = self.host_room, card_speeds(batch.device)
+        staying = plan_for(batch.shape, batch.tokens, self.layers, device, host, speeds, batch.length)
+        if self.embedding is None or self.host_embedding is not None or host < self.table_bytes:
+            return Plan(tuple(staying), self.host_embedding is not None)
+        rooms = device + self.table_bytes, host - self.table_bytes
+        leaving = plan_for(batch.shape, batch.tokens, self.layers, *rooms, speeds, batch.length)
+        cost = Cost(batch.shape, batch.tokens, batch.length, speeds)
+        fits = cost.device(staying) <= device
+        if fits and cost.seconds(leaving) > (1 - WORTH) * cost.seconds(staying):
+            return Plan(tuple(staying))
+        return Plan(tuple(leaving), True)
 
 
-def plan_for(shape: Shape, tokens: int, layers: int, available: float) -> list[LayerPlan]:
-    """The plan that computes least again within ``available`` bytes on the device.
+@dataclass(frozen=True)
+class Batch:
+    """What a planner is asked about: ``tokens`` in all, in sequences of ``length``."""
 
-    First every layer keeps its attention (which costs most a byte to compute again), then layer by layer everything but
-    gate and up, then those too. If not even every layer's input fits, the inputs go to host memory.
+    shape: Shape
+    tokens: int
+    length: int
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes and seconds of plans; their layers in any order where only bytes are asked for."""
+
+    shape: Shape
+    tokens: int
+    length: int | None = None  # of one sequence; None: all tokens are one
+    speeds: Speeds = Speeds()
+
+    @functools.cached_property
+    def work(self) -> Work:
+        return Work.of(self.shape, self.tokens, self.length or self.tokens, self.speeds)
+
+    def host(self, plan: Sequence[LayerPlan]) -> int:
+        return self.tokens * sum(count * self.shape.parked(layer) for layer, count in Counter(plan).items())
+
+    def device(self, plan: Sequence[LayerPlan]) -> int:
+        """The device's peak."""
+        return self.kept(plan) + self.working(plan)
+
+    def kept(self, plan: Sequence[LayerPlan]) -> int:
+        """What stays on the device, and two layers' parked tensors: one layer's in use, the other's on their way back."""
+        kinds = Counter(plan)
+        stays = sum(count * (self.shape.kept(layer.mode) - self.shape.parked(layer)) for layer, count in kinds.items())
+        return self.tokens * (stays + 2 * max(map(self.shape.parked, kinds)))
+
+    def working(self, plan: Sequence[LayerPlan]) -> int:
+        """What one layer's backward or the head needs besides, whichever is more."""
+        transients = [self.shape.transient(self.tokens, mode) for mode in {layer.mode for layer in plan}]
+        return SCRATCH + max(*transients, self.shape.head(self.tokens))
+
+    def extra_seconds(self, plan: Sequence[LayerPlan]) -> float:
+        """What computing again and copying cost if no copy is waited for."""
+        again = sum(count * self.work.again[layer.mode] for layer, count in Counter(plan).items())
+        return again + 2 * Speeds.COPYING * self.host(plan) / self.speeds.link
+
+    def seconds(self, plan: Sequence[LayerPlan]) -> float:
+        """Of the layers' forward and backward, with copies that run beside them and are waited for where they are late."""
+        forward, backward = self.work.forward, self.work.backward
+        copies = [self.tokens * self.shape.parked(layer) / self.speeds.link for layer in plan]
+        computed, copied = 0.0, [0.0] * Offload.DEPTH
+        for seconds in copies:
+            computed = max(computed + forward, copied[-Offload.DEPTH] if seconds else 0.0)
+            copied.append(max(computed, copied[-1]) + seconds)
+        late = sum(
+            max(0.0, copy - backward - self.work.again[after.mode]) for copy, after in zip(copies, plan[1:], strict=False)
+        )
+        return computed + len(plan) * backward + late + self.extra_seconds(plan)
+
+
+OPTIONS = [
+    *(LayerPlan(mode) for mode in Mode),
+    *(LayerPlan(mode, Host.NARROW) for mode in Mode),
+    LayerPlan(Mode.KEEP, Host.INPUT),
+]
+
+
+def plan_for(
+    shape: Shape,
+    tokens: int,
+    layers: int,
+    device: float,
+    host: float = 0,
+    speeds: Speeds | None = None,
+    length: int | None = None,
+) -> list[LayerPlan]:
+    """The fastest plan of at most two kinds of layers within ``device`` and ``host`` bytes; the smallest if none fits."""
+    cost = Cost(shape, tokens, length, speeds or Speeds())
+    plans = [plan for plan in candidates(layers) if cost.host(plan) <= host]
+    fitting = sorted((plan for plan in plans if cost.device(plan) <= device), key=cost.extra_seconds)
+    if not fitting:
+        return min(plans, key=cost.device)
+    best, seconds = fitting[0], float("inf")
+    for plan in fitting:
+        if layers * (cost.work.forward + cost.work.backward) + cost.extra_seconds(plan) >= seconds:
+            break  # the others cannot be faster, even if they wait for no copy
+        if cost.seconds(plan) < seconds:
+            best, seconds = plan, cost.seconds(plan)
+    return best
+
+
+def candidates(layers: int) -> Iterator[list[LayerPlan]]:
+    """Every plan of one or two kinds of layers. They alternate, so that the bus has something to do all the time.
+
+    The last layer parks nothing: its backward comes at once.
     """
-    free = available - shape.transient(tokens, 4096) - layers * tokens * shape.kept(Mode.RECOMPUTE)
-    if free < 0:
-        return [LayerPlan(Mode.RECOMPUTE, offload=index < layers - 1) for index in range(layers)]
-    modes = [Mode.RECOMPUTE] * layers
-    for mode in (Mode.ATTENTION, Mode.ALL_BUT_GATE_UP, Mode.KEEP):
-        cost = tokens * (shape.kept(mode) - shape.kept(Mode(mode - 1)))
-        for index in reversed(range(layers)):
-            if modes[index] == mode - 1 and cost <= free:
-                modes[index], free = mode, free - cost
-    return [LayerPlan(mode) for mode in modes]
+    for one, other in [(kind, kind) for kind in OPTIONS] + list(combinations(OPTIONS, 2)):
+        for count in range(1, layers if one != other else 2):
+            plan = [one if (index + 1) * count // layers > index * count // layers else other for index in range(layers)]
+            yield [*plan[:-1], replace(one, host=Host.NOTHING)]
 
 
 def offload_plan(shape: Shape, tokens: int, layers: int, host: float) -> list[LayerPlan]:
     """All layers but the last in host memory, each keeping as much as ``host`` bytes allow for all of them."""
-    best = Mode.RECOMPUTE
-    for mode in (Mode.ATTENTION, Mode.ALL_BUT_GATE_UP):
-        if (layers - 1) * tokens * shape.kept(mode) <= host:
-            best = mode
-    return [LayerPlan(best, offload=index < layers - 1) for index in range(layers)]
+    parked = lambda mode: (layers - 1) * tokens * shape.parked(LayerPlan(mode, Host.NARROW))  # noqa: E731
+    modes = [mode for mode in (Mode.ATTENTION, Mode.ALL_BUT_GATE_UP) if parked(mode) <= host]
+    best = max(modes, default=Mode.RECOMPUTE)
+    return [*[LayerPlan(best, Host.NARROW)] * (layers - 1), LayerPlan(best)]
 
 
-def describe(plan: list[LayerPlan], tokens: int) -> str:
-    words = {
+def bucket(tokens: int) -> int:
+    """``tokens`` rounded up to one of eight numbers an octave: as many plans there are, however batches vary."""
+    step = max(1, 1 << (tokens - 1).bit_length() >> 4)
+    return -(-tokens // step) * step
+
+
+def describe(plan: Plan, tokens: int, host: int = 0) -> str:
+    """One line for the person at the terminal; ``host``: bytes of host memory that the plan pins."""
+    modes = {
         Mode.RECOMPUTE: "keep their input",
-        Mode.ATTENTION: "keep attention",
+        Mode.ATTENTION: "keep input and attention",
         Mode.ALL_BUT_GATE_UP: "keep all but gate and up",
         Mode.KEEP: "keep everything",
     }
-    counts = {mode: sum(layer.mode == mode for layer in plan) for mode in words}
-    parked = sum(layer.offload for layer in plan)
-    parts = [f"{count} layers {words[mode]}" for mode, count in counts.items() if count]
-    return f"Memory plan for {tokens} tokens: {', '.join(parts)}" + (f"; {parked} of them in host memory" if parked else "")
+    places = {Host.NOTHING: "", Host.INPUT: ", the input in host memory", Host.NARROW: " in host memory"}
+    places |= {Host.EVERYTHING: " in host memory"}
+    parts = []
+    for layer, count in sorted(Counter(plan.layers).items(), key=lambda item: (item[0].mode, item[0].host)):
+        partly = layer == LayerPlan(Mode.KEEP, Host.NARROW)
+        place = ", all but gate and up in host memory" if partly else places[layer.host]
+        parts.append(f"{count} layers {modes[layer.mode]}{place}")
+    if plan.embedding_in_host_memory:
+        parts.append("embeddings in host memory")
+    return f"Memory plan for {tokens} tokens: {'; '.join(parts)}" + (f" ({host / GIB:.1f} GiB of it)" if host else "")
 
 
 def available_memory(device: torch.device, budget: float | None) -> float:
@@ -179,98 +376,22 @@ def available_memory(device: torch.device, budget: float | None) -> float:
     return available if budget is None else min(available, budget * GIB - allocated)
 
 
-def head_memory(x: Tensor) -> int:
-    """Bytes for the head: its chunk of logits, the gradient of the last hidden states and a copy of those."""
-    return GIB // 2 + 2 * x.numel() * x.element_size()
+# bf16 (below 8.0: fp16) TFLOP/s of one multiprocessor in a run long enough to meet the card's power limit
+PER_MULTIPROCESSOR = {(7, 5): 0.7, (8, 0): 2.0, (8, 6): 0.6, (8, 9): 1.1, (9, 0): 5.0, (10, 0): 10.0, (12, 0): 1.1}
 
 
-def free_host_memory() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-class Parked:
-    """Tensors of one layer in host memory; ``ready`` is the event behind which they are back on the device."""
-
-    def __init__(self, host: dict[str, Tensor], device: torch.device) -> None:
-        self.host, self.device = host, device
-        self.back: dict[str, Tensor] | None = None
-        self.ready: torch.cuda.Event | None = None
-
-
-class Offload:
-    """Moves what layers keep to pinned host memory on a side stream, and back one layer before it is needed."""
-
-    DEPTH = 2  # layers whose copies may be under way before the forward waits for the oldest
-
-    def __init__(self) -> None:
-        self.streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None
-        self.under_way: list[tuple[torch.cuda.Event, list[Tensor]]] = []
-        self.chain: list[tuple[int, weakref.ref[Kept]]] = []  # this forward's layers, in order
-
-    def __deepcopy__(self, memo: dict) -> Offload:
-        return Offload()  # a copied model has no copies under way
-
-    def park(self, index: int, kept: Kept, offload: bool) -> None:
-        """Called at the end of a layer's forward. Copies start; the device's memory is free again DEPTH layers later."""
-        if self.chain and self.chain[-1][0] >= index:
-            self.chain = []
-        kept.before = self.chain[-1][1] if self.chain else None
-        self.chain.append((index, weakref.ref(kept)))
-        if not offload:
-            return
-        tensors = {name: value for name in OFFLOADED if (value := getattr(kept, name)) is not None}
-        if not kept.x.is_cuda:
-            kept.parked = Parked({name: value.clone() for name, value in tensors.items()}, kept.x.device)
-        else:
-            kept.parked = self._copy_out(tensors)
-        for name in tensors:
-            setattr(kept, name, None)
-
-    def fetch(self, kept: Kept) -> None:
-        """Called at the start of a layer's backward: its tensors are there, and those of the layer before are started."""
-        self._start(kept)
-        parked, kept.parked = kept.parked, None
-        if parked is not None:
-            if parked.ready is not None:
-                torch.cuda.current_stream(parked.device).wait_event(parked.ready)
-            for name, value in parked.back.items():
-                setattr(kept, name, value)
-        before = kept.before and kept.before()
-        if before is not None:
-            self._start(before)
-
-    def _copy_out(self, tensors: dict[str, Tensor]) -> Parked:
-        device = next(iter(tensors.values())).device
-        if self.streams is None:
-            self.streams = torch.cuda.Stream(device), torch.cuda.Stream(device)
-        current, up = torch.cuda.current_stream(device), self.streams[0]
-        up.wait_event(current.record_event())
-        with torch.cuda.stream(up):
-            host = {name: torch.empty(value.shape, dtype=value.dtype, pin_memory=True) for name, value in tensors.items()}
-            for name, value in tensors.items():
-                host[name].copy_(value, non_blocking=True)
-            done = up.record_event()
-        self.under_way.append((done, list(tensors.values())))
-        while len(self.under_way) > self.DEPTH:
-            current.wait_event(self.under_way.pop(0)[0])
-        return Parked(host, device)
-
-    def _start(self, kept: Kept) -> None:
-        parked = kept.parked
-        if parked is None or parked.back is not None:
-            return
-        if parked.device.type == "cpu":
-            parked.back = parked.host
-            return
-        current, down = torch.cuda.current_stream(parked.device), self.streams[1]
-        for done, _ in self.under_way:  # the forward is over: nothing waits for these any more
-            current.wait_event(done)
-        self.under_way.clear()
-        parked.back = {
-            name: torch.empty(value.shape, dtype=value.dtype, device=parked.device) for name, value in parked.host.items()
-        }
-        down.wait_event(current.record_event())
-        with torch.cuda.stream(down):
-            for name, value in parked.back.items():
-                value.copy_(parked.host[name], non_blocking=True)
-            parked.ready = down.record_event()
+@functools.cache
+def card_speeds(device: torch.device) -> Speeds:
+    """From a table of cards; the bus is measured, once: what it gives depends on the slot."""
+    card = torch.cuda.get_device_properties(device)
+    known = [capability for capability in PER_MULTIPROCESSOR if capability <= (card.major, card.minor)]
+    products = PER_MULTIPROCESSOR[max(known, default=(7, 5))] * 1e12 * card.multi_processor_count
+    host = torch.empty(1 << 25, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty_like(host, device=device)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    target.copy_(host)  # warms up
+    start.record()
+    target.copy_(host, non_blocking=True)
+    end.record()
+    end.synchronize()
+    return Speeds(products, host.nbytes / (start.elapsed_time(end) / 1000))

@@ -98,7 +98,7 @@ class Blocks:
         low = sum(projection.rank for projection in self.projections())
         extra = x.shape[-1] if attention.post_norm else 0
         widths = attention.qkv.width_out, attention.o.width_in, self.mlp.down.width_in if self.mlp else 0
-        return Shape(x.shape[-1], *widths, low, x.element_size(), extra)
+        return Shape(x.shape[-1], *widths, low, x.element_size(), extra, attention.width)
 
 
 @dataclass
@@ -162,7 +162,8 @@ def norm_class_members(stock: type[nn.Module], spec: Spec) -> dict:
 def run(layer: nn.Module, blocks: Blocks, spec: Spec, hidden_states: Tensor, kwargs: dict) -> Tensor:
     state = layer.luthier_state
     rows, structure = hidden_states.reshape(-1, hidden_states.shape[-1]), state.model.structure
-    plan = state.model.dial.of_layer(state.index, blocks.shape(hidden_states), rows, layer.gradient_checkpointing)
+    longest = hidden_states.shape[1] if structure is None or structure.segments is None else structure.segments.longest
+    plan = state.model.dial.of_layer(state.index, blocks.shape(hidden_states), rows, longest, layer.gradient_checkpointing)
     tables = kwargs["position_embeddings"]
     cos, sin = half_tables(*tables, spec.rotary) if blocks.attention.rotates else tables
     call = Call(hidden_states.shape[0], cos, sin)
@@ -190,7 +191,7 @@ class _Layer(torch.autograd.Function):
         x3, kept = blocks.forward(x.reshape(-1, x.shape[-1]), call, plan.mode)
         ctx.blocks, ctx.call, ctx.kept, ctx.offload = blocks, call, kept, state.model.dial.offload
         if ctx.offload is not None and any(ctx.needs_input_grad):
-            ctx.offload.park(state.index, kept, plan.offload)
+            ctx.offload.park(state.index, kept, plan.host)
         return x3.view(x.shape)
 
     @staticmethod

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from luthier.model.dial import Dial, LayerPlan, Shape
+from luthier.model.dial import Cost, Dial
 from luthier.ops.lora_linear import Projection, Workspace
 from luthier.ops.nf4 import Quantised
 
@@ -353,7 +353,7 @@ class Graphs:
         return taken.eager()
 
     def _begin(self, layer: LayerRun, x: Tensor) -> Pass | None:
-        if self.loop is None or not torch.is_grad_enabled() or layer.plan.offload or _hooked(self.loop):
+        if self.loop is None or not torch.is_grad_enabled() or layer.plan.host or _hooked(self.loop):
             return None
         if x.ndim != 3 or x.shape[0] * padded(x.shape[1]) > TOKENS or not self.new_graph.fits(x):
             return None
@@ -399,19 +399,14 @@ class Graphs:
         """Whether the graphs' memory is free, and that of the longest batch so far without graphs beside it."""
         x, plans = taken.x, [layer.plan for layer in taken.layers]
         size = sum(parameter.numel() * parameter.element_size() for parameter in taken.parameters())
-        if size > GRADIENT_BYTES or any(plan.offload for plan in plans):
+        if size > GRADIENT_BYTES or any(plan.host for plan in plans):
             return False
         if not x.is_cuda:
             return True
         shape, tokens = taken.layers[0].blocks.shape(x), x.shape[0] * padded(x.shape[1])
-        of_pool = step_bytes(shape, tokens, plans) + (0 if self.gradients else size)
-        longest = step_bytes(shape, max(tokens, self.dial.planned_tokens), plans) + size
+        of_pool = Cost(shape, tokens).device(plans) + (0 if self.gradients else size)
+        longest = Cost(shape, max(tokens, self.dial.planned_tokens)).device(plans) + size
         return max(0, of_pool - self.dial.graph_bytes) + longest <= self.dial.room(x.device)
-
-
-def step_bytes(shape: Shape, tokens: int, plans: list[LayerPlan]) -> int:
-    """What a step's layers take on the device."""
-    return tokens * sum(shape.kept(plan.mode) for plan in plans) + shape.transient(tokens, 4096)
 
 
 def _longer(table: Tensor, length: int) -> Tensor:

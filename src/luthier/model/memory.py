@@ -15,16 +15,15 @@ from luthier import adapters
 from luthier.errors import unknown
 from luthier.model.blocks import Mode
 from luthier.model.checkpointing import checkpointing_mode
-from luthier.model.dial import GIB, LayerPlan, Shape, plan_for
+from luthier.model.dial import GIB, HOST_SHARE, Cost, LayerPlan, Shape, offload_plan, plan_for
 from luthier.model.experts import BLOCK, expert_stacks
+from luthier.model.host_memory import free_host_memory
 from luthier.model.lora import LAYER_INDEX, require_targets
 from luthier.model.precision import has_experts
-from luthier.ops.linear_cross_entropy import CHUNK_BYTES
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight: its code, a share of a byte of scale, and of that scale's own
 PRECISIONS = {"nf4": NF4_BYTES, "int8": 1.0, "16bit": 2.0, "full": 2.0}
 MOMENTS = {"8bit": 2, "sgd": 0, "adafactor": 0}  # bytes a parameter by part of the optimizer's name; else two fp32 numbers
-CHUNK_TOKENS = 4096  # tokens that the backward of an MLP works on at once
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,7 @@ class Estimate:
     parts: dict[str, int]
     plan: tuple[LayerPlan, ...]
     tokens: int
+    host: int = 0  # bytes of pinned host memory
 
     @property
     def total(self) -> int:
@@ -42,7 +42,7 @@ class Estimate:
     @property
     def fixed(self) -> int:
         """Bytes that do not grow with the batch."""
-        return sum(size for name, size in self.parts.items() if name not in ("activations", "logits"))
+        return sum(size for name, size in self.parts.items() if name not in ("activations", "working memory"))
 
     def rows(self) -> list[tuple[str, str]]:
         """The lines of a table, in GiB."""
@@ -83,20 +83,20 @@ def estimate(
     if precision == "full":
         parts |= {"gradients": trainable * dtype.itemsize, "optimizer": trainable * min(moments, 2 * dtype.itemsize)}
     else:
-        parts |= {"adapter": trainable * (4 + dtype.itemsize), "gradients": trainable * 4, "optimizer": trainable * moments}
+        parts |= {"adapter": trainable * 4, "gradients": trainable * 4, "optimizer": trainable * moments}
     if precision in ("nf4", "int8"):
         parts["one expanded layer"] = _largest_layer(model) * dtype.itemsize
 
     text = config.get_text_config()
     shape = _shape(text, r if precision != "full" else 0, dtype)
-    chunk = min(CHUNK_BYTES, 4 * batch_tokens * text.vocab_size)  # of logits in fp32, and once more in 16 bits
-    head = chunk + chunk // 2 + 2 * batch_tokens * text.hidden_size * dtype.itemsize
-    taken = sum(parts.values()) + head
-    plan = _plan(shape, batch_tokens, text.num_hidden_layers, use_gradient_checkpointing, memory_budget, taken)
-    kept = sum(batch_tokens * shape.kept(layer.mode) for layer in plan if not layer.offload)
-    parts["activations"] = kept + shape.transient(batch_tokens, CHUNK_TOKENS)
-    parts["logits"] = head
-    return Estimate({name: int(size) for name, size in parts.items()}, tuple(plan), batch_tokens)
+    layers, host = text.num_hidden_layers, free_host_memory() * HOST_SHARE
+    taken = sum(parts.values())
+    if checkpointing_mode(use_gradient_checkpointing) == "offload" and precision != "full" and not text.tie_word_embeddings:
+        parts["embeddings, head and norms"] -= text.vocab_size * text.hidden_size * dtype.itemsize  # they wait there too
+    plan = _plan(shape, batch_tokens, layers, use_gradient_checkpointing, memory_budget, taken, host)
+    cost = Cost(shape, batch_tokens)
+    parts |= {"activations": cost.kept(plan), "working memory": cost.working(plan)}
+    return Estimate({name: int(size) for name, size in parts.items()}, tuple(plan), batch_tokens, cost.host(plan))
 
 
 def _skeleton(config: PreTrainedConfig) -> nn.Module:
@@ -176,17 +176,17 @@ def _shape(text: PreTrainedConfig, r: int, dtype: torch.dtype) -> Shape:
     mlp = text.intermediate_size
     if has_experts(text):
         mlp = (getattr(text, "moe_intermediate_size", None) or mlp) * text.num_experts_per_tok
-    return Shape(text.hidden_size, (heads + 2 * pairs) * width, heads * width, mlp, 7 * r, dtype.itemsize)
+    return Shape(text.hidden_size, (heads + 2 * pairs) * width, heads * width, mlp, 7 * r, dtype.itemsize, head_width=width)
 
 
 def _plan(
-    shape: Shape, tokens: int, layers: int, checkpointing: bool | str, budget: float | None, taken: float
+    shape: Shape, tokens: int, layers: int, checkpointing: bool | str, budget: float | None, taken: float, host: float
 ) -> list[LayerPlan]:
     mode = checkpointing_mode(checkpointing)
     if mode is False:
         return [LayerPlan(Mode.KEEP)] * layers
     if mode == "offload":
-        return [LayerPlan(Mode.RECOMPUTE, offload=index < layers - 1) for index in range(layers)]
+        return offload_plan(shape, tokens, layers, host)
     if mode == "auto" and budget is not None:
-        return plan_for(shape, tokens, layers, budget * GIB - taken)
+        return plan_for(shape, tokens, layers, budget * GIB - taken, host)
     return [LayerPlan(Mode.RECOMPUTE)] * layers

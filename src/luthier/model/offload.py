@@ -1,0 +1,138 @@
+"""What layers keep, parked in pinned host memory on a side stream between their forward and their backward."""
+
+from __future__ import annotations
+
+import weakref
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from luthier.model.blocks import Kept
+from luthier.model.host_memory import Slab, SlabPool
+
+ALIGNMENT = 256  # bytes
+
+
+class Host(IntEnum):
+    """What of the things that a layer keeps waits in host memory; each level holds what the ones before it do."""
+
+    NOTHING = 0
+    INPUT = 1  # the layer's input, and the adapters' inner activations
+    NARROW = 2  # everything but gate and up, which take longer to move than to compute on most cards
+    EVERYTHING = 3
+
+
+INPUT = ("x", "low_qkv", "low_o", "low_gate_up", "low_down")
+NARROW = (*INPUT, "qkv", "out", "branch", "x2", "rows")
+NAMES = {Host.INPUT: INPUT, Host.NARROW: NARROW, Host.EVERYTHING: (*NARROW, "gate_up", "mlp_branch")}
+
+
+class Parked:
+    """Tensors of one layer in a slab of host memory; ``ready`` is the event behind which they are ``back``."""
+
+    def __init__(self, tensors: dict[str, Tensor], slab: Slab) -> None:
+        self.slab, self.host, start = slab, {}, 0
+        for name, value in tensors.items():
+            place = slab.memory[start : start + value.nbytes]
+            self.host[name] = place.view(value.dtype).view(value.shape)
+            start += _aligned(value.nbytes)
+        self.device = next(iter(tensors.values())).device
+        self.back: dict[str, Tensor] | None = None
+        self.ready: torch.cuda.Event | None = None
+
+
+class Offload:
+    """Moves what layers keep to host memory in the forward, and back one layer before it is needed in the backward."""
+
+    DEPTH = 2  # layers whose copies may be under way before the forward waits for the oldest
+
+    def __init__(self) -> None:
+        self.pool: SlabPool | None = None
+        self.streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None
+        self.under_way: list[tuple[torch.cuda.Event, list[Tensor]]] = []
+        self.chain: list[tuple[int, weakref.ref[Kept]]] = []  # this forward's layers, in order
+
+    def __deepcopy__(self, memo: dict) -> Offload:
+        return Offload()  # a copied model has no copies under way
+
+    def prepare(self, sizes: list[int], device: torch.device) -> None:
+        """Start to pin slabs for layers that will park ``sizes`` bytes."""
+        self.pool = self.pool or SlabPool(device)
+        self.pool.prepare(sizes)
+
+    def park(self, index: int, kept: Kept, host: Host) -> None:
+        """Called at the end of a layer's forward. Copies start; the device's memory is free again DEPTH layers later."""
+        if self.chain and self.chain[-1][0] >= index:
+            self.chain = []
+        kept.before = self.chain[-1][1] if self.chain else None
+        self.chain.append((index, weakref.ref(kept)))
+        if host == Host.NOTHING:
+            return
+        tensors = {name: value for name in NAMES[host] if (value := getattr(kept, name)) is not None}
+        self.pool = self.pool or SlabPool(kept.x.device)
+        slab = self.pool.take(sum(_aligned(value.nbytes) for value in tensors.values()))
+        kept.parked = Parked(tensors, slab)
+        weakref.finalize(kept.parked, self.pool.give, slab).atexit = False
+        self._copy_out(tensors, kept.parked)
+        for name in tensors:
+            setattr(kept, name, None)
+
+    def settle(self) -> None:
+        """The forward is over: the device's memory of what was parked is free as soon as the copies are done."""
+        for done, tensors in self.under_way:
+            torch.cuda.current_stream(tensors[0].device).wait_event(done)
+        self.under_way.clear()
+
+    def fetch(self, kept: Kept) -> None:
+        """Called at the start of a layer's backward: its tensors are there, and those of the layer before are started."""
+        self._start(kept)
+        parked, kept.parked = kept.parked, None
+        if parked is not None:
+            if parked.ready is not None:
+                torch.cuda.current_stream(parked.device).wait_event(parked.ready)
+            for name, value in parked.back.items():
+                setattr(kept, name, value)
+        before = kept.before and kept.before()
+        if before is not None:
+            self._start(before)
+
+    def _copy_out(self, tensors: dict[str, Tensor], parked: Parked) -> None:
+        if parked.device.type != "cuda":
+            for name, value in tensors.items():
+                parked.host[name].copy_(value)
+            return
+        if self.streams is None:
+            self.streams = torch.cuda.Stream(parked.device), torch.cuda.Stream(parked.device)
+        current, up = torch.cuda.current_stream(parked.device), self.streams[0]
+        up.wait_event(current.record_event())
+        if parked.slab.read is not None:
+            up.wait_event(parked.slab.read)
+        with torch.cuda.stream(up):
+            for name, value in tensors.items():
+                parked.host[name].copy_(value, non_blocking=True)
+            self.under_way.append((up.record_event(), list(tensors.values())))
+        while len(self.under_way) > self.DEPTH:
+            current.wait_event(self.under_way.pop(0)[0])
+
+    def _start(self, kept: Kept) -> None:
+        """Start the copies of one layer back to the device."""
+        parked = kept.parked
+        if parked is None or parked.back is not None:
+            return
+        self.settle()
+        parked.back = {name: torch.empty_like(value, device=parked.device) for name, value in parked.host.items()}
+        if parked.device.type != "cuda":
+            for name, value in parked.back.items():
+                value.copy_(parked.host[name])
+            return
+        current, down = torch.cuda.current_stream(parked.device), self.streams[1]
+        down.wait_event(current.record_event())
+        with torch.cuda.stream(down):
+            for name, value in parked.back.items():
+                value.copy_(parked.host[name], non_blocking=True)
+            parked.ready = parked.slab.read = down.record_event()
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
