@@ -6,6 +6,7 @@ written by several threads before they are locked, and all of it goes on in the 
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import sys
 import threading
@@ -40,7 +41,8 @@ def anonymous(size: int) -> Tensor:
     if sys.platform != "linux":
         return torch.empty(size, dtype=torch.uint8)
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    pages.madvise(mmap.MADV_HUGEPAGE)
+    with contextlib.suppress(OSError):  # a kernel may have none
+        pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=torch.uint8)
 
 
@@ -169,9 +171,11 @@ class HostEmbedding:
 
     def __init__(self, module: nn.Embedding) -> None:
         weight = module.weight.data
-        view = seen_by_device(Slab(weight.nbytes, weight.device), weight.device).view(weight.dtype).view(weight.shape)
-        self.module, self.address = module, view.data_ptr()
-        module.weight.data = view.copy_(weight)
+        slab = Slab(weight.nbytes, weight.device)
+        self.host = slab.memory.view(weight.dtype).view(weight.shape).copy_(weight)
+        view = seen_by_device(slab, weight.device).view(weight.dtype).view(weight.shape)
+        self.module, self.device, self.address = module, weight.device, view.data_ptr()
+        module.weight.data = view
 
     def __deepcopy__(self, memo: dict) -> None:
         """A copied model has its table on the device."""
@@ -179,7 +183,7 @@ class HostEmbedding:
     def bring_back(self) -> None:
         """The table is in the device's memory again, unless somebody has moved it meanwhile."""
         if self.module.weight.data_ptr() == self.address:
-            self.module.weight.data = self.module.weight.data.clone()
+            self.module.weight.data = self.host.to(self.device, copy=True)
 
 
 def movable(embedding: nn.Module | None, tied: bool) -> nn.Embedding | None:
