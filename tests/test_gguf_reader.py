@@ -122,14 +122,14 @@ def test_llama_cpp_reads_behind_two_gigabytes(tmp_path):
 
 def write_sparse(config, directory, weights, path):
     """Like ``write_gguf`` in f32, but zeros stay holes."""
-    original = GGUFWriter._write
+    original = GGUFWriter._send
 
     def skip_zeros(self, what, offset, data):
         if len(data) < 1 << 20 or np.frombuffer(data, np.uint8).any():
             original(self, what, offset, data)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(GGUFWriter, "_write", skip_zeros)
+        patch.setattr(GGUFWriter, "_send", skip_zeros)
         write_gguf(config, directory, weights, {path: "f32"})
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -91,29 +91,60 @@ def encode_in_chunks(
     ``[experts, columns]`` for the stacked weights of experts. ``ValueError`` for values that cannot be stored.
     """
     rows, columns = values.shape
-    on_gpu = torch.cuda.is_available() and kind.name not in PLAIN_DTYPES
+    on_gpu = values.is_cuda or (torch.cuda.is_available() and kind.name not in PLAIN_DTYPES)
     step = max(1, (CUDA_CHUNK if on_gpu else CHUNK) // columns)
+    starts = range(0, rows, step)
 
-    def encode_from(first: int) -> tuple[int, torch.Tensor]:
+    def encode_from(first: int) -> tuple[int, torch.Tensor, torch.Tensor]:
+        """The row, what is encoded from there on, and the largest magnitude that went into it (NaN if any is)."""
         chunk = values[first : first + step]
         weights = None if importance is None else _importance_of_rows(importance, rows, first, len(chunk))
         if on_gpu:
             chunk, weights = chunk.cuda(), None if weights is None else weights.cuda()
-        _check_range(name, chunk, kind)
-        return first, encode(chunk, kind, weights).cpu()
+        return first, encode(chunk, kind, weights), chunk.abs().amax()
 
-    starts = range(0, rows, step)
-    if on_gpu or len(starts) == 1:
-        yield from map(encode_from, starts)
-        return
+    if on_gpu:
+        results = _copied_to_host(map(encode_from, starts))
+    elif len(starts) == 1:
+        results = map(encode_from, starts)
+    else:
+        results = _in_threads(encode_from, starts)
+    for first, encoded, largest in results:
+        _check_range(name, largest.item(), kind)
+        yield first, encoded
+
+
+def _in_threads(function: Callable, arguments: Iterable) -> Iterator:
+    """The results in order, a few computed ahead and not all."""
     with _one_thread_an_operation() as threads, ThreadPoolExecutor(threads) as pool:
         waiting: deque[Future] = deque()
-        for first in starts:
-            waiting.append(pool.submit(encode_from, first))
-            if len(waiting) > 2 * threads:  # a few ahead, not the whole tensor
+        for argument in arguments:
+            waiting.append(pool.submit(function, argument))
+            if len(waiting) > 2 * threads:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+def _copied_to_host(results: Iterable[tuple]) -> Iterator[tuple]:
+    """Tuples of a number and tensors on the GPU, the tensors on the CPU: the GPU is a tuple or two ahead of who takes them."""
+    waiting: deque[tuple] = deque()
+    for first, *tensors in results:
+        host = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
+        for place, tensor in zip(host, tensors, strict=True):
+            place.copy_(tensor, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        waiting.append((copied, first, *host))
+        if len(waiting) > 2:
+            yield _arrived(*waiting.popleft())
+    while waiting:
+        yield _arrived(*waiting.popleft())
+
+
+def _arrived(copied: torch.cuda.Event, *result: object) -> tuple:
+    copied.synchronize()
+    return result
 
 
 def _importance_of_rows(importance: torch.Tensor, rows: int, first: int, count: int) -> torch.Tensor:
@@ -133,8 +164,7 @@ def _one_thread_an_operation() -> Iterator[int]:
         torch.set_num_threads(threads)
 
 
-def _check_range(name: str, values: torch.Tensor, kind: TensorType) -> None:
-    largest = values.abs().amax().item()  # NaN if any is
+def _check_range(name: str, largest: float, kind: TensorType) -> None:
     if not math.isfinite(largest):
         raise ValueError(f"The tensor {name} holds NaN or infinite values: the checkpoint is damaged or its training diverged.")
     if largest > LARGEST_HALF and kind.name == "F16":

@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 import struct
 import zlib
+from collections import deque
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +24,8 @@ MAGIC = b"GGUF"
 VERSION = 3
 ALIGNMENT = 32
 READ_BACK = 1 << 24  # bytes at a time
+THREADS = min(8, os.cpu_count() or 1)
+AHEAD = 16  # runs of bytes that wait to be written
 
 # value type ids of the format
 UINT8, INT8, UINT16, INT16, UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY, UINT64, INT64, FLOAT64 = range(13)
@@ -96,6 +100,16 @@ def plan(metadata: Mapping[str, Value], tensors: Sequence[TensorInfo]) -> Layout
     return Layout(bytes(header), placed, len(header) + offset)
 
 
+@dataclass(frozen=True)
+class Written:
+    """A run of bytes that is in the file, and its CRC-32."""
+
+    what: str
+    offset: int
+    size: int
+    checksum: int
+
+
 class GGUFWriter:
     """Write a planned file: ``with GGUFWriter(path, layout) as writer: writer.write(name, rows)``.
 
@@ -106,49 +120,64 @@ class GGUFWriter:
     def __init__(self, path: str | Path, layout: Layout) -> None:
         self.layout = layout
         self._missing = {name: info.size for name, info in layout.tensors.items()}
-        self._written: list[tuple[str, int, int, int]] = []  # what, offset, size, checksum
+        self._written: list[Written] = []
+        self._pool = ThreadPoolExecutor(THREADS)
+        self._waiting: deque[Future] = deque()
         self._path = path
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         os.truncate(self._file, 0)
         os.truncate(self._file, layout.size)
-        self._write("the header", 0, layout.header)
+        self._send("the header", 0, memoryview(layout.header))
 
     def write(self, name: str, data: torch.Tensor, first_row: int = 0) -> None:
-        """Write encoded rows, uint8 ``[rows, bytes of a row]``, of the tensor ``name`` from row ``first_row`` on."""
+        """Write encoded rows, uint8 ``[rows, bytes of a row]``, of the tensor ``name`` from row ``first_row`` on.
+
+        They are on their way when this returns: leave ``data`` as it is.
+        """
         info = self.layout.tensors[name]
         rows, width = data.shape
         assert width == info.row_bytes and first_row + rows <= info.rows, (info, data.shape, first_row)
         place = len(self.layout.header) + info.offset + first_row * width
-        self._write(name, place, memoryview(data.contiguous().numpy()).cast("B"))
+        self._send(name, place, memoryview(data.contiguous().numpy()).cast("B"))
         self._missing[name] -= rows * width
 
-    def _write(self, what: str, offset: int, data: bytes | memoryview) -> None:
-        view = memoryview(data)
-        self._written.append((what, offset, len(view), zlib.crc32(view)))
-        while view:
-            done = os.pwrite(self._file, view[: 1 << 30], offset)
-            offset, view = offset + done, view[done:]
+    def _send(self, what: str, offset: int, data: memoryview) -> None:
+        if len(self._waiting) == AHEAD:
+            self._written.append(self._waiting.popleft().result())
+        self._waiting.append(self._pool.submit(self._write, what, offset, data))
+
+    def _write(self, what: str, offset: int, data: memoryview) -> Written:
+        written = Written(what, offset, len(data), zlib.crc32(data))
+        while data:
+            done = os.pwrite(self._file, data[: 1 << 30], offset)
+            offset, data = offset + done, data[done:]
+        return written
 
     def __enter__(self) -> GGUFWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         try:
+            self._written += [future.result() for future in self._waiting]
             if kind is None:
                 self._check()
         finally:
+            self._pool.shutdown()
             os.close(self._file)
 
     def _check(self) -> None:
         unfinished = [name for name, size in self._missing.items() if size]
         if unfinished:
             raise ValueError(f"These tensors were announced but did not arrive whole: {', '.join(unfinished[:5])}.")
-        for what, offset, size, checksum in self._written:
-            found = 0
-            for place in range(offset, offset + size, READ_BACK):
-                found = zlib.crc32(os.pread(self._file, min(READ_BACK, offset + size - place), place), found)
-            if found != checksum:
-                raise OSError(f"{self._path}: the disk does not give back {what} as it was written. Try another disk.")
+        for written, found in zip(self._written, self._pool.map(self._read_back, self._written), strict=True):
+            if found != written.checksum:
+                raise OSError(f"{self._path}: the disk does not give back {written.what} as it was written. Try another disk.")
+
+    def _read_back(self, written: Written) -> int:
+        found, end = 0, written.offset + written.size
+        for place in range(written.offset, end, READ_BACK):
+            found = zlib.crc32(os.pread(self._file, min(READ_BACK, end - place), place), found)
+        return found
 
 
 def _aligned(size: int) -> int:

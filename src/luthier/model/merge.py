@@ -33,6 +33,7 @@ from luthier.ops.nf4 import dequantise, quantised
 Base = Literal["16bit", "nf4"]
 BASES = ("16bit", "nf4")
 MERGEABLE = ("bitsandbytes", experts.METHOD)
+SLICE = 1 << 25  # weights of a product in fp64 at a time
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 
@@ -95,11 +96,11 @@ class Slot:
         return value.T if self._is_turned else value
 
     def edited(self, value: Tensor) -> Tensor:
-        """The adapter's changes applied to the fp32 ``value``, which is on the CPU."""
+        """The adapter's changes applied to the fp32 ``value``, which is on the parameter's device."""
         for rewrite in self.rewrites:
             value = rewrite(value)
         for delta in self.deltas:
-            value = value + delta()
+            value = delta().add_(value)
         return value
 
 
@@ -216,7 +217,7 @@ class Merge:
         return sum(shape.numel() * self.dtypes[name].itemsize for group in self.groups for name, shape in group.tensors.items())
 
     def tensors(self, rounded: bool = True) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the merged checkpoint, on the CPU; ``rounded=False`` leaves merged ones in fp32."""
+        """Every tensor of the merged checkpoint, on the CPU; ``rounded=False`` leaves merged ones in fp32, where they are."""
         for group in self.groups:
             for name, value in self._group(group).items():
                 value = value.to(self.dtypes[name]) if rounded else value
@@ -225,20 +226,22 @@ class Merge:
                         f"{name} of the merged model holds NaN or infinite values in {value.dtype}: the base or the adapter is "
                         "damaged, or its training diverged. Save an earlier checkpoint."
                     )
-                yield name, value.contiguous()
+                yield name, (value.cpu() if rounded else value).contiguous()
 
     def _group(self, group: Group) -> dict[str, Tensor]:
         slots = {name: self.slots[name] for name in group.parameters}
         if not self._reads_checkpoint(group):
             return self.layout.to_checkpoint({name: self._in_memory(slot) for name, slot in slots.items()})
         values = {name: self._read(name, group) for name in group.tensors}
-        if group.is_one_to_one:
-            (slot,), (name,) = slots.values(), values
-            return {name: slot.edited(values[name].float()) if slot.is_changed else values[name]}
         if not any(slot.is_changed for slot in slots.values()):
             return values
-        deltas = {name: slot.edited(torch.zeros(slot.shape)) for name, slot in slots.items()}
-        return {name: values[name].float() + delta for name, delta in self.layout.to_checkpoint(deltas).items()}
+        device = self.slots[group.parameters[0]].tensor.device
+        values = {name: value.to(device).float() for name, value in values.items()}
+        if group.is_one_to_one:
+            (slot,), (name,) = slots.values(), values
+            return {name: slot.edited(values[name])}
+        deltas = {name: slot.edited(torch.zeros(slot.shape, device=device)) for name, slot in slots.items()}
+        return {name: values[name] + delta for name, delta in self.layout.to_checkpoint(deltas).items()}
 
     def _reads_checkpoint(self, group: Group) -> bool:
         """Whether a group comes from the checkpoint; not if it is replaced, or has other shapes there (new tokens)."""
@@ -272,7 +275,7 @@ class Merge:
         return self.source.read(self._stored_name(name, group))
 
     def _in_memory(self, slot: Slot) -> Tensor:
-        value = (slot.expanded() if slot.replacement is None else slot.replacement().detach()).cpu()
+        value = slot.expanded() if slot.replacement is None else slot.replacement().detach()
         return slot.edited(value.float()) if slot.deltas or slot.rewrites else value
 
 
@@ -365,7 +368,7 @@ def _add_linear(name: str, layer: LoraLayer, adapter: str, slots: dict[str, Slot
     scale = layer.scaling[adapter]
 
     def delta() -> Tensor:
-        change = scale * (_fp32(layer.lora_B[adapter].weight) @ _fp32(layer.lora_A[adapter].weight))
+        change = scale * _product(layer.lora_B[adapter].weight, layer.lora_A[adapter].weight)
         return change.T if turned else change
 
     def dora(weight: Tensor) -> Tensor:
@@ -388,7 +391,7 @@ def _add_embedding(name: str, layer: EmbeddingLora, adapter: str, slots: dict[st
     scale = layer.scaling[adapter]
 
     def delta() -> Tensor:
-        return scale * (_fp32(layer.lora_embedding_B[adapter]) @ _fp32(layer.lora_embedding_A[adapter])).T
+        return scale * _product(layer.lora_embedding_B[adapter], layer.lora_embedding_A[adapter]).T
 
     def dora(weight: Tensor) -> Tensor:
         weight = weight + delta()
@@ -405,13 +408,24 @@ def _experts_delta(layer: ParamWrapper, adapter: str) -> Tensor:
     """(experts, ...) in fp32, in the layout of the stack."""
     a, b = _fp32(layer.lora_A[adapter].weight), _fp32(layer.lora_B[adapter].weight)
     if layer.num_experts == 1:
-        return layer.scaling[adapter] * (b @ a)
+        return layer.scaling[adapter] * _product(b, a)
     a = a.reshape(layer.num_experts, -1, a.shape[-1])  # (experts, rank, in)
     b = b.reshape(b.shape[0], -1, layer.num_experts).permute(2, 0, 1)  # (experts, out, rank)
-    change = b @ a if layer._did_swap_in_out_features else a.mT @ b.mT
+    change = _product(b, a) if layer._did_swap_in_out_features else _product(a.mT, b.mT)
     return layer.scaling[adapter] * change
 
 
 def _fp32(tensor: Tensor) -> Tensor:
-    """On the CPU, where fp32 is fp32: a GPU may be set to round the factors of a product to TF32."""
-    return tensor.detach().to("cpu", torch.float32)
+    return tensor.detach().float()
+
+
+def _product(b: Tensor, a: Tensor) -> Tensor:
+    """``b @ a`` in fp32; on a GPU, which may be set to round the factors to TF32 then, a slice at a time in fp64."""
+    b, a = _fp32(b), _fp32(a)
+    if b.device.type == "cpu":
+        return b @ a
+    change = torch.empty(*b.shape[:-1], a.shape[-1], device=b.device)
+    rows = max(1, SLICE * b.shape[-2] // change.numel())
+    for start in range(0, b.shape[-2], rows):
+        change[..., start : start + rows, :] = b[..., start : start + rows, :].double() @ a.double()
+    return change

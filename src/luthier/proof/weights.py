@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from luthier.gguf.plan import Piece, plan_tensors
 from luthier.gguf.quantize import encode_in_chunks
 from luthier.gguf.reader import GGUFFile
 from luthier.gguf.source import TensorSource
+from luthier.gguf.writer import THREADS
 
 DAMAGE = 0.05  # fewer blocks than this differ: not another rounding of the weights, but damage
 WORSE = 1.5  # times the error of a plain quantisation
@@ -26,7 +28,10 @@ BF16_STEP = 2.0**-8  # relative rounding of a model that was in 16 bits on the w
 def checksums(file: GGUFFile) -> dict[str, int]:
     """CRC-32 of every tensor, and of the header under the empty name."""
     header = zlib.crc32(b"".join(key.encode() + value.data for key, value in file.encoded.items()))
-    return {"": header} | {name: zlib.crc32(file.data(name)) for name in file.tensors}
+    with ThreadPoolExecutor(THREADS) as pool:
+        return {"": header} | dict(
+            zip(file.tensors, pool.map(lambda name: zlib.crc32(file.data(name)), file.tensors), strict=True)
+        )
 
 
 def stored_damage(file: GGUFFile) -> list[str]:
