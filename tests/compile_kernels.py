@@ -53,6 +53,7 @@ def kernels(dtype: str) -> dict[str, tuple]:
         "fit with offset": (quantisers._fit_with_offset, [*fit, *fit[:2], *numbers[1:]], {**groups, "ABSOLUTE": False}, 4),
         "fit symmetric": (quantisers._fit_symmetric, [*fit, *numbers], groups, 4),
         "start of the exchange": (quantisers._start_exchange, [*fit[1:], *numbers[:3]], {**groups, "N": 16}, 4),
+        "scales of scales": (quantisers._search_scales, [*fit, "*fp32", *numbers], {**groups, "N": 8}, 4),
         "exchange": (quantisers._exchange, [*fit, *numbers, "i32"], {"NEED_REST": True, "LANES": quantisers.LANES}, 4),
         "ordered sum": (quantisers._ordered_sum, ["*fp32", "*fp32", "i32", "i32"], {"UNROLL": 8, "LANES": quantisers.LANES}, 4),
         "dropout": (dropout._dropout_kernel, [x, x, x, "i64", *["i32"] * 5, *["i64"] * 3], mask, 4),

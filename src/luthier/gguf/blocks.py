@@ -7,7 +7,8 @@ With an importance matrix, see ``weighted.py``.
 Equal bits need equal roundings. llama.cpp loops over a block in float32 without fused multiply-add, so sums here run over
 the weights in order (`ordered_sum`), never through a reduction whose order torch chooses; the layout inside is
 ``[n, G]``, weights first, so that each step of such a sum is one contiguous addition. Constants that divide or are
-divided are tensors: with Python numbers, CUDA multiplies by the reciprocal.
+divided are tensors: with Python numbers, CUDA multiplies by the reciprocal. Denormal weights overflow on the way, and what
+becomes of that is taken from x86 (`whole`, `half_bytes`, ``fits.nearest``).
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ if importlib.util.find_spec("numba") is not None:
     from luthier.gguf import compiled
 else:
     compiled = None
+
+X86_NAN = -512  # 0xFE00, the float16 that x86 makes of what is undefined
+INT32_END = 2.0**31
 
 
 def loops(x: torch.Tensor) -> ModuleType | None:
@@ -48,6 +52,8 @@ def ordered_sum(terms: torch.Tensor) -> torch.Tensor:
 
 def largest(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Of ``[n, G]``: the largest magnitude and, with its sign, the first weight that has it, each ``[G]``."""
+    if has_kernels(x):
+        return kernels.largest(x)
     high, low = x.amax(0), x.amin(0)
     value = torch.where(high > -low, high, low)
     unclear = (~(high > -low) & ~(high < -low)).nonzero().squeeze(1)  # of 1 and -1 the first, of NaN and 1 the 1
@@ -76,7 +82,14 @@ def ratio(numerator: float, denominator: torch.Tensor) -> torch.Tensor:
 
 def half_bytes(*values: torch.Tensor) -> torch.Tensor:
     """float32 ``[G]`` each, as little-endian float16: uint8 ``[G, 2 * len(values)]``."""
-    return torch.stack([value.half() for value in values], 1).view(torch.uint8)
+    halves = torch.stack([value.half() for value in values], 1)
+    bits = halves.view(torch.int16).masked_fill(halves.isnan(), X86_NAN)
+    return bits.view(torch.uint8)
+
+
+def whole(x: torch.Tensor) -> torch.Tensor:
+    """float32 to int32 as x86 does it: what int32 cannot hold, NaN too, becomes the smallest. A GPU takes the nearest."""
+    return torch.where(x.abs() < INT32_END, x, torch.full_like(x, -INT32_END)).to(torch.int32)
 
 
 def nibbles(codes: torch.Tensor) -> torch.Tensor:
@@ -98,7 +111,8 @@ def quantize_q8_0(x: torch.Tensor) -> torch.Tensor:
         scale = x.abs().amax(1) / torch.full_like(x[:, 0], 127.0)
         scaled = x * ratio(1.0, scale)[:, None]
         # the nearest, halves away from zero: the fraction is exact in float32, where adding 0.5 would not be
-        codes = (scaled.trunc() + (scaled.frac().abs() >= 0.5) * scaled.sign()).to(torch.int8)
+        codes = scaled.trunc() + (scaled.frac().abs() >= 0.5) * scaled.sign()
+        codes = whole(codes).to(torch.int8)
     return torch.cat([half_bytes(scale), codes.view(torch.uint8)], 1)
 
 
@@ -106,7 +120,7 @@ def _symmetric(x: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tensor
     """Scale ``[G]`` and codes uint8 ``[G, 32]``: the weight of largest magnitude gets code 0."""
     _, value = largest(x.t().contiguous())
     scale = value / torch.full_like(value, -levels / 2)
-    codes = (x * ratio(1.0, scale)[:, None] + (levels / 2 + 0.5)).to(torch.int32).clamp_max_(levels - 1)
+    codes = whole(x * ratio(1.0, scale)[:, None] + (levels / 2 + 0.5)).clamp_max_(levels - 1)
     return scale, codes.to(torch.uint8)
 
 
@@ -114,7 +128,7 @@ def _with_offset(x: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tens
     """Scale and smallest weight ``[G]``, codes uint8 ``[G, 32]``: from the smallest weight to the largest."""
     low = smallest(x.t().contiguous())
     scale = (x.amax(1) - low).abs() / torch.full_like(low, levels - 1)  # abs: 0.0 also where both are -0.0 and 0.0
-    codes = ((x - low[:, None]) * ratio(1.0, scale)[:, None] + 0.5).to(torch.int32).clamp_max_(levels - 1)
+    codes = whole((x - low[:, None]) * ratio(1.0, scale)[:, None] + 0.5).clamp_max_(levels - 1)
     return scale, low, codes.to(torch.uint8)
 
 

@@ -30,8 +30,12 @@ class OffsetFit:
 
 
 def nearest(x: torch.Tensor) -> torch.Tensor:
-    """Round to int32, halves to even, by adding 1.5 * 2**23 as llama.cpp does: beyond 2**22 it wraps as theirs does."""
-    return ((x + 12582912.0).view(torch.int32) & 0x007FFFFF) - 0x00400000
+    """Round to int32, halves to even, by adding 1.5 * 2**23 as llama.cpp does: beyond 2**22 it wraps as theirs does.
+
+    NaN gives 0 that way on a CPU. A GPU's NaN has other bits.
+    """
+    codes = ((x + 12582912.0).view(torch.int32) & 0x007FFFFF) - 0x00400000
+    return codes.masked_fill_(x.isnan(), 0) if x.is_cuda else codes
 
 
 def _round(x: torch.Tensor, lowest: int, highest: int, widest: torch.Tensor) -> None:

@@ -25,6 +25,13 @@ def ordered_sum(terms: Tensor) -> Tensor:
     return total
 
 
+def largest(x: Tensor) -> tuple[Tensor, Tensor]:
+    """What ``blocks.largest`` gives."""
+    magnitude, value = torch.empty_like(x[0]), torch.empty_like(x[0])
+    _launch(_largest_of, x, magnitude, value, N=len(x))
+    return magnitude, value
+
+
 def fit_with_offset(x: Tensor, weights: Tensor, levels: int, numerators: list[float], absolute: bool) -> tuple[Tensor, ...]:
     """scale, low, grid, start of ``fits.OffsetFit``; ``numerators``: of the first grid, then of every step's."""
     result = tuple(torch.empty_like(x[0]) for _ in range(4))
@@ -62,6 +69,16 @@ def exchange(
     """The rounds of ``fits.exchange``, in place."""
     limits = float(lowest), float(highest)
     _launch(_exchange, x, weights, codes, sum_xl, sum_l2, *limits, rounds, len(x), NEED_REST=need_rest)
+
+
+def search_scales(x: Tensor, weights: Tensor, levels: int, tops: list[float], smallest: float) -> tuple[Tensor, Tensor, Tensor]:
+    """What ``weighted._search_scales`` gives."""
+    codes, sum_xl, sum_l2 = torch.empty_like(x), torch.empty_like(x[0]), torch.empty_like(x[0])
+    result = codes, sum_xl, sum_l2
+    _launch(
+        _search_scales, x, weights, _on_device(tuple(tops), x.device), *result, float(levels), smallest, len(tops), N=len(x)
+    )
+    return result
 
 
 def _launch(kernel, groups: Tensor, *arguments, **constants) -> None:
@@ -104,7 +121,8 @@ def _load_groups(GROUPS, lane, inside, count, N: tl.constexpr, LANES: tl.constex
 def _nearest(x):
     """See ``fits.nearest``; as float32, and without a conversion from integers, which are slow on a GPU."""
     bits = (x + 12582912.0).to(tl.int32, bitcast=True)
-    return ((bits & 0x007FFFFF) | 0x4B000000).to(tl.float32, bitcast=True) - 12582912.0
+    bits = tl.where(x == x, (bits & 0x007FFFFF) | 0x4B000000, 0x4B400000)
+    return bits.to(tl.float32, bitcast=True) - 12582912.0
 
 
 @jit
@@ -191,6 +209,14 @@ def _largest(x, N: tl.constexpr):
 
 
 @jit
+def _largest_of(X, MAGNITUDE, VALUE, count, N: tl.constexpr, LANES: tl.constexpr):
+    lane, inside = _lanes(count, LANES)
+    magnitude, value = _largest(_load_groups(X, lane, inside, count, N, LANES), N)
+    tl.store(MAGNITUDE + lane, magnitude, mask=inside)
+    tl.store(VALUE + lane, value, mask=inside)
+
+
+@jit
 def _symmetric_sums(x, weights, grid, levels, N: tl.constexpr):
     """The weighted sums of weight times code and of code squared."""
     sum_xl, sum_l2 = tl.zeros_like(grid), tl.zeros_like(grid)
@@ -264,5 +290,50 @@ def _exchange(
             better = better & ((new_xl * new_xl) * sum_l2 > (sum_xl * sum_xl) * new_l2)
             tl.store(CODES + at, new, mask=inside & better)
             sum_xl, sum_l2 = tl.where(better, new_xl, sum_xl), tl.where(better, new_l2, sum_l2)
+    tl.store(SUM_XL + lane, sum_xl, mask=inside)
+    tl.store(SUM_L2 + lane, sum_l2, mask=inside)
+
+
+@jit
+def _lowest_byte(code):
+    return (code.to(tl.int32) & 255).to(tl.float32)
+
+
+@jit
+def _scale_error(x, weights, grid, highest, N: tl.constexpr):
+    error = tl.zeros_like(grid)
+    for i in tl.static_range(N):
+        gap = x[i] - tl.div_rn(1.0, grid) * tl.minimum(_nearest(grid * x[i]), highest)
+        error += (weights[i] * gap) * gap
+    return error
+
+
+@jit
+def _search_scales(
+    X, WEIGHTS, TOPS, CODES, SUM_XL, SUM_L2, levels, smallest, steps, count, N: tl.constexpr, LANES: tl.constexpr
+):  # fmt: skip
+    lane, inside = _lanes(count, LANES)
+    x = _load_groups(X, lane, inside, count, N, LANES)
+    weights = _load_groups(WEIGHTS, lane, inside, count, N, LANES)
+    top = x[0]
+    for i in tl.static_range(1, N):
+        top = tl.where(x[i] > top, x[i], top)
+    top = tl.where(top >= smallest, top, 1.0)
+    grid = tl.div_rn(tl.load(TOPS), top)
+    best = tl.zeros_like(grid)
+    for i in tl.static_range(N):
+        gap = x[i] - tl.div_rn(1.0, grid) * _lowest_byte(_nearest(grid * x[i]))
+        best += (weights[i] * gap) * gap
+    for step in range(1, steps):
+        other = tl.div_rn(tl.load(TOPS + step), top)
+        error = _scale_error(x, weights, other, levels, N)
+        better = error < best
+        best, grid = tl.where(better, error, best), tl.where(better, other, grid)
+    sum_xl, sum_l2 = tl.zeros_like(grid), tl.zeros_like(grid)
+    for i in tl.static_range(N):
+        code = tl.minimum(_nearest(grid * x[i]), levels)
+        sum_xl += (weights[i] * x[i]) * code
+        sum_l2 += (weights[i] * code) * code
+        tl.store(CODES + i * count + lane, _lowest_byte(code), mask=inside)
     tl.store(SUM_XL + lane, sum_xl, mask=inside)
     tl.store(SUM_L2 + lane, sum_l2, mask=inside)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from luthier.gguf.blocks import fifth_bits, half_bytes, nibbles, ordered_sum
-from luthier.gguf.fits import SMALLEST, exchange, first_codes, fit_symmetric, fit_with_offset, nearest
+from luthier.gguf.blocks import fifth_bits, half_bytes, loops, nibbles, ordered_sum
+from luthier.gguf.fits import SMALLEST, divided, exchange, first_codes, fit_symmetric, fit_with_offset, nearest
 from luthier.gguf.kquants import store_q2_k, store_q3_k, store_q4_k, store_q5_k, store_q6_k
 
 NO_LIMIT = 1 << 30
@@ -33,28 +33,38 @@ def _grouped(
 
 def fit_scales(x: torch.Tensor, weights: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Non-negative ``[n, G]`` as scale ``[G]`` times codes int32 0..levels ``[n, G]``, with the least weighted error."""
+    zero = ~(x.amax(0) >= SMALLEST)
+    tops = [float(levels)]
+    tops += [float(np.float32(0.1) * np.float32(step) + np.float32(levels)) for step in range(-4, 5) if step]
+    search = getattr(loops(x), "search_scales", None) or _search_scales
+    codes, sum_xl, sum_l2 = search(x, weights, levels, tops, SMALLEST)
+    sum_xl, sum_l2 = exchange(x, weights, -NO_LIMIT, levels, codes, sum_xl, sum_l2, need_rest=True)
+    scale = torch.where((sum_l2 > 0) & ~zero, sum_xl / sum_l2, torch.zeros_like(sum_xl))
+    return scale, torch.where(zero, torch.zeros_like(codes), codes).to(torch.int32)
+
+
+def _search_scales(
+    x: torch.Tensor, weights: torch.Tensor, levels: int, tops: list[float], smallest: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The codes ``[n, G]`` of the best of the grids from 0 to ``tops``, and their two sums, see ``fits.exchange``."""
     top = x.amax(0)
-    zero = ~(top >= SMALLEST)
-    top = torch.where(zero, torch.ones_like(top), top)
+    top = torch.where(top >= smallest, top, torch.ones_like(top))
 
     def error(grid: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-        gap = x - (torch.ones_like(grid) / grid) * codes.float()
+        gap = x - divided(1.0, grid) * codes.float()
         return ordered_sum((weights * gap) * gap)
 
-    grid = torch.full_like(top, float(levels)) / top
+    grid = divided(tops[0], top)
     best = error(grid, nearest(grid * x) & 255)
-    for step in [*range(-4, 0), *range(1, 5)]:
-        other = torch.full_like(top, float(np.float32(0.1) * np.float32(step) + np.float32(levels))) / top
+    for numerator in tops[1:]:
+        other = divided(numerator, top)
         new_error = error(other, nearest(other * x).clamp_max(levels))
         better = new_error < best
         best, grid = torch.where(better, new_error, best), torch.where(better, other, grid)
     codes = nearest(grid * x).clamp_max(levels)
     sum_xl = ordered_sum((weights * x) * codes.float())
     sum_l2 = ordered_sum((weights * codes.float()) * codes.float())
-    codes = (codes & 255).float()
-    sum_xl, sum_l2 = exchange(x, weights, -NO_LIMIT, levels, codes, sum_xl, sum_l2, need_rest=True)
-    scale = torch.where((sum_l2 > 0) & ~zero, sum_xl / sum_l2, torch.zeros_like(sum_xl))
-    return scale, torch.where(zero, torch.zeros_like(codes), codes).to(torch.int32)
+    return (codes & 255).float(), sum_xl, sum_l2
 
 
 def _fit_superblock(
