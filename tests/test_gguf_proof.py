@@ -185,6 +185,25 @@ def test_a_file_made_from_unrounded_weights_is_no_failure(models, tmp_path):
         assert verify(file, directory).failures == []
 
 
+def test_what_no_file_can_say_is_named_and_measured(tmp_path):
+    """gpt-oss as it is published: llama.cpp rounds the ramp of its rotary embedding, whatever the file says."""
+    directory = tiny.save_tiny("gpt_oss", tmp_path / "model")
+    with pytest.warns(UserWarning, match="rounds YaRN's ramp"):
+        (file,) = proved_conversion(directory, tmp_path / "x.gguf", "f32")
+    proof = json.loads((tmp_path / "x.gguf.proof.json").read_text())
+    assert "truncate: false" in proof["deviation"] and proof["failures"] == [] and proof["divergence"] < 1e-8
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    before = model(torch.tensor([IDS])).logits[0].detach()
+    reference = reference_of(model, directory, ["A luthier builds lutes."])
+    assert torch.equal(before, model(torch.tensor([IDS])).logits[0])  # the model is as it was
+    with Llama(file) as llama:
+        found = torch.from_numpy(llama.logits(reference.sequences[0]))
+    trained = model(torch.tensor(reference.sequences)).logits[0].detach()
+    assert (found - reference.logits[0]).abs().max() < 1e-4 < 10 * (found - trained).abs().max()
+    wrong = rewrite(file, tmp_path / "y.gguf", metadata={"gpt-oss.rope.scaling.original_context_length": 64})
+    assert any("its logits diverge" in failure for failure in prove(wrong, reference).failures)
+
+
 def test_another_model_is_no_match(models, tmp_path):
     directory, _ = models
     (file,) = convert_to_gguf(tiny.save_tiny("llama3.1", tmp_path / "other", seed=5), tmp_path / "x.gguf", "bf16")

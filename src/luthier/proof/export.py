@@ -11,6 +11,7 @@ import contextlib
 import json
 import math
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -42,6 +43,7 @@ from luthier.model.load import load_model
 from luthier.model.merge import Base, Merge
 from luthier.model.save import save_adapter, upload
 from luthier.model.vision import load_vision_model
+from luthier.proof.deviation import as_llama_cpp, measured
 from luthier.proof.gguf_model import GGUFModel
 from luthier.proof.gguf_tokenizer import GGUFTokenizer
 from luthier.proof.weights import checksums, compare_weights, stored_damage
@@ -71,7 +73,10 @@ SPACES = "llama.cpp puts a space behind special tokens where the tokenizer puts 
 
 @dataclass(frozen=True)
 class Reference:
-    """What the trained model says: prompts as token ids, and its logits float32 ``[length, vocabulary]`` for each."""
+    """What the trained model says: prompts as token ids, and its logits float32 ``[length, vocabulary]`` for each.
+
+    ``deviation``: what no file can say; the logits are then those of the model with it.
+    """
 
     config: Any
     tokenizer: Any
@@ -79,6 +84,7 @@ class Reference:
     sequences: list[list[int]]
     logits: list[torch.Tensor]
     exact: bool  # computed in 32 bits
+    deviation: str = ""
 
 
 @dataclass
@@ -95,6 +101,7 @@ class Proof:
     texts: int = 0
     stop_tokens: list[str] = field(default_factory=list)
     weights: str = "not compared"
+    deviation: str = ""  # what llama.cpp computes otherwise, in any file of this model
     notes: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     checksums: dict[str, int] = field(default_factory=dict)  # CRC-32 of the header and of every tensor
@@ -108,6 +115,7 @@ class Proof:
             ("weights", self.weights),
             ("tokens", f"equal in {self.texts} texts"),
             ("stop tokens", " ".join(self.stop_tokens)),
+            *([("known difference", self.deviation)] if self.deviation else []),
             *(("note", note) for note in self.notes),
             *(("FAILED", failure) for failure in self.failures),
         ]
@@ -122,12 +130,20 @@ def reference_of(model: Any, tokenizer: Any, prompts: Sequence[str] | None = Non
     device = next(model.parameters()).device
     training = model.training
     model.eval()
-    with torch.no_grad():
-        logits = [model(torch.tensor([ids], device=device)).logits[0].float().cpu() for ids in sequences]
+
+    def answer() -> list[torch.Tensor]:
+        with torch.no_grad():
+            return [model(torch.tensor([ids], device=device)).logits[0].float().cpu() for ids in sequences]
+
+    logits = answer()
+    with as_llama_cpp(model) as deviation:
+        if deviation:
+            trained, logits = logits, answer()
+            deviation = measured(deviation, trained, logits)
     model.train(training)
     exact = all(parameter.dtype == torch.float32 for parameter in model.parameters() if parameter.is_floating_point())
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
-    return Reference(model.config, tokenizer, template, sequences, logits, exact)
+    return Reference(model.config, tokenizer, template, sequences, logits, exact, deviation)
 
 
 def prove(path: str | Path, reference: Reference) -> Proof:
@@ -138,6 +154,7 @@ def prove(path: str | Path, reference: Reference) -> Proof:
     file = GGUFFile(path)
     ids = {kind.id: name for name, kind in FILE_TYPES.items()}
     proof = Proof(Path(path).name, ids.get(file.metadata.get("general.file_type"), "unknown"))
+    proof.deviation = reference.deviation
     proof.checksums = checksums(file)
     if getattr(reference.config, "vision_config", None) is not None:
         proof.notes.append("the vision part was read back, not computed")
@@ -195,7 +212,8 @@ def _load(directory: str | Path, config: Any, source: CheckpointSource) -> Any:
 
 def _compare_numbers(file: GGUFFile, config: Any, proof: Proof) -> None:
     """The sizes, norms and rotary embedding that the file names, and the tensors computed from them."""
-    wanted = metadata(architectures.find(config), config, "")
+    with warnings.catch_warnings(action="ignore"):  # the export has said it
+        wanted = metadata(architectures.find(config), config, "")
     for key, value in wanted.items():
         found = file.metadata.get(key, value)
         found = found.tolist() if isinstance(found, np.ndarray) else found
