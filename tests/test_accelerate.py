@@ -364,3 +364,59 @@ def test_trl_grpo_runs_on_it(tmp_path):
     trainer.train()
     assert is_accelerated(model)
     assert any(not torch.equal(p, before[name]) for name, p in model.named_parameters() if p.requires_grad)
+
+
+def low_cap(model):
+    for layer in model.model.layers:
+        layer.self_attn.attn_logit_softcapping = 0.5
+    return model
+
+
+def test_soft_caps_hold_in_training_and_evaluation_whatever_transformers_would_do():
+    """transformers' sdpa drops them without a word; eager, its only exact way, is what ours must equal."""
+    exact = low_cap(tiny_model("gemma2"))
+    model = low_cap(tiny_model("gemma2"))
+    model.set_attn_implementation("sdpa")
+    without = model(**batch()).logits
+    with pytest.warns(UserWarning, match="soft caps"):
+        accelerate(model)
+    seen = batch()["attention_mask"].bool()
+    capped = exact(**batch()).logits
+    torch.testing.assert_close(model(**batch()).logits[seen], capped[seen])
+    assert (without - capped)[seen].abs().max() > 1e-3
+    truth = loss_and_gradients(with_lora(exact), **batch())
+    loss, gradients = loss_and_gradients(with_lora(model), **batch())
+    torch.testing.assert_close(loss, truth[0], rtol=1e-5, atol=0)
+    assert difference(gradients, truth[1]) < 1e-5
+    restore(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+def test_our_attention_under_transformers_interface(family):
+    """Evaluation, training of all weights (sinks too), and generation with a cache: as eager, with less memory."""
+    from luthier.model.attention_interface import implementation_for
+
+    eager, ours = tiny_model(family), tiny_model(family)
+    eager.set_attn_implementation("eager")
+    ours.set_attn_implementation(implementation_for(ours.config))
+    seen = batch()["attention_mask"].bool()
+    torch.testing.assert_close(ours(**batch()).logits[seen], eager(**batch()).logits[seen])
+    (loss, gradients), (expected, truth) = (loss_and_gradients(model, **batch()) for model in (ours, eager))
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    assert difference(gradients, truth) < 1e-5 and (family == "gemma2" or any("sinks" in name for name in truth))
+    prompt = batch()["input_ids"][:1]
+    settings = {"max_new_tokens": 20, "do_sample": False}
+    assert torch.equal(ours.eval().generate(prompt, **settings), eager.eval().generate(prompt, **settings))
+
+
+def test_packed_rows_of_gpt_oss_do_not_see_each_other_under_our_attention():
+    """Its own mask leaves the positions out, so that they do in stock."""
+    from luthier.model.attention_interface import implementation_for
+
+    model, ids = tiny_model("gpt_oss"), batch()["input_ids"]
+    model.set_attn_implementation(implementation_for(model.config))
+    packed = {"position_ids": torch.arange(24).repeat(2)[None], "use_cache": False, "max_length_q": 24, "max_length_k": 24}
+    packed |= {name: torch.tensor([0, 24, 48], dtype=torch.int32) for name in ("cu_seq_lens_q", "cu_seq_lens_k")}
+    together = model(input_ids=ids.view(1, -1), **packed).logits.view(2, 24, -1)
+    torch.testing.assert_close(together, model(input_ids=ids).logits)

@@ -9,4 +9,5 @@ SPEC = Spec(
     mlp_norms=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
     head=Head(softcap="final_logit_softcapping"),
     window="attention",
+    softcap="attn_logit_softcapping",
 )

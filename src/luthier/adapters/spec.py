@@ -62,6 +62,7 @@ class Spec:
     residual_scale: str | None = None  # attribute of the layer: x + scale * branch
     window: Literal["attention", "config"] | None = None  # whose ``sliding_window`` (None: none) a layer obeys
     sinks: str | None = None  # attribute of the attention module: one learned logit per head in every softmax
+    softcap: str | None = None  # attribute of the attention module: scores = cap * tanh(scores / cap)
     attention_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     mlp_targets: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     expert_parameters: tuple[str, ...] = ()  # 3-D parameters that LoRA reaches through target_parameters

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from luthier import adapters
+from luthier.model.attention_interface import implementation_for
 from luthier.model.backbone import ModelState, backbone_class_members
 from luthier.model.dial import Dial
 from luthier.model.fused_layer import LayerState, layer_class_members, norm_class_members
@@ -51,6 +52,11 @@ def accelerate(model: nn.Module) -> nn.Module:
         _swap(backbone, _class(type(backbone), backbone_class_members), state)
         for norm in [module for module in backbone.modules() if type(module).__name__ in spec.norm_classes]:
             _swap(norm, _class(type(norm), norm_class_members, spec))
+    attention = implementation_for(base.config)
+    if attention is not None and base.config.get_text_config()._attn_implementation == "sdpa":
+        base.set_attn_implementation(attention)
+        base.__dict__["luthier_attention_before"] = "sdpa"
+        notice_once(base, "attention", f"sdpa leaves out this model's soft caps: attn_implementation is {attention!r} now.")
     if base.get_output_embeddings() is not None and "logits_to_keep" in inspect.signature(type(base).forward).parameters:
         _swap(base, _class(_stock_class(base), head_class_members, spec))
     return model
@@ -58,12 +64,16 @@ def accelerate(model: nn.Module) -> nn.Module:
 
 def restore(model: nn.Module) -> nn.Module:
     """Undo ``accelerate``: every module of the model has its stock class again. Gives the model back."""
+    base = base_model(model)
     dial = dial_of(model)
     if dial is not None:
         dial.follow_flag()  # gives its host memory back
-    for module in base_model(model).modules():
+    for module in base.modules():
         if _stock_class(module) is not type(module):
             _swap(module, _stock_class(module))
+    before = base.__dict__.pop("luthier_attention_before", None)
+    if before is not None:
+        base.set_attn_implementation(before)
     return model
 
 

@@ -124,6 +124,8 @@ class AttentionBlock:
     interleaved: bool
     residual_scale: float = 1.0
     norm_is_wide: bool = False  # q_norm and k_norm run over all heads at once
+    softcap: float | None = None
+    sinks: Tensor | None = None  # (heads,), frozen
 
     def norms(self) -> list[Norm]:
         return [norm for norm in (self.norm, self.post_norm, self.q_norm, self.k_norm) if norm]
@@ -190,7 +192,8 @@ class AttentionBlock:
                 rotate(self._tokens(part, call.batch, heads), call.cos, call.sin, self.interleaved)
         if not attends:
             return qkv, None, None
-        out, attention = attend(*self._rotated(qkv, call), self.scale, call.mask, call.window, call.segments)
+        structure = call.mask, call.window, call.segments
+        out, attention = attend(*self._rotated(qkv, call), self.scale, *structure, self.softcap, self.sinks)
         return qkv, out.transpose(1, 2).reshape(x.shape[0], -1), attention
 
     def _output(self, x: Tensor, out: Tensor, written: Tensor | None, low: Tensor | None) -> tuple[Tensor, Tensor | None]:

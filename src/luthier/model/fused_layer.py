@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from luthier.adapters.spec import Spec
+from luthier.model.attention_interface import NAME
 from luthier.model.backbone import ModelState
 from luthier.model.blocks import AttentionBlock, Call, Gradients, Kept, MlpBlock, Mode, Norm
 from luthier.model.dial import LayerPlan, Shape
@@ -236,6 +237,8 @@ def read_blocks(layer: nn.Module, spec: Spec, hidden_states: Tensor, kwargs: dic
         interleaved=spec.rotary.startswith("interleaved"),
         residual_scale=residual_scale,
         norm_is_wide=spec.qk_norm == "width",
+        softcap=getattr(attention, spec.softcap) if spec.softcap else None,
+        sinks=getattr(attention, spec.sinks) if spec.sinks else None,
     )
     if hasattr(mlp, "experts"):
         return Blocks(attention_block, None)
@@ -357,12 +360,13 @@ def _check_call(layer: nn.Module, hidden_states: Tensor, kwargs: dict) -> None:
 def _check_structure(layer: nn.Module, spec: Spec) -> None:
     attention, mlp = layer.self_attn, layer.mlp
     implementation = attention.config._attn_implementation
-    if implementation != "sdpa":
+    own_scores = spec.softcap or spec.sinks  # which transformers' sdpa knows nothing of: eager is its only exact one
+    if implementation not in ("sdpa", NAME) and not (implementation == "eager" and own_scores):
         raise Unfused(f"attn_implementation is {implementation!r}")
     if not attention.is_causal:
         raise Unfused("its attention is bidirectional")
-    if spec.sinks:
-        raise Unfused("its attention has sinks")
+    if spec.sinks and getattr(attention, spec.sinks).requires_grad:
+        raise Unfused("its attention sinks are trained")
     dropout = attention.attention_dropout if hasattr(attention, "attention_dropout") else attention.dropout
     if dropout or any(isinstance(child, nn.Dropout) and child.p for child in layer.children()):
         raise Unfused("it drops activations")

@@ -17,6 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from luthier import adapters
 from luthier.errors import UnsupportedError, unknown
 from luthier.model import checkpoint
+from luthier.model.attention_interface import implementation_for
 from luthier.model.checkpointing import checkpointing_mode
 from luthier.model.compute import require_compute
 from luthier.model.cpu_4bit import repair_cpu_4bit
@@ -320,6 +321,8 @@ def load_weights(
     info.stored_dtype = checkpoint.open_checkpoint(info.base_path).dtype
     settings = {name: value for name, value in options.items() if value is not None}
     settings["device_map"] = settings.get("device_map", default_device_map())
+    attention = settings.get("attn_implementation") or implementation_for(config)
+    settings |= {"attn_implementation": attention} if attention else {}
     settings["quantization_config"] = _quantisation_of(config, info, precision_given, settings.pop("quantization_config", None))
     if settings["quantization_config"] is None:
         del settings["quantization_config"]

@@ -1,6 +1,9 @@
-"""Scaled dot-product attention with grouped heads, over whatever torch has that is fastest for the case.
+"""Scaled dot-product attention with grouped heads, over the fastest kernel that there is for the case: torch's, or ours.
 
     out[b, h] = softmax(scale * q[b, h] @ k[b, h // group].T + mask) @ v[b, h // group]
+
+A sink is one more score a row, of a key without a value. All kernels get it in the same way, behind them: it adds to
+``rows`` and shrinks the output, and any flash backward that is given both so gives the gradients with the sink.
 
 ``attend`` and ``attend_backward`` are a forward and its backward without autograd between them, so that a block decides
 itself what it keeps: causal attention needs q, k, v, the output and one number a row (``AttentionState.rows``), of
@@ -9,11 +12,22 @@ which a block may keep the last two and compute the others again.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from luthier.ops.backend import triton
+from luthier.ops.flash_attention import (
+    Band,
+    flash_backward,
+    flash_backward_reference,
+    flash_forward,
+    flash_reference,
+)
 
 aten = torch.ops.aten
 
@@ -24,6 +38,9 @@ class Segments:
 
     bounds: Tensor
     longest: int
+    bands: dict[int | None, Band] = field(
+        default_factory=dict, compare=False, repr=False
+    )  # by window, once they were asked for
 
 
 @dataclass
@@ -65,27 +82,74 @@ def attention_reference(
     return scores.softmax(-1).to(v.dtype) @ v
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = True, mask: Tensor | None = None) -> Tensor:
-    """q (B, H, T, D), k and v (B, Hkv, T, D) -> (B, H, T, D); mask (B or 1, 1, T, T) bool (True: seen) or additive."""
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    causal: bool = True,
+    mask: Tensor | None = None,
+    window: int | None = None,
+    segments: Segments | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """q (B, H, T, D), k and v (B, Hkv, S, D) -> (B, H, T, D); mask (B or 1, 1, T, S) bool (True: seen) or additive.
+
+    Differentiable in q, k, v and ``sinks``. ``window`` and ``segments`` mean something where it is causal without a mask.
+    """
+    if window is not None or segments is not None or softcap is not None or sinks is not None:
+        if mask is None and not causal:
+            mask = torch.ones(1, 1, q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+        return _Attention.apply(q, k, v, sinks, scale, mask, window, segments, softcap)
     grouped = q.shape[1] != k.shape[1]
     if mask is not None and grouped:  # torch's masked kernels know nothing of groups
-        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+        k, v = _ungrouped(q, k), _ungrouped(q, v)
         grouped = False
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal and mask is None, scale=scale, enable_gqa=grouped)
 
 
-def kernel_for(q: Tensor, mask: Tensor | None, window: int | None = None, segments: Segments | None = None) -> str:
-    """Which of torch's kernels is fastest for queries like ``q`` (B, H, T, D); "autograd" is whatever torch chooses."""
-    if mask is not None or q.dtype == torch.float64:
-        return "autograd"
+# capability -> case -> width of a head (at most) -> the fastest kernel; a card takes the row of the largest not above its own
+FASTEST: dict[tuple[int, int], dict[str, dict[int, str]]] = {
+    (7, 5): {"causal": {256: "efficient"}, "window": {256: "tiles"}, "packed": {256: "tiles"}},
+    (8, 0): {"causal": {256: "flash"}, "window": {256: "flash, structured"}, "packed": {256: "flash, structured"}},
+    (9, 0): {
+        "causal": {128: "cudnn", 256: "flash"},
+        "window": {256: "flash, structured"},
+        "packed": {256: "flash, structured"},
+    },
+}
+
+
+def kernel_for(
+    q: Tensor,
+    mask: Tensor | None = None,
+    window: int | None = None,
+    segments: Segments | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> str:
+    """The kernel for queries like ``q`` (B, H, T, D): "cpu", one of ``FASTEST``, "reference" (ours, in plain torch), or
+    "autograd": whatever torch chooses, for what only a mask can say."""
+    if mask is not None:
+        return "autograd" if softcap is None and sinks is None else "reference"
     if not q.is_cuda:
-        return "cpu" if window is None else "autograd"
-    width, capability = q.shape[-1], torch.cuda.get_device_capability(q.device)
-    if q.dtype == torch.float32 or width % 8 or width > 256 or capability < (8, 0):
-        return "autograd"
-    if window is not None or segments is not None:  # only flash attention knows these without a mask
-        return "flash, structured"
-    return "cudnn" if capability >= (9, 0) and width <= 128 and torch.backends.cuda.cudnn_sdp_enabled() else "flash"
+        return "cpu" if window is None and softcap is None and q.dtype != torch.float64 else "reference"
+    width, sixteen_bits = q.shape[-1], q.dtype in (torch.bfloat16, torch.float16)
+    tiled = triton is not None and sixteen_bits and width <= 256
+    if softcap is not None:
+        return "tiles" if tiled else "reference"
+    case = "window" if window is not None else "causal" if segments is None else "packed"
+    if not sixteen_bits:
+        return "efficient" if case == "causal" and q.dtype == torch.float32 and width % 4 == 0 else "reference"
+    if width % 8 or width > 256:
+        return "tiles" if tiled else "reference"
+    capability = torch.cuda.get_device_capability(q.device)
+    row = FASTEST[max(known for known in FASTEST if known <= max(capability, (7, 5)))][case]
+    kernel = row[min(most for most in row if width <= most)]
+    if kernel == "cudnn" and not torch.backends.cuda.cudnn_sdp_enabled():
+        return "flash"
+    return "reference" if kernel == "tiles" and not tiled else kernel
 
 
 def attend(
@@ -96,62 +160,136 @@ def attend(
     mask: Tensor | None = None,
     window: int | None = None,
     segments: Segments | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, AttentionState]:
     """(out (B, H, T, D), what its backward needs), of causal attention within ``window`` and ``segments`` if given.
 
-    With ``mask`` (see ``attention``) the mask alone decides.
+    With ``mask`` (see ``attention``) the mask alone decides. ``sinks`` (H,) get no gradient.
     """
     window = None if window is None or window >= q.shape[2] else window
-    kernel = kernel_for(q, mask, window, segments)
-    if kernel in ("cudnn", "flash"):
-        if kernel == "cudnn":
-            results = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, False, scale=scale)
-        else:
-            results = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, False, scale=scale)
-        return results[0], AttentionState(kernel, results[1], results[2:8])
-    if kernel == "flash, structured":
-        return _attend_structured(q, k, v, scale, window, segments)
-    if kernel == "cpu":
-        return _attend_on_cpu(q, k, v, scale, segments)
-    if mask is None and window is not None:
-        mask = structure_mask(q.shape[2], window, segments, q.device)
-    with torch.enable_grad():
-        leaves = tuple(t.detach().requires_grad_() for t in (q, k, v))
-        out = attention(*leaves, scale, mask=mask)
-    return out.detach(), AttentionState(kernel, graph=(*leaves, out))
+    kernel = kernel_for(q, mask, window, segments, softcap, sinks)
+    if kernel == "autograd":
+        with torch.enable_grad():
+            leaves = tuple(t.detach().requires_grad_() for t in (q, k, v))
+            out = attention(*leaves, scale, mask=mask)
+        return out.detach(), AttentionState(kernel, graph=(*leaves, out))
+    if kernel in ("tiles", "reference"):
+        seen = band(q.shape[2], window, segments, q.device) if mask is None else mask
+        run = flash_forward if kernel == "tiles" else flash_reference
+        out, rows = run(q, k, v, scale, seen, softcap)
+        state = AttentionState(kernel, rows, (seen, softcap))
+    elif kernel == "flash, structured":
+        out, state = _attend_structured(q, k, v, scale, window, segments)
+    elif kernel == "cpu":
+        out, state = _attend_on_cpu(q, k, v, scale, segments)
+    else:
+        out, state = _attend_causally(kernel, q, k, v, scale)
+    if sinks is not None:
+        _add_sinks(out, state.rows, sinks)
+    return out, state
 
 
 def attend_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, state: AttentionState, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, in their shapes, from that of the output (B, H, T, D)."""
-    if state.kernel in ("cudnn", "flash"):
-        cu_q, cu_k, max_q, max_k, seed, offset = state.extras
-        if state.kernel == "cudnn":
-            return aten._scaled_dot_product_cudnn_attention_backward(
-                grad, q, k, v, out, state.rows, seed, offset, None, cu_q, cu_k, max_q, max_k, 0.0, True, scale=scale
-            )
-        return aten._scaled_dot_product_flash_attention_backward(
-            grad, q, k, v, out, state.rows, cu_q, cu_k, max_q, max_k, 0.0, True, seed, offset, scale=scale
-        )
+    if state.kernel == "autograd":
+        *leaves, out = state.graph
+        return torch.autograd.grad(out, leaves, grad)
+    if state.kernel in ("tiles", "reference"):
+        run = flash_backward if state.kernel == "tiles" else flash_backward_reference
+        seen, softcap = state.extras
+        return run(grad, q, k, v, out, state.rows, scale, seen, softcap)
     if state.kernel == "flash, structured":
         return _attend_structured_backward(grad, q, k, v, out, state, scale)
     if state.kernel == "cpu":
         return _attend_on_cpu_backward(grad, q, k, v, out, state, scale)
-    *leaves, out = state.graph
-    return torch.autograd.grad(out, leaves, grad)
+    return _attend_causally_backward(grad, q, k, v, out, state, scale)
 
 
-def structure_mask(length: int, window: int | None, segments: Segments | None, device: torch.device) -> Tensor:
-    """(1, 1, T, T) bool: what each token sees, causally, within its window and its segment."""
-    query, key = torch.arange(length, device=device).unsqueeze(1), torch.arange(length, device=device)
-    seen = key <= query
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, sinks, scale, mask, window, segments, softcap):
+        out, ctx.state = attend(q, k, v, scale, mask, window, segments, softcap, sinks)
+        ctx.save_for_backward(q, k, v, sinks, out)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        q, k, v, sinks, out = ctx.saved_tensors
+        gradients = attend_backward(grad, q, k, v, out, ctx.state, ctx.scale)
+        of_sinks = None
+        if ctx.needs_input_grad[3]:  # a sink has no value: all it does is to shrink the output
+            shares = torch.exp(sinks.float()[:, None] - _rows(ctx.state.rows, out))
+            of_sinks = -(shares * (grad.float() * out.float()).sum(-1)).sum((0, 2)).to(sinks.dtype)
+        return *gradients, of_sinks, None, None, None, None, None
+
+
+def band(length: int, window: int | None, segments: Segments | None, device: torch.device) -> Band:
+    """What each token sees, causally, within its window and its segment; computed once for a structure."""
+    if segments is None:
+        return _band_of_window(length, window, device)
+    if window not in segments.bands:
+        token = torch.arange(length, device=device, dtype=torch.int32)
+        bounds = segments.bounds.to(torch.int32)
+        first = bounds[torch.searchsorted(bounds, token, right=True) - 1]
+        segments.bands[window] = _causal_band(first, window)
+    return segments.bands[window]
+
+
+@functools.lru_cache(maxsize=8)
+def _band_of_window(length: int, window: int | None, device: torch.device) -> Band:
+    return _causal_band(torch.zeros(length, device=device, dtype=torch.int32), window)
+
+
+def _causal_band(first: Tensor, window: int | None) -> Band:
+    token = torch.arange(first.shape[0], device=first.device, dtype=torch.int32)
     if window is not None:
-        seen &= key > query - window
-    if segments is not None:
-        segment = torch.searchsorted(segments.bounds, torch.arange(length, device=device, dtype=torch.int32), right=True)
-        seen &= segment.unsqueeze(1) == segment
-    return seen[None, None]
+        first = torch.maximum(first, token - window + 1)
+    return Band.of(first[None], token[None])
+
+
+def _add_sinks(out: Tensor, rows: Tensor, sinks: Tensor) -> None:
+    """Put ``sinks`` (H,) into the output (B, H, T, D) and its rows, in place."""
+    rows = _rows(rows, out)
+    with_sink = torch.logaddexp(rows, sinks.to(rows.dtype)[:, None])
+    out.mul_((rows - with_sink).exp_().unsqueeze(-1))
+    rows.copy_(with_sink)
+
+
+def _rows(rows: Tensor, out: Tensor) -> Tensor:
+    """(B, H, T), a view of what a kernel calls its rows: (H, T) of a packed one, (B, H, T, 1), or padded to whole blocks."""
+    return (rows[None] if rows.ndim == 2 else rows.flatten(2))[:, :, : out.shape[2]]
+
+
+def _attend_causally(kernel, q, k, v, scale):
+    if kernel == "cudnn":
+        results = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, False, scale=scale)
+    elif kernel == "flash":
+        results = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, False, scale=scale)
+    else:
+        k, v = _ungrouped(q, k), _ungrouped(q, v)
+        results = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True, scale=scale)
+    return results[0], AttentionState(kernel, results[1], results[2:8])
+
+
+def _attend_causally_backward(grad, q, k, v, out, state, scale):
+    if state.kernel == "efficient":
+        wide, backward = (_ungrouped(q, k), _ungrouped(q, v)), aten._scaled_dot_product_efficient_attention_backward
+        wanted = [True, True, True, False]
+        dq, dk, dv, _ = backward(grad, q, *wide, None, out, state.rows, *state.extras, 0.0, wanted, True, scale=scale)
+        return dq, _summed(dk, k), _summed(dv, v)
+    cu_q, cu_k, max_q, max_k, seed, offset = state.extras
+    if state.kernel == "cudnn":
+        return aten._scaled_dot_product_cudnn_attention_backward(
+            grad, q, k, v, out, state.rows, seed, offset, None, cu_q, cu_k, max_q, max_k, 0.0, True, scale=scale
+        )
+    return aten._scaled_dot_product_flash_attention_backward(
+        grad, q, k, v, out, state.rows, cu_q, cu_k, max_q, max_k, 0.0, True, seed, offset, scale=scale
+    )
 
 
 def _attend_structured(q, k, v, scale, window, segments):
@@ -192,8 +330,13 @@ def _attend_on_cpu_backward(grad, q, k, v, out, state, scale):
     backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
     results = [backward(*piece, 0.0, True, scale=scale) for piece in pieces]
     dq, dk, dv = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2) for parts in zip(*results, strict=True))
-    return dq, *(t.unflatten(1, (k.shape[1], -1)).sum(2) for t in (dk, dv))
+    return dq, _summed(dk, k), _summed(dv, v)
 
 
 def _ungrouped(q: Tensor, k: Tensor) -> Tensor:
     return k if q.shape[1] == k.shape[1] else k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+
+
+def _summed(wide: Tensor, k: Tensor) -> Tensor:
+    """The gradient of ``k`` from that of ``_ungrouped``."""
+    return wide if wide.shape == k.shape else wide.unflatten(1, (k.shape[1], -1)).sum(2)

@@ -38,6 +38,7 @@ from luthier.gguf.ollama import write_ollama_modelfile
 from luthier.gguf.reader import GGUFFile
 from luthier.gguf.source import CheckpointSource
 from luthier.gguf.types import FILE_TYPES
+from luthier.model.attention_interface import implementation_for
 from luthier.model.gguf_export import write_merged_gguf
 from luthier.model.load import load_model
 from luthier.model.merge import Base, Merge
@@ -207,7 +208,8 @@ def _load(directory: str | Path, config: Any, source: CheckpointSource) -> Any:
     """The model in a directory, in 32 bits if it has at most two billion weights."""
     small = sum(torch.Size(shape).numel() for shape in source.shapes.values()) < 2e9
     auto = AutoModelForCausalLM if getattr(config, "vision_config", None) is None else AutoModelForImageTextToText
-    return auto.from_pretrained(directory, dtype=torch.float32 if small else torch.bfloat16, local_files_only=True)
+    dtype, attention = torch.float32 if small else torch.bfloat16, implementation_for(config)
+    return auto.from_pretrained(directory, dtype=dtype, attn_implementation=attention, local_files_only=True)
 
 
 def _compare_numbers(file: GGUFFile, config: Any, proof: Proof) -> None:
