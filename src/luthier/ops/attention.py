@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from luthier.ops.backend import triton
+from luthier.ops.backend import power_of_2, triton
 from luthier.ops.flash_attention import (
     Band,
     flash_backward,
@@ -231,7 +231,7 @@ class _Attention(torch.autograd.Function):
 def band(length: int, window: int | None, segments: Segments | None, device: torch.device) -> Band:
     """What each token sees, causally, within its window and its segment; computed once for a structure."""
     if segments is None:
-        return _band_of_window(length, window, device)
+        return _band_of_window(power_of_2(length), window, device).cut(length)
     if window not in segments.bands:
         token = torch.arange(length, device=device, dtype=torch.int32)
         bounds = segments.bounds.to(torch.int32)
@@ -240,7 +240,7 @@ def band(length: int, window: int | None, segments: Segments | None, device: tor
     return segments.bands[window]
 
 
-@functools.lru_cache(maxsize=8)
+@functools.cache  # of few lengths, and for good: CUDA graphs read where a band lies
 def _band_of_window(length: int, window: int | None, device: torch.device) -> Band:
     return _causal_band(torch.zeros(length, device=device, dtype=torch.int32), window)
 

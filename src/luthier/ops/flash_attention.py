@@ -43,6 +43,10 @@ class Band:
         last_query = torch.searchsorted(first, key, right=True, out_int32=True) - 1
         return Band(first, last, first_query, last_query)
 
+    def cut(self, length: int) -> Band:
+        """Of the first ``length`` tokens, in the same memory."""
+        return Band(*(t[:, :length] for t in (self.first, self.last, self.first_query, self.last_query)))
+
     def sees(self, rows: slice) -> Tensor:
         """(B or 1, 1, rows, T) bool."""
         key = torch.arange(self.first.shape[1], device=self.first.device)
@@ -265,7 +269,7 @@ def _blocks(FIRST, LAST, row, length, WALKED: tl.constexpr):
     blocks that are not whole): a whole block is seen by every row.
     """
     at = tl.minimum(row, length - 1)
-    first, last = tl.load(FIRST + at), tl.load(LAST + at)
+    first, last = tl.load(FIRST + at), tl.minimum(tl.load(LAST + at), length - 1)  # a band may be cut from a longer one
     begin = tl.min(first, 0) // WALKED
     end = tl.maximum(tl.cdiv(tl.max(last, 0) + 1, WALKED), begin)
     whole = tl.minimum(tl.maximum(tl.cdiv(tl.max(first, 0), WALKED), begin), end)
