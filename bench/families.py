@@ -28,15 +28,6 @@ KINDS = {  # what trains -> arguments of FastLanguageModel.from_pretrained
     "lora": {"load_in_16bit": True},
     "full": {"full_finetuning": True},
 }
-TINY = {  # widths with which this script itself is tried on a CPU
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "vocab_size": 512,
-    "pad_token_id": 0,
-}
 
 
 def main() -> None:
@@ -95,7 +86,7 @@ def print_row(row: dict) -> None:
 def measured(family: str, arguments: argparse.Namespace) -> dict:
     """Gradients and speed of one family, stock and ours."""
     import torch
-    from models import dequantised
+    from models import TINY, dequantised, load_stock, with_lora, write_checkpoint
     from step import random_batch, timed
 
     import luthier.fast  # noqa: F401  not counted as loading
@@ -111,9 +102,10 @@ def measured(family: str, arguments: argparse.Namespace) -> dict:
         return timed(model, optimizer, batch, tokens, arguments.warmup, arguments.steps)
 
     with tempfile.TemporaryDirectory() as directory:
-        write_checkpoint(family, directory, layers, arguments.tiny)
+        write_checkpoint(directory, family, layers, **(TINY if arguments.tiny else {"vocab_size": VOCABULARY}))
         started = time.perf_counter()
-        stock = stock_model(directory, arguments.kind)
+        stock = load_stock(directory, four_bit=arguments.kind == "qlora").train()
+        stock = stock if arguments.kind == "full" else with_lora(stock)
         hf_seconds = time.perf_counter() - started
         trained = {name: p.detach().clone() for name, p in stock.named_parameters() if p.requires_grad}
         inputs = random_batch(stock, 2, 24 if arguments.tiny else 512, seed=0)
@@ -146,38 +138,6 @@ def measured(family: str, arguments: argparse.Namespace) -> dict:
         "seconds": seconds,
         "hf_seconds": hf_seconds,
     }
-
-
-def write_checkpoint(family: str, directory: str, layers: int, tiny: bool) -> None:
-    import torch
-    from models import random_model
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    changes = TINY if tiny else {"vocab_size": VOCABULARY}
-    model = random_model(family, device, four_bit=False, layers=layers, **changes)
-    model.save_pretrained(directory)
-    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
-    words = Tokenizer(WordLevel({token: index for index, token in enumerate((*special.values(), "<unk>"))}, unk_token="<unk>"))
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", **special).save_pretrained(directory)
-
-
-def stock_model(directory: str, kind: str):
-    """transformers + peft, as their documentation trains such a model; the adapters' B away from zero."""
-    import torch
-    from models import with_lora
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    on_gpu = torch.cuda.is_available()
-    quantisation = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
-    )
-    settings = {"quantization_config": quantisation} if kind == "qlora" else {}
-    settings |= {"dtype": torch.bfloat16, "device_map": {"": 0 if on_gpu else "cpu"}}
-    model = AutoModelForCausalLM.from_pretrained(directory, **settings).train()
-    return model if kind == "full" else with_lora(model)
 
 
 def our_model(directory: str, kind: str):

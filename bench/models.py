@@ -11,8 +11,10 @@ from collections.abc import Iterator
 import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
 from luthier.ops.fp8 import quantise_rows_reference
 
@@ -110,6 +112,15 @@ SHAPES = {
         "logits_scaling": 16.0,
     },
 }
+TINY = {  # widths with which a script of this folder can be tried on a CPU
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 512,
+    "pad_token_id": 0,
+}
 
 
 def random_model(
@@ -142,6 +153,24 @@ def random_model(
     model.tie_weights()
     model.is_loaded_in_4bit = four_bit
     return model.requires_grad_(False)
+
+
+def write_checkpoint(directory: str, shape: str, layers: int | None = None, **changes: int) -> None:
+    """A bf16 checkpoint of ``shape`` as transformers saves one, with a tokenizer of four words."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    random_model(shape, device, four_bit=False, layers=layers, **changes).save_pretrained(directory, max_shard_size="5GB")
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    words = Tokenizer(WordLevel({token: index for index, token in enumerate((*special.values(), "<unk>"))}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", **special).save_pretrained(directory)
+
+
+def load_stock(directory: str, four_bit: bool = True) -> nn.Module:
+    """A checkpoint as transformers' documentation loads it, in bf16, its linear layers in NF4 or not."""
+    settings = {"dtype": torch.bfloat16, "device_map": {"": 0 if torch.cuda.is_available() else "cpu"}}
+    if four_bit:
+        kind = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.bfloat16}
+        settings["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, **kind)
+    return AutoModelForCausalLM.from_pretrained(directory, **settings)
 
 
 def with_lora(model: nn.Module, r: int = 16) -> nn.Module:

@@ -1,5 +1,6 @@
 """What a user holds: FastLanguageModel and the methods of the models it gives."""
 
+import re
 import warnings
 
 import pytest
@@ -94,3 +95,32 @@ def test_acceleration_is_undone_by_one_call(adapted):
 def test_patch_fast_rl_says_that_nothing_is_needed(capsys):
     PatchFastRL("GRPO", FastLanguageModel)
     assert "no patch is needed" in capsys.readouterr().err
+
+
+FIRST_STEP = r"First step [\d.]+ s after loading began: [\d.]+ s loading, [\d.]+ s adapters, [\d.]+ s first step"
+
+
+def first_steps(capsys) -> list[str]:
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("First step")]
+
+
+def test_a_loop_of_ones_own_hears_once_how_long_the_first_step_took(adapted, capsys):
+    model, _ = adapted
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        model.train()(input_ids=ids)
+    for expected in (0, 1, 0):
+        model(input_ids=ids, labels=ids).loss.backward()
+        said = first_steps(capsys)
+        assert len(said) == expected and all(re.match(FIRST_STEP, line) for line in said)
+
+
+def test_a_trainer_says_it_after_all_batches_of_a_step(adapted, tmp_path, capsys):
+    from runs import token_rows, trainer
+
+    run = trainer(adapted[0], tmp_path, token_rows(8), gradient_accumulation_steps=2, max_steps=2)
+    run.train()
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("First step", "step "))]
+    assert [line.startswith("First step") for line in lines] == [True, False, False]
+    run.train()
+    assert not first_steps(capsys)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from luthier.model.accelerate import accelerate, base_model
+from luthier.model.accelerate import accelerate, base_model, state_of
 from luthier.model.checkpointing import set_checkpointing
+from luthier.model.clock import Clock
 from luthier.model.compute import set_compute
 from luthier.model.generation import generate
 from luthier.model.load import find_files, is_vision, load_model, read_config
@@ -39,12 +41,15 @@ class FastLanguageModel:
     @staticmethod
     @functools.wraps(load_model)
     def from_pretrained(*args: Any, **kwargs: Any) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-        return _ready(*load_model(*args, **kwargs))
+        return _loaded(load_model, args, kwargs)
 
     @staticmethod
     @functools.wraps(get_peft_model)
     def get_peft_model(model: PreTrainedModel, *args: Any, **kwargs: Any) -> PeftModel:
-        adapted = accelerate(get_peft_model(model, *args, **kwargs))
+        state = state_of(model)
+        clock = state.clock if state is not None and state.clock is not None else Clock()
+        with clock.part("adapters"):
+            adapted = accelerate(get_peft_model(model, *args, **kwargs))
         tokenizer = model.fast_generate.keywords["tokenizer"] if "fast_generate" in model.__dict__ else None
         return _with_methods(adapted, tokenizer)
 
@@ -69,7 +74,7 @@ class FastVisionModel(FastLanguageModel):
     @staticmethod
     @functools.wraps(load_vision_model)
     def from_pretrained(*args: Any, **kwargs: Any) -> tuple[PreTrainedModel | PeftModel, ProcessorMixin]:
-        return _ready(*load_vision_model(*args, **kwargs))
+        return _loaded(load_vision_model, args, kwargs)
 
 
 class FastModel(FastLanguageModel):
@@ -88,6 +93,16 @@ class FastModel(FastLanguageModel):
 def PatchFastRL(*args: Any, **kwargs: Any) -> None:  # noqa: N802, the name that scripts call
     """Does nothing: GRPO needs no patch here."""
     say("PatchFastRL: no patch is needed; luthier.GRPOTrainer and TRL's trainers work as they are.")
+
+
+def _loaded(load: Callable, args: tuple, kwargs: dict) -> tuple:
+    """What ``load`` gives, ready to train, with a clock that says when it has."""
+    with Clock().part("loading") as clock:
+        model, processor = _ready(*load(*args, **kwargs))
+    state = state_of(model)
+    if state is not None:
+        state.clock = clock
+    return model, processor
 
 
 def _ready(

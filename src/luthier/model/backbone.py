@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from luthier.model.clock import Clock
 from luthier.model.dial import Dial
 from luthier.model.graphs import Graphs
 from luthier.model.host_memory import movable
@@ -36,6 +37,7 @@ class ModelState:
     workspace: Workspace = field(default_factory=Workspace)
     compute: str = "bf16"  # how frozen weights are multiplied: one of model.compute.COMPUTE
     said: set[str] = field(default_factory=set)  # reasons for stock forwards that this model has already given
+    clock: Clock | None = None  # of a model that was loaded here, until its first step
     structure: Structure | None = None  # of the batch in the forward that runs now; None: only the mask knows
     tied: bool = False  # the head reads the embedding table
     graphs: Graphs = field(init=False)
@@ -53,6 +55,8 @@ def backbone_class_members(stock: type[nn.Module]) -> dict:
         if not self.training:
             return stock.forward(self, *args, **kwargs)
         state = self.luthier_state
+        if state.clock is not None and torch.is_grad_enabled():
+            state.clock.forward_begins(self.device)
         call = signature.bind(self, *args, **kwargs).arguments
         extra = next((call[name] for name, p in signature.parameters.items() if p.kind is p.VAR_KEYWORD and name in call), {})
         state.dial.embedding = movable(self.get_input_embeddings(), state.tied)

@@ -7,13 +7,17 @@ from datetime import timedelta
 
 import psutil
 import torch
+from peft import PeftModel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_callback import ProgressCallback as TqdmCallback
 from transformers.trainer_utils import has_length
 
+from luthier.model.accelerate import state_of
+from luthier.model.clock import Clock
 from luthier.terminal import console, say
 
 
@@ -33,11 +37,17 @@ class ProgressCallback(TrainerCallback):
         self.started = self.last_log = time.monotonic()
         self.first_step = state.global_step
         self.tokens = max(self.tokens, state.num_input_tokens_seen)  # a second run of one trainer counts on
+        clock = _clock(kwargs["model"])
+        if clock is not None:
+            clock.waits_for_trainer = True
         self._start(state)
         if self.bar:
             self.training = self.bar.add_task("Training", total=state.max_steps, completed=state.global_step, note="")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        clock = _clock(kwargs["model"])
+        if clock is not None:
+            clock.step_ends(args.device)
         if self.bar:
             self.bar.update(self.training, completed=state.global_step)
 
@@ -109,6 +119,11 @@ class ProgressCallback(TrainerCallback):
         left = (state.max_steps - state.global_step) * (now - self.started) / max(done, 1)
         facts.append(f"{timedelta(seconds=round(left))} left")
         return facts
+
+
+def _clock(model: nn.Module) -> Clock | None:
+    state = state_of(model) if isinstance(model, PreTrainedModel | PeftModel) else None
+    return None if state is None else state.clock
 
 
 def _length(loader: DataLoader) -> int | None:
