@@ -69,7 +69,7 @@ class Phases:
 
 PHASES = {  # phase -> the functions that it is spent in
     "merge": [(merge.Merge, "tensors"), (merge.Merge, "__init__")],
-    "read": [(merge.Merge, "_read")],
+    "read": [(merge.Merge, "read")],
     "quantise": [(convert, "encode_in_chunks")],
     "write": [(writer.GGUFWriter, "write")],
     "read back": [(writer.GGUFWriter, "_check")],

@@ -19,6 +19,7 @@ from luthier.errors import UnsupportedError
 from luthier.model.load import load_model
 from luthier.model.lora import get_peft_model
 from luthier.model.merge import Merge, merged_size, merged_tensors
+from luthier.model.original import computing_with, original_weights
 from luthier.model.save import save_pretrained_merged
 from luthier.model.vocab import add_new_tokens
 from luthier.ops.nf4 import dequantise, quantised
@@ -232,6 +233,26 @@ def test_a_model_and_adapter_of_plain_transformers_and_peft_merge_too(checkpoint
     reference = merged_by_peft(plain_base(checkpoints()), model, tmp_path).to(torch.bfloat16)
     for name, tensor in merged_tensors(model):
         assert torch.equal(tensor, reference.get_parameter(name))
+
+
+@pytest.mark.parametrize("precision", ["load_in_4bit", "load_in_8bit"])
+def test_a_quantised_model_computes_with_its_original_weights(checkpoints, tmp_path, precision):
+    model, _ = load_model(checkpoints(), dtype=torch.float32, **{precision: True})
+    model = trained(get_peft_model(model, r=4, lora_alpha=8))
+    model.save_pretrained(tmp_path)
+    exact = PeftModel.from_pretrained(plain_base(checkpoints()), tmp_path)
+    before = model(IDS).logits
+    weights = original_weights(Merge(model))
+    assert len(weights) == 7 * model.config.num_hidden_layers
+    with torch.no_grad(), computing_with(weights):
+        torch.testing.assert_close(model(IDS).logits, exact(IDS).logits)
+    assert not any("forward" in layer.__dict__ for layer in weights)
+    assert torch.equal(model(IDS).logits, before) and not torch.allclose(before, exact(IDS).logits, atol=1e-3)
+
+
+def test_experts_have_no_original_weights_one_by_one(checkpoints):
+    model, _ = load_model(checkpoints("qwen3_moe"), load_in_4bit=True)
+    assert original_weights(Merge(model)) is None
 
 
 def test_merging_leaves_the_model_alone(checkpoints):

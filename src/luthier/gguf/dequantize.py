@@ -10,6 +10,8 @@ from luthier.errors import UnsupportedError
 from luthier.gguf.reader import GGUFFile
 from luthier.gguf.types import PLAIN_DTYPES, TENSOR_TYPES, TensorType
 
+AT_ONCE = 1 << 24  # weights
+
 
 def dequantize(encoded: torch.Tensor, kind: TensorType) -> torch.Tensor:
     """uint8 ``[rows, bytes of a row]`` -> float32 ``[rows, columns]``."""
@@ -25,8 +27,12 @@ def dequantize(encoded: torch.Tensor, kind: TensorType) -> torch.Tensor:
 
 def load_tensor(file: GGUFFile, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
     """One tensor of a file, float32 in its own shape, dequantised on ``device``."""
-    info = file.tensors[name]
-    return dequantize(file.read(name).to(device), info.type).reshape(info.shape)
+    info, stored = file.tensors[name], file.read(name, device)
+    values = torch.empty(info.rows, info.shape[-1], device=device)
+    step = max(1, AT_ONCE // info.shape[-1])
+    for row in range(0, info.rows, step):  # what is computed on the way takes several times the room of the result
+        values[row : row + step] = dequantize(stored[row : row + step], info.type)
+    return values.view(info.shape)
 
 
 def _halves(blocks: torch.Tensor, start: int) -> torch.Tensor:

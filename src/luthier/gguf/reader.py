@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from luthier.gguf.source import read_bytes
 from luthier.gguf.types import TENSOR_TYPES_BY_ID
 from luthier.gguf.writer import ALIGNMENT, ARRAY, BOOL, MAGIC, SCALARS, STRING, Encoded, TensorInfo
 
@@ -43,11 +44,10 @@ class GGUFFile:
         start = self._data_start + info.offset
         return self._data[start : start + info.size].reshape(info.rows, info.row_bytes)
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
         """Like `data`, but read into memory of its own."""
         info = self.tensors[name]
-        rows = np.fromfile(self.path, np.uint8, info.size, offset=self._data_start + info.offset)
-        return torch.from_numpy(rows.reshape(info.rows, info.row_bytes))
+        return read_bytes(self.path, self._data_start + info.offset, info.size, device).view(info.rows, info.row_bytes)
 
     def _read_header(self) -> None:
         if self._take(4) != MAGIC:

@@ -19,6 +19,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from luthier.gguf.source import DTYPES as SAFETENSORS_DTYPES
+from luthier.gguf.source import read_bytes
+
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.py", "*.tiktoken"]
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -51,10 +54,15 @@ class Checkpoint:
                 sizes[DTYPES[entry["dtype"]]] += entry["data_offsets"][1] - entry["data_offsets"][0]
         return sizes.most_common(1)[0][0] if sizes else None
 
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor, on the CPU, as stored."""
-        with safe_open(self.files[name], framework="pt") as file:
-            return file.get_tensor(name)
+    def read(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
+        """One tensor, as stored."""
+        file, entry = self.files[name], self.headers[name]
+        if torch.device(device).type != "cuda" or entry["dtype"] not in SAFETENSORS_DTYPES:
+            with safe_open(file, framework="pt") as opened:
+                return opened.get_tensor(name).to(device)
+        begin, end = entry["data_offsets"]
+        data = read_bytes(file, data_start(file) + begin, end - begin, device)
+        return data.view(SAFETENSORS_DTYPES[entry["dtype"]]).view(entry["shape"])
 
 
 def locate(
@@ -176,6 +184,12 @@ def _no_weights(directory: Path) -> str:
     others = sorted(file.name for file in directory.glob("*.safetensors"))
     found = f"It has {', '.join(others[:3])}, which no index names." if others else f"Neither {SINGLE} nor {INDEX} is there."
     return f"{directory} has no model weights. {found} Give the directory of a whole checkpoint."
+
+
+def data_start(file: Path) -> int:
+    """Where in a safetensors file the data begins, behind the header."""
+    with file.open("rb") as stream:
+        return 8 + struct.unpack("<Q", stream.read(8))[0]
 
 
 def read_header(file: Path) -> dict[str, dict]:

@@ -230,20 +230,18 @@ class Merge:
 
     def _group(self, group: Group) -> dict[str, Tensor]:
         slots = {name: self.slots[name] for name in group.parameters}
-        if not self._reads_checkpoint(group):
+        if not self.reads_checkpoint(group):
             return self.layout.to_checkpoint({name: self._in_memory(slot) for name, slot in slots.items()})
-        values = {name: self._read(name, group) for name in group.tensors}
+        values = {name: self.read(name, group) for name in group.tensors}
         if not any(slot.is_changed for slot in slots.values()):
             return values
-        device = self.slots[group.parameters[0]].tensor.device
-        values = {name: value.to(device).float() for name, value in values.items()}
         if group.is_one_to_one:
             (slot,), (name,) = slots.values(), values
-            return {name: slot.edited(values[name])}
-        deltas = {name: slot.edited(torch.zeros(slot.shape, device=device)) for name, slot in slots.items()}
-        return {name: values[name] + delta for name, delta in self.layout.to_checkpoint(deltas).items()}
+            return {name: slot.edited(values[name].float())}
+        deltas = {name: slot.edited(torch.zeros(slot.shape, device=slot.tensor.device)) for name, slot in slots.items()}
+        return {name: values[name].float() + delta for name, delta in self.layout.to_checkpoint(deltas).items()}
 
-    def _reads_checkpoint(self, group: Group) -> bool:
+    def reads_checkpoint(self, group: Group) -> bool:
         """Whether a group comes from the checkpoint; not if it is replaced, or has other shapes there (new tokens)."""
         if self.source is None or any(self.slots[name].replacement for name in group.parameters):
             return False
@@ -271,8 +269,9 @@ class Merge:
             raise ValueError(f"{self.source.directory} has no tensor {name} to merge onto: use base='nf4'.")
         return None
 
-    def _read(self, name: str, group: Group) -> Tensor:
-        return self.source.read(self._stored_name(name, group))
+    def read(self, name: str, group: Group) -> Tensor:
+        """A tensor of the original checkpoint, as stored, on the device of the parameter that it becomes."""
+        return self.source.read(self._stored_name(name, group), self.slots[group.parameters[0]].tensor.device)
 
     def _in_memory(self, slot: Slot) -> Tensor:
         value = slot.expanded() if slot.replacement is None else slot.replacement().detach()

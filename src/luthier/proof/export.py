@@ -42,6 +42,7 @@ from luthier.model.attention_interface import implementation_for
 from luthier.model.gguf_export import write_merged_gguf
 from luthier.model.load import load_model
 from luthier.model.merge import Base, Merge
+from luthier.model.original import computing_with, original_weights
 from luthier.model.save import save_adapter, upload
 from luthier.model.vision import load_vision_model
 from luthier.proof.deviation import as_llama_cpp, measured
@@ -51,6 +52,7 @@ from luthier.proof.weights import checksums, compare_weights, stored_damage
 from luthier.terminal import table
 
 LONGEST = 128  # tokens of a prompt
+BATCH = 8  # prompts that the trained model computes at once
 TEXTS = (
     "A luthier builds and repairs lutes, violins and guitars; the word comes from the French for lute.",
     "def area(radius):\n    return 3.14159 * radius ** 2\n\nprint(area(2))  # 12.56636\n",
@@ -128,13 +130,12 @@ def reference_of(model: Any, tokenizer: Any, prompts: Sequence[str] | None = Non
     tokenizer = load_tokenizer(tokenizer)
     texts = list(prompts) if prompts else [*TEXTS, *_conversations(tokenizer)]
     sequences = [ids for text in texts if (ids := tokenizer(text, add_special_tokens=False)["input_ids"][:LONGEST])]
-    device = next(model.parameters()).device
     training = model.training
     model.eval()
 
     def answer() -> list[torch.Tensor]:
         with torch.no_grad():
-            return [model(torch.tensor([ids], device=device)).logits[0].float().cpu() for ids in sequences]
+            return [row for first in range(0, len(sequences), BATCH) for row in _logits(model, sequences[first : first + BATCH])]
 
     logits = answer()
     with as_llama_cpp(model) as deviation:
@@ -145,6 +146,16 @@ def reference_of(model: Any, tokenizer: Any, prompts: Sequence[str] | None = Non
     exact = all(parameter.dtype == torch.float32 for parameter in model.parameters() if parameter.is_floating_point())
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
     return Reference(model.config, tokenizer, template, sequences, logits, exact, deviation)
+
+
+def _logits(model: Any, sequences: list[list[int]]) -> list[torch.Tensor]:
+    """Float32 ``[length, vocabulary]`` for each sequence, on the CPU; all in one forward, which may read the weights anew."""
+    device, longest = next(model.parameters()).device, max(map(len, sequences))
+    ids = torch.tensor([[*sequence, *[0] * (longest - len(sequence))] for sequence in sequences], device=device)
+    lengths = torch.tensor([len(sequence) for sequence in sequences], device=device)
+    mask = torch.arange(longest, device=device) < lengths[:, None]
+    logits = model(ids, attention_mask=mask.long()).logits
+    return [row[: len(sequence)].float().cpu() for row, sequence in zip(logits, sequences, strict=True)]
 
 
 def prove(path: str | Path, reference: Reference) -> Proof:
@@ -209,7 +220,9 @@ def _load(directory: str | Path, config: Any, source: CheckpointSource) -> Any:
     small = sum(torch.Size(shape).numel() for shape in source.shapes.values()) < 2e9
     auto = AutoModelForCausalLM if getattr(config, "vision_config", None) is None else AutoModelForImageTextToText
     dtype, attention = torch.float32 if small else torch.bfloat16, implementation_for(config)
-    return auto.from_pretrained(directory, dtype=dtype, attn_implementation=attention, local_files_only=True)
+    place = "auto" if torch.cuda.is_available() else None
+    options = {"attn_implementation": attention, "device_map": place, "local_files_only": True}
+    return auto.from_pretrained(directory, dtype=dtype, **options)
 
 
 def _compare_numbers(file: GGUFFile, config: Any, proof: Proof) -> None:
@@ -409,8 +422,14 @@ def _publish_proved(place: Path, directory: Path, reference: Reference) -> list[
 @contextlib.contextmanager
 def _over_base(model: Any, tokenizer: Any, base: Base) -> Iterator[Any]:
     """The model whose weights are exported: itself, or its adapter over the original checkpoint."""
-    if Merge(model, base).source is None:
+    merge = Merge(model, base)
+    if merge.source is None:
         yield model
+        return
+    weights = original_weights(merge)
+    if weights is not None:
+        with computing_with(weights):
+            yield model
         return
     with tempfile.TemporaryDirectory(prefix="luthier-") as place:
         save_adapter(model, Path(place) / "adapter", tokenizer)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from luthier.errors import UnsupportedError
-from luthier.gguf.dequantize import load_tensor
+from luthier.gguf.dequantize import dequantize, load_tensor
 from luthier.gguf.reader import GGUFFile
 
 
@@ -74,17 +74,19 @@ class GGUFModel:
     @torch.no_grad()
     def logits(self, sequences: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """Logits at every position of every sequence, float32 ``[length, vocabulary]`` each, on the CPU."""
-        embedding = self._tensor("token_embd.weight")
-        states = [embedding[torch.tensor(list(ids), device=self.device)] for ids in sequences]
+        states = [self._embedded(ids) for ids in sequences]
         scale = math.sqrt(self.hidden) if self.graph.scaled_embedding else self._get("embedding_scale", 1.0)
         states = [state * scale for state in states]
-        head = embedding if "output.weight" not in self.file.tensors else None
-        del embedding
         for layer in range(self.layers):
             states = self._layer(layer, states)
-        head = self._tensor("output.weight") if head is None else head
+        head = self._tensor("output.weight" if "output.weight" in self.file.tensors else "token_embd.weight")
         norm = self._tensor("output_norm.weight")
         return [self._final(F.linear(self._norm(state, norm), head)).cpu() for state in states]
+
+    def _embedded(self, ids: Sequence[int]) -> torch.Tensor:
+        """The rows of some tokens; the table itself may be large."""
+        rows = torch.from_numpy(self.file.data("token_embd.weight")[list(ids)])
+        return dequantize(rows, self.file.tensors["token_embd.weight"].type).to(self.device)
 
     def _final(self, logits: torch.Tensor) -> torch.Tensor:
         logits = logits / self._get("logit_scale", 1.0)
