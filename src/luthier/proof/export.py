@@ -134,8 +134,8 @@ def reference_of(model: Any, tokenizer: Any, prompts: Sequence[str] | None = Non
     model.eval()
 
     def answer() -> list[torch.Tensor]:
-        with torch.no_grad():
-            return [row for first in range(0, len(sequences), BATCH) for row in _logits(model, sequences[first : first + BATCH])]
+        batches = [sequences[first : first + BATCH] for first in range(0, len(sequences), BATCH)]
+        return [logits for batch in batches for logits in _logits(model, batch)]
 
     logits = answer()
     with as_llama_cpp(model) as deviation:
@@ -148,6 +148,7 @@ def reference_of(model: Any, tokenizer: Any, prompts: Sequence[str] | None = Non
     return Reference(model.config, tokenizer, template, sequences, logits, exact, deviation)
 
 
+@torch.no_grad()
 def _logits(model: Any, sequences: list[list[int]]) -> list[torch.Tensor]:
     """Float32 ``[length, vocabulary]`` for each sequence, on the CPU; all in one forward, which may read the weights anew."""
     device, longest = next(model.parameters()).device, max(map(len, sequences))
