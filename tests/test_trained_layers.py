@@ -13,6 +13,7 @@ from torch import nn
 
 from luthier.model.accelerate import accelerate, dial_of
 from luthier.model.blocks import MlpBlock, Mode
+from luthier.model.checkpointing import set_checkpointing
 from luthier.model.dial import LayerPlan
 from luthier.ops.dropout import Dropout, drop
 
@@ -83,6 +84,13 @@ class TestEverythingTrains:
         model(**batch()).loss.backward()
         twice = {name: parameter.grad / 2 for name, parameter in model.named_parameters()}
         assert difference(twice, once) < 1e-6
+
+    def test_room_is_left_for_gradients_and_moments_in_their_dtype(self, monkeypatch):
+        model = accelerate(tiny_model("llama3", dtype=torch.bfloat16))
+        asked = []
+        monkeypatch.setattr(dial_of(model), "set_automatic", lambda budget, trainable: asked.append(trainable))
+        set_checkpointing(model, "auto", memory_budget=1)
+        assert asked == [2 * sum(parameter.numel() for parameter in model.parameters())]
 
     def test_weights_without_adapters_are_not_copied(self):
         model = fused(tiny_model("qwen2"))

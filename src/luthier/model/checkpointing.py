@@ -44,7 +44,7 @@ def set_checkpointing(model: nn.Module, mode: bool | str = "auto", memory_budget
     if dial is not None:
         dial.follow_flag()
         if mode == "auto":
-            trainable = sum(parameter.numel() for parameter in base.parameters() if parameter.requires_grad)
+            trainable = sum(parameter.nbytes for parameter in base.parameters() if parameter.requires_grad)
             dial.set_automatic(memory_budget, trainable)
         elif mode == "offload":
             dial.set_offload()

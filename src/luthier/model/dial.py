@@ -150,7 +150,7 @@ class Dial:
     def set_automatic(self, budget: float | None = None, trainable: int = 0) -> None:
         """Plan at the first training step, and for every length of batch that comes later.
 
-        ``budget`` in GiB, or None for what is free; ``trainable``: parameters that will still get gradients and moments.
+        ``budget`` in GiB, or None for what is free; ``trainable``: bytes of what will still get a gradient and two moments.
         """
         self._choose(partial(self._within, trainable), budget)
 
@@ -217,7 +217,7 @@ class Dial:
     def _within(self, trainable: int, batch: Batch) -> Plan:
         if batch.device.type != "cuda":  # main memory is plenty, and a CPU is slow at computing twice
             return Plan((LayerPlan(Mode.KEEP if self.budget is None else Mode.RECOMPUTE),) * self.layers)
-        pending = 4 * trainable if self.has_run else 12 * trainable + batch.shape.written()  # the first step makes the moments
+        pending = trainable if self.has_run else 3 * trainable + batch.shape.written()  # the first step makes the moments
         device = self.room(batch.device) - pending
         host, speeds = self.host_room, card_speeds(batch.device)
         staying = plan_for(batch.shape, batch.tokens, self.layers, device, host, speeds, batch.length)
