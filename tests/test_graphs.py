@@ -1,7 +1,8 @@
 """Short batches from CUDA graphs: the same numbers as without, whatever has changed since they were made.
 
 There is no GPU here: ``Again`` stands for a graph and runs the recorded function once more, on the objects it was made
-with. Whatever a key does not notice shows in the numbers, as it would with kernels.
+with. Whatever a key does not notice shows in the numbers, as it would with kernels. Backwards are counted: a forward may
+start in vain.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Again:
 
     def replay(self):
         self.function()
-        Again.replayed += 1
+        Again.replayed += self.function.__name__ == "backward"
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +82,7 @@ def step(model: torch.nn.Module, inputs: dict, **more) -> tuple[torch.Tensor, di
 
 
 def assert_equal(models, inputs, replays: int | None = None, exact: bool = True) -> None:
-    """Both models give the same step, and the first one took it from so many graphs."""
+    """Both models give the same step, and the first one took so many backwards from graphs."""
     before = Again.replayed
     (loss, gradients), (expected, truth) = (step(model, inputs) for model in models)
     if exact:
@@ -97,7 +98,7 @@ def assert_equal(models, inputs, replays: int | None = None, exact: bool = True)
 def warm(models, inputs=None) -> None:
     for _ in range(REPEATS):
         assert_equal(models, batch() if inputs is None else inputs, replays=0)
-    assert_equal(models, batch() if inputs is None else inputs, replays=2)
+    assert_equal(models, batch() if inputs is None else inputs, replays=1)
 
 
 @pytest.mark.parametrize("family", ["llama3", "gemma3", "cohere2", "olmo2", "phi3", "smollm3"])
@@ -105,7 +106,7 @@ def test_training_from_graphs_is_training_without(family):
     models = pair(family)
     optimizers = [torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2) for model in models]
     for index in range(REPEATS + 4):
-        assert_equal(models, batch(seed=index), replays=2 if index >= REPEATS else 0)
+        assert_equal(models, batch(seed=index), replays=1 if index >= REPEATS else 0)
         for optimizer in optimizers:
             optimizer.step()
     assert Again.made == 2
@@ -117,21 +118,21 @@ def test_every_mode_runs_from_graphs(mode):
     for model in models:
         dial_of(model).set_plan([LayerPlan(mode)] * 2)
     warm(models)
-    assert_equal(models, batch(seed=5), replays=2)
+    assert_equal(models, batch(seed=5), replays=1)
 
 
 def test_4_bit_weights(tmp_path):
     models = [graphed(with_lora(nf4_model(tmp_path, num_hidden_layers=3))) for _ in range(2)]
     graphs_of(models[1]).enabled = False
     warm(models)
-    assert_equal(models, batch(seed=5), replays=2)
+    assert_equal(models, batch(seed=5), replays=1)
 
 
 def test_rows_of_any_length_share_the_graph_of_the_next_round_one():
     models = pair()
     for length in (61, 50, 64, 37, 64, 50):  # what a longer row has left behind it changes nothing either
         assert_equal(models, batch(length=length, seed=length), exact=False)
-    assert Again.made == 2 and Again.replayed == 2 * 4
+    assert Again.made == 2 and Again.replayed == 4
     assert_equal(models, batch(length=65), replays=0, exact=False)
     assert padded(64) == 64 and padded(65) == 128 and padded(1025) == 1152
 
@@ -205,7 +206,7 @@ def test_a_change_is_noticed(change):
     for model in models:
         change(model)
     for index in range(REPEATS + 2):
-        assert_equal(models, batch(seed=index), replays=2 if index >= REPEATS or change is change_weights else 0)
+        assert_equal(models, batch(seed=index), replays=1 if index >= REPEATS or change is change_weights else 0)
 
 
 def test_a_disabled_adapter_and_the_one_before_it():
@@ -217,7 +218,7 @@ def test_a_disabled_adapter_and_the_one_before_it():
         with models[0].disable_adapter(), models[1].disable_adapter():
             losses += [model(**batch()).loss for model in models]
         assert Again.replayed == before and losses[-1] == losses[-2]
-        assert_equal(models, batch(seed=3), replays=2)
+        assert_equal(models, batch(seed=3), replays=1)
 
 
 def test_a_second_forward_before_the_first_backward():
@@ -229,7 +230,7 @@ def test_a_second_forward_before_the_first_backward():
         first, second = (model(**batch(seed=seed)).loss for seed in (1, 2))
         (first + 2 * second).backward()
         results.append((first.detach(), second.detach(), gradients_of(model)))
-    assert Again.replayed - before == 2  # one pass came from graphs
+    assert Again.replayed - before == 1
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
     assert difference(results[0][2], results[1][2]) == 0
 
@@ -241,7 +242,7 @@ def test_a_forward_whose_backward_never_comes():
     assert_equal(models, batch(seed=1), replays=0)
     del loss
     gc.collect()
-    assert_equal(models, batch(seed=1), replays=2)
+    assert_equal(models, batch(seed=1), replays=1)
 
 
 def test_gradients_add_up_over_several_backwards():
@@ -251,7 +252,7 @@ def test_gradients_add_up_over_several_backwards():
         model.zero_grad()
         for seed in range(3):
             model(**batch(seed=seed)).loss.backward()
-    assert Again.replayed == 2 + 3 * 2
+    assert Again.replayed == 1 + 3
     kept = gradients_of(models[0])
     assert difference(kept, gradients_of(models[1])) == 0
     held = {name: p.grad for name, p in models[0].named_parameters() if p.grad is not None}
@@ -282,15 +283,15 @@ def test_what_is_no_plain_batch_runs_without():
             assert_equal(models, inputs, replays=0)
     with torch.no_grad():
         assert models[0](**batch()).loss == models[1](**batch()).loss
-    assert Again.replayed == 2
+    assert Again.replayed == 1
     models[0].eval()
     logits = models[0](input_ids=batch()["input_ids"]).logits
     assert torch.equal(logits, models[1].eval()(input_ids=batch()["input_ids"]).logits)
     generated = models[0].generate(batch()["input_ids"][:, :5], max_new_tokens=3, do_sample=False)
-    assert generated.shape == (2, 8) and Again.replayed == 2
+    assert generated.shape == (2, 8) and Again.replayed == 1
     for model in models:
         model.train()
-    assert_equal(models, batch(seed=2), replays=2)
+    assert_equal(models, batch(seed=2), replays=1)
 
 
 def test_long_batches_and_offloaded_ones_run_without(monkeypatch):
@@ -311,7 +312,7 @@ def test_a_switch():
     graphs_of(models[0]).enabled = False
     assert_equal(models, batch(), replays=0)
     graphs_of(models[0]).enabled = True
-    assert_equal(models, batch(), replays=2)
+    assert_equal(models, batch(), replays=1)
     graphs_of(models[0]).clear()
     warm(models)
 
@@ -335,7 +336,7 @@ def test_hooks_see_every_layer(where):
         assert_equal(models, batch(seed=1), replays=0, exact=False)
         assert seen
     handle.remove()
-    assert_equal(models, batch(seed=1), replays=2)
+    assert_equal(models, batch(seed=1), replays=1)
 
 
 def test_hidden_states_can_be_asked_for():
@@ -381,7 +382,7 @@ def test_another_autocast():
     with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         losses = [model(**batch()).loss for model in models]
-    assert torch.equal(*losses) and Again.replayed == 2
+    assert torch.equal(*losses) and Again.replayed == 1
 
 
 class Broken(Again):
@@ -410,8 +411,8 @@ def test_two_models_and_a_copy_have_graphs_of_their_own():
     assert graphs_of(copied).dial is dial_of(copied)
     change_weights(copied)
     loss, _ = step(copied, batch())
-    assert_equal(models, batch(), replays=2)
-    assert_equal(others, batch(), replays=2)
+    assert_equal(models, batch(), replays=1)
+    assert_equal(others, batch(), replays=1)
     assert loss != step(models[0], batch())[0]
 
 
@@ -442,4 +443,34 @@ def test_8_bit_compute(tmp_path, compute):
         with pytest.warns(UserWarning, match="less exact"):
             set_compute(model, compute)
     warm(models)
-    assert_equal(models, batch(seed=3), replays=2)
+    assert_equal(models, batch(seed=3), replays=1)
+
+
+def test_dropout_and_several_adapters_run_without():
+    dropped, several = pair(lora_dropout=0.5), pair()
+    for model in several:
+        another_adapter(model)
+        model.base_model.set_adapter(["default", "other"])
+    for models in (dropped, several):
+        for index in range(REPEATS + 3):
+            results = []
+            for model in models:
+                torch.manual_seed(index)
+                results.append(step(model, batch(seed=index)))
+            assert torch.equal(results[0][0], results[1][0]) and difference(results[0][1], results[1][1]) == 0
+    assert not Again.made
+
+
+def test_trained_weights():
+    models = [graphed(tiny_model("qwen3")) for _ in range(2)]
+    graphs_of(models[1]).enabled = False
+    warm(models)
+    assert_equal(models, batch(seed=3), replays=1)
+
+
+def test_moving_a_model_gives_up_its_graphs():
+    models = pair()
+    warm(models)
+    models[0].to("cpu")
+    assert not graphs_of(models[0]).recordings
+    warm(models)

@@ -69,7 +69,11 @@ def backbone_class_members(stock: type[nn.Module]) -> dict:
             if state.dial.offload is not None:
                 state.dial.offload.settle()
 
-    return {"forward": forward}
+    def _apply(self, *args, **kwargs):
+        self.luthier_state.graphs.clear()  # parameters move: graphs would keep the memory that they leave
+        return stock._apply(self, *args, **kwargs)
+
+    return {"forward": forward, "_apply": _apply}
 
 
 def find_structure(call: dict) -> Structure | None:

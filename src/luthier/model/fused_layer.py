@@ -135,7 +135,8 @@ def layer_class_members(stock: type[nn.Module], spec: Spec) -> dict:
         generates = kwargs.get("past_key_values") is not None and not torch.is_grad_enabled()
         if self.training and not args and not generates:
             try:
-                blocks = read_blocks(self, spec, hidden_states, kwargs)
+                _check_call(self, hidden_states, kwargs)
+                blocks = read_blocks(self, spec)
             except Unfused as reason:
                 _say_once(self, str(reason))
             else:
@@ -210,9 +211,13 @@ class _Layer(torch.autograd.Function):
         return (None if grad_x is None else grad_x.view(grad.shape)), None, None, None, None, *gradients
 
 
-def read_blocks(layer: nn.Module, spec: Spec, hidden_states: Tensor, kwargs: dict) -> Blocks:
-    """The layer's modules, as they are now, as blocks for this call; Unfused where that is not what they compute."""
-    _check_call(layer, hidden_states, kwargs)
+def read_blocks(layer: nn.Module, spec: Spec) -> Blocks:
+    """The layer's modules, as they are now, as blocks for one call; Unfused where that is not what they compute."""
+    with torch._C.DisableTorchFunctionSubclass():  # bitsandbytes' weights answer each question through Python
+        return _read_blocks(layer, spec)
+
+
+def _read_blocks(layer: nn.Module, spec: Spec) -> Blocks:
     attention, mlp, state = layer.self_attn, layer.mlp, layer.luthier_state.model
     _check_structure(layer, spec)
     residual_scale = getattr(layer, spec.residual_scale) if spec.residual_scale else 1.0
@@ -262,7 +267,9 @@ def read_part(module: nn.Module) -> Part:
     module = unwrapped(module)
     if not isinstance(module, LoraLayer):
         return Part(*_weight(module))
-    base, merged, disabled, adapters = module.get_base_layer(), module.merged, module.disable_adapters, module.lora_A
+    base, merged, disabled, adapters = module.base_layer, module.merged, module.disable_adapters, module.lora_A
+    if isinstance(base, LoraLayer):
+        raise Unfused("an adapter is attached to an adapter")
     _check_hooks(base)
     weight, bias = _weight(base)
     if merged and disabled:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 TOKENS = 2048  # of a batch; above, the GPU is busy anyway
 REPEATS = 2  # passes of one key without a graph, before its graphs are made
 GRAPHS = 24  # keys of a model that get graphs
+PLAIN = {int, float, bool, str, type(None), type}
 GRADIENT_BYTES = 1 << 30  # of what trains; beyond, the copies of its gradients cost more than Python does
 
 
@@ -56,8 +57,13 @@ class CudaGraph:
 
     def __init__(self, function: Callable[[], None], pool: object) -> None:
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):  # other threads may pin memory
-            function()
+        try:
+            with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):  # other threads may pin memory
+                function()
+        except RuntimeError:
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):  # a capture that ends well: random numbers work again
+                torch.zeros(1, device="cuda")
+            raise
 
     def replay(self) -> None:
         self.graph.replay()
@@ -71,7 +77,8 @@ class Pass:
         self.version = x._version
         self.deferred = deferred
         self.layers: list[LayerRun] = []
-        self.addresses: list[tuple] = []
+        self.leaves: list[list] = []  # of each layer
+        self.flight: Flight | None = None  # if the graph of its forward runs already
         self.tables: dict[tuple, tuple[Tensor, Tensor]] = {}  # of the rotations: all layers may have one, or a few
         self.which: list[int] = []  # of them each layer uses
 
@@ -87,19 +94,21 @@ class Pass:
         self.tables.setdefault(table, (cos, sin))
         self.which.append(list(self.tables).index(table))
         self.layers.append(layer)
-        found: list = [layer.plan, layer.call.window]
-        _addresses(layer.blocks, found)
-        self.addresses.append(tuple(found))
+        self.leaves.append(leaves((layer.plan, layer.call.window, layer.blocks), []))
 
     def gave(self, output: Tensor) -> Tensor:
         self.last, self.version = output, output._version
         return output
 
     def key(self) -> tuple:
-        tables = [(cos.shape[0], cos.shape[2:], cos.dtype, sin.dtype) for cos, sin in self.tables.values()]
         flags = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
         attention = torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled()
-        return shape_key(self.x), tuple(self.addresses), tuple(self.which), tuple(tables), flags, attention
+        return shape_key(self.x), tuple(map(addresses, self.leaves)), tuple(self.which), self.kinds(), flags, attention
+
+    def kinds(self) -> tuple:
+        """What a recording has fixed of the tables."""
+        length = self.x.shape[1]
+        return tuple((t.shape[0], t.shape[1] == length, t.shape[2:], t.dtype) for pair in self.tables.values() for t in pair)
 
     def parameters(self) -> list[Tensor]:
         return [parameter for layer in self.layers for parameter in layer.blocks.trained()]
@@ -121,23 +130,43 @@ def shape_key(x: Tensor) -> tuple:
     return x.shape[0], padded(x.shape[1]), x.shape[2], x.dtype, x.device, x.requires_grad
 
 
-def _addresses(value: object, found: list) -> None:
-    """Everything below ``value`` that a captured kernel has fixed."""
-    kind = type(value)
-    if isinstance(value, Tensor):
-        found += (value.data_ptr(), value.shape, value.stride(), value.dtype, value.requires_grad)
-    elif kind is Quantised:
-        found.append(id(value))  # whatever it knows of itself may be read: a recording keeps it alive
-    elif kind in (list, tuple):
-        found.append(len(value))
-        for item in value:
-            _addresses(item, found)
-    elif isinstance(value, Projection) or is_dataclass(kind):
-        found.append(kind)
-        for item in vars(value).values():
-            _addresses(item, found)
-    else:
-        found.append(value)
+def leaves(values: Iterable[object], found: list) -> list:
+    """The tensors, numbers and flags in and below ``values``: all that a kernel can be launched with."""
+    for value in values:
+        kind = type(value)
+        if kind in PLAIN:
+            found.append(value)
+        elif kind is list or kind is tuple:
+            found.append(len(value))
+            leaves(value, found)
+        elif kind is Quantised or not (isinstance(value, Projection) or is_dataclass(kind)):
+            found.append(value)
+        else:
+            found.append(kind)
+            leaves(vars(value).values(), found)
+    return found
+
+
+def addresses(found: list) -> tuple:
+    """What of some leaves a captured kernel has fixed."""
+    return tuple([leaf if type(leaf) in PLAIN else _address(leaf) for leaf in found])
+
+
+def _address(leaf: object) -> object:
+    if isinstance(leaf, Tensor):
+        return leaf.data_ptr(), leaf.shape, leaf.stride(), leaf.dtype, leaf.requires_grad
+    return id(leaf) if type(leaf) is Quantised else leaf  # whatever a quantised weight knows of itself may be read
+
+
+def watched(layers: Iterable[nn.Module]) -> bool:
+    """Whether somebody's hooks see or change what goes into a layer or comes out of it."""
+    if torch.nn.modules.module._has_any_global_hook():
+        return True
+    return any(
+        layer._forward_pre_hooks or layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks
+        or "forward" in layer.__dict__
+        for layer in layers
+    )  # fmt: skip
 
 
 class Gradients:
@@ -217,8 +246,11 @@ class Recording:
         program = Program(taken, self.buffers)
         program.forward()  # kernels are compiled and libraries choose theirs now: not while a graph is being recorded
         program.backward()
-        parts = [part for layer in taken.layers for projection in layer.blocks.projections() for part in projection.parts]
-        self.alive = [part.weight for part in parts if isinstance(part.weight, Quantised)], list(workspace.buffers.values())
+        of_layers = [leaf for leaves in taken.leaves for leaf in leaves]
+        self.alive = [leaf.detach() for leaf in of_layers if isinstance(leaf, Tensor)]  # what the graphs read: they may
+        self.alive += workspace.buffers.values()  # start before it is known that they are still the right ones
+        self.quantised = [leaf for leaf in of_layers if isinstance(leaf, Quantised)]
+        self.kinds = taken.kinds()
         before = _emptied(x)
         collects = gc.isenabled()
         gc.disable()  # what is freed in the middle of a recording could end it
@@ -230,15 +262,15 @@ class Recording:
                 gc.enable()
         self.bytes = _emptied(x) - before
 
-    def forward(self, x: Tensor, tables: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-        """x (B, T, D) -> the last layer's output (B, T, D), in memory of its own."""
+    @torch.no_grad()
+    def start(self, x: Tensor, tables: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Run the forward of x (B, T, D) into ``buffers``."""
         buffers, length = self.buffers, x.shape[1]
         _fill(buffers.x, x)
         for fixed, given in zip(buffers.tables, tables, strict=True):
             fixed[0][:, :length].copy_(given[0])
             fixed[1][:, :length].copy_(given[1])
         self.forward_graph.replay()
-        return buffers.output[:, :length].clone()
 
     def backward(self, grad: Tensor) -> tuple[Tensor | None, list[Tensor]]:
         """grad (B, T, D) of the output -> the gradients of x, if wanted, and of what trains, in memory of their own."""
@@ -250,12 +282,12 @@ class Recording:
 
 
 class Flight:
-    """Between the forward and the backward of a recording: its memory holds this pass's activations, and no other's."""
+    """From the start of a recording's forward to its backward: its memory holds this pass's activations, and no other's."""
 
     def __init__(self, recording: Recording, taken: Pass) -> None:
-        self.recording, self.tables = recording, list(taken.tables.values())
-        self.parameters = taken.parameters()  # some live in this pass alone: several adapters side by side
+        self.recording, self.length = recording, taken.x.shape[1]
         self.landed = False
+        recording.start(taken.x, taken.tables.values())
 
 
 class _Stack(torch.autograd.Function):
@@ -264,7 +296,7 @@ class _Stack(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, flight, *trained):
         ctx.flight = flight
-        return flight.recording.forward(x, flight.tables)
+        return flight.recording.buffers.output[:, : flight.length].clone()
 
     @staticmethod
     @once_differentiable
@@ -297,6 +329,7 @@ class Graphs:
     def clear(self) -> None:
         """Give up all graphs and their memory; new ones are made when shapes come again."""
         self.recordings: dict[tuple, Recording] = {}
+        self.latest: dict[tuple, Recording] = {}  # by shape
         self.seen: Counter[tuple] = Counter()
         self.flight: Callable[[], Flight | None] = lambda: None
         self.gradients: Gradients | None = None
@@ -334,6 +367,7 @@ class Graphs:
         if not self.taken.continues(layer, x):
             return layer(self.interrupt(x))
         self.taken.append(layer)
+        self._start_early(self.taken)
         if layer.index < self.dial.layers - 1:
             return x if self.taken.deferred else self.taken.gave(layer(x))
         taken, self.taken = self.taken, None
@@ -353,27 +387,41 @@ class Graphs:
         return taken.eager()
 
     def _begin(self, layer: LayerRun, x: Tensor) -> Pass | None:
-        if self.loop is None or not torch.is_grad_enabled() or layer.plan.host or _hooked(self.loop):
+        if self.loop is None or not torch.is_grad_enabled() or layer.plan.host or watched(self.loop):
             return None
         if x.ndim != 3 or x.shape[0] * padded(x.shape[1]) > TOKENS or not self.new_graph.fits(x):
             return None
         return Pass(x, deferred=shape_key(x) in self.chains)
 
-    def _together(self, taken: Pass) -> Tensor:
-        key = taken.key()
+    def _start_early(self, taken: Pass) -> None:
+        """Start the graph that such an x took last, once the tables are there, while the other layers are still read.
+
+        Should its key turn out to be another one, nobody looks at what it did to memory of its own.
+        """
+        recording = self.latest.get(shape_key(taken.x)) if taken.deferred and taken.flight is None else None
+        if recording and recording.kinds == taken.kinds() and not self._in_flight():
+            taken.flight = Flight(recording, taken)
+
+    def _in_flight(self) -> bool:
         flight = self.flight()
-        if flight is not None and not flight.landed:
+        return flight is not None and not flight.landed
+
+    def _together(self, taken: Pass) -> Tensor:
+        key, shape = taken.key(), shape_key(taken.x)
+        if self._in_flight() or (key not in self.recordings and not self._record(key, taken)):
+            self.latest.pop(shape, None)
             return taken.eager()
-        if key not in self.recordings and not self._record(key, taken):
-            return taken.eager()
-        flight = Flight(self.recordings[key], taken)
+        recording = self.latest[shape] = self.recordings[key]
+        flight = taken.flight
+        if flight is None or flight.recording is not recording:
+            flight = Flight(recording, taken)
         self.flight = weakref.ref(flight)
         with torch.autocast(taken.x.device.type, enabled=False):
             return _Stack.apply(taken.x, flight, *taken.parameters())
 
     def _record(self, key: tuple, taken: Pass) -> bool:
         """Whether there are graphs of ``key`` now."""
-        if len(self.seen) > 1000:  # something changes in every pass
+        if len(self.seen) > 100:  # something changes in every pass
             self.seen.clear()
         self.seen[key] += 1
         if self.seen[key] <= REPEATS or len(self.recordings) >= GRAPHS or not self._fits(taken):
@@ -397,9 +445,11 @@ class Graphs:
 
     def _fits(self, taken: Pass) -> bool:
         """Whether the graphs' memory is free, and that of the longest batch so far without graphs beside it."""
-        x, plans = taken.x, [layer.plan for layer in taken.layers]
-        size = sum(parameter.numel() * parameter.element_size() for parameter in taken.parameters())
-        if size > GRADIENT_BYTES or any(plan.host for plan in plans):
+        x, plans, parameters = taken.x, [layer.plan for layer in taken.layers], taken.parameters()
+        size = sum(parameter.nbytes for parameter in parameters)
+        made_for_this_pass = not all(parameter.is_leaf for parameter in parameters)  # several adapters side by side
+        odd_tables = any(table.shape[1] != x.shape[1] for pair in taken.tables.values() for table in pair)
+        if size > GRADIENT_BYTES or made_for_this_pass or odd_tables or any(plan.host for plan in plans):
             return False
         if not x.is_cuda:
             return True
@@ -419,17 +469,6 @@ def _fill(fixed: Tensor, values: Tensor) -> None:
     fixed[:, :length].copy_(values)
     if length < fixed.shape[1]:
         fixed[:, length:].zero_()
-
-
-def _hooked(layers: Iterable[nn.Module]) -> bool:
-    """Whether somebody watches a layer's inputs or outputs, which are not there before all layers have run."""
-    if torch.nn.modules.module._has_any_global_hook():
-        return True
-    return any(
-        layer._forward_pre_hooks or layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks
-        or "forward" in layer.__dict__
-        for layer in layers
-    )  # fmt: skip
 
 
 def _emptied(x: Tensor) -> int:
