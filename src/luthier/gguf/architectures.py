@@ -11,9 +11,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from luthier.errors import UnsupportedError
+
+CLASSES = {**MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, **MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}  # of a configuration never saved
 
 # module outside of the layers -> GGUF tensor
 OUTSIDE = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
@@ -223,7 +228,7 @@ ARCHITECTURES = {
 
 def find(config: object) -> Architecture:
     """The row of a configuration, or an ``UnsupportedError`` that says what is not covered, before any work is done."""
-    named = getattr(config, "architectures", None) or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)]
+    named = getattr(config, "architectures", None) or [CLASSES.get(config.model_type)]
     name = named[0] or config.model_type
     row = ARCHITECTURES.get(name)
     if row is None:

@@ -22,7 +22,16 @@ from luthier.gguf import architectures, mixtures
 from luthier.gguf.chat import chat_metadata
 from luthier.gguf.imatrix import Importance, check_importance, read_importance, require_importance
 from luthier.gguf.metadata import kv_heads, metadata, rope_tensors
-from luthier.gguf.mmproj import Projector, find_projector, is_vision, mmproj_path, plan_vision, vision_metadata, vision_type
+from luthier.gguf.mmproj import (
+    Projector,
+    find_projector,
+    is_vision,
+    mmproj_path,
+    normalisation,
+    plan_vision,
+    vision_metadata,
+    vision_type,
+)
 from luthier.gguf.plan import Piece, Plan, plan_tensors, same
 from luthier.gguf.quantize import encode_in_chunks, require_quantizer
 from luthier.gguf.source import CheckpointSource, MemorySource, TensorSource
@@ -137,14 +146,14 @@ class Part:
 def _vision_part(
     row: Projector, config: PreTrainedConfig, processor_dir: str | Path, source: TensorSource, types: Mapping[Path, FileType]
 ) -> Part:
-    planned = plan_vision(row, config, source.shapes, _break_token(processor_dir))
+    planned = plan_vision(row, config, source.shapes, break_token(processor_dir))
     target = FILE_TYPES["f32" if all(target.name == "f32" for target in types.values()) else "f16"]
     infos = [TensorInfo(name, shape, vision_type(name, shape, target)) for name, shape in planned.shapes.items()]
-    metadata = vision_metadata(row, config, processor_dir) | target.metadata
+    metadata = vision_metadata(row, config, normalisation(Path(processor_dir))) | target.metadata
     return Part(planned, {mmproj_path(next(iter(types))): plan(metadata, infos)})
 
 
-def _break_token(directory: str | Path) -> int | None:
+def break_token(directory: str | Path) -> int | None:
     return Tokenizer.from_file(str(Path(directory) / "tokenizer.json")).token_to_id("[IMG_BREAK]")
 
 

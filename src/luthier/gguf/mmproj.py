@@ -169,6 +169,17 @@ PROJECTORS = {
 }
 
 
+# what llama.cpp takes for granted
+ACTIVATIONS = {
+    "qwen2_vl": ("quick_gelu",),
+    "qwen2_5_vl": ("silu",),
+    "qwen3_vl": ("gelu_pytorch_tanh",),
+    "gemma3": ("gelu_pytorch_tanh",),
+    "llava": ("silu", "gelu"),
+    "mistral3": ("silu", "gelu"),
+}
+
+
 def is_vision(name: str) -> bool:
     """Whether a checkpoint's tensor belongs to the vision part."""
     return VISION.match(name) is not None
@@ -191,7 +202,25 @@ def find_projector(config: PreTrainedConfig) -> Projector | None:
             f"GGUF export does not cover the vision part of {config.model_type} ({vision}). Covered: "
             f"{', '.join(PROJECTORS)} (llava and mistral3 with Pixtral). Save with save_pretrained_merged instead."
         )
+    _check_fixed(config)
     return row
+
+
+def _check_fixed(config: PreTrainedConfig) -> None:
+    """``UnsupportedError`` for a vision part that would load and see wrongly."""
+    allowed, found = ACTIVATIONS[config.model_type], config.vision_config.hidden_act
+    layers = getattr(config.vision_config, "num_hidden_layers", 0)
+    last = getattr(config, "vision_feature_layer", -1)
+    wrong = []
+    if found not in allowed:
+        wrong.append(f"its activation must be {' or '.join(allowed)}, not {found}")
+    if last not in (-1, layers, [-1], [layers]):
+        wrong.append(f"it must use the last vision layer, not {last}")
+    if wrong:
+        raise UnsupportedError(
+            f"llama.cpp computes the vision part of {config.model_type} in one way only: {'; '.join(wrong)}. "
+            "Save with save_pretrained_merged instead."
+        )
 
 
 def plan_vision(
@@ -249,10 +278,10 @@ def _route(row: Projector, config: PreTrainedConfig, name: str) -> tuple[Piece, 
     return (Piece(target, None, same),)
 
 
-def vision_metadata(row: Projector, config: PreTrainedConfig, processor_dir: str | Path) -> dict[str, Value]:
-    """Everything but the file's type."""
+def vision_metadata(row: Projector, config: PreTrainedConfig, colours: tuple[list[float], list[float]]) -> dict[str, Value]:
+    """Everything but the file's type. ``colours``: their mean and standard deviation, see `normalisation`."""
     vision = config.vision_config
-    mean, std = _normalisation(Path(processor_dir))
+    mean, std = colours
     keys: dict[str, Value] = {
         "general.architecture": "clip",
         "general.type": "mmproj",
@@ -276,7 +305,7 @@ def _epsilon(vision: PreTrainedConfig) -> float:
     return getattr(vision, "layer_norm_eps", None) or (1e-5 if vision.model_type == "pixtral" else 1e-6)
 
 
-def _normalisation(directory: Path) -> tuple[list[float], list[float]]:
+def normalisation(directory: Path) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of the colours, from the image processor's configuration."""
     for file in ("processor_config.json", "preprocessor_config.json"):
         path = directory / file

@@ -13,7 +13,7 @@ import math
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,14 @@ from luthier.files import atomic_file, make_directory
 from luthier.gguf import architectures, convert
 from luthier.gguf.calibrate import calibrate
 from luthier.gguf.chat import load_tokenizer, stop_tokens
-from luthier.gguf.convert import output_paths, read_config
+from luthier.gguf.convert import break_token, output_paths, read_config
 from luthier.gguf.dequantize import load_tensor
 from luthier.gguf.imatrix import Importance
 from luthier.gguf.lora import convert_lora_to_gguf
 from luthier.gguf.metadata import metadata, rope_tensors
+from luthier.gguf.mmproj import find_projector, mmproj_path, plan_vision
 from luthier.gguf.ollama import write_ollama_modelfile
+from luthier.gguf.plan import plan_tensors
 from luthier.gguf.reader import GGUFFile
 from luthier.gguf.source import CheckpointSource
 from luthier.gguf.types import FILE_TYPES
@@ -48,6 +50,7 @@ from luthier.model.vision import load_vision_model
 from luthier.proof.deviation import as_llama_cpp, measured
 from luthier.proof.gguf_model import GGUFModel
 from luthier.proof.gguf_tokenizer import GGUFTokenizer
+from luthier.proof.vision import VisionReference, compare_vision, vision_reference_of
 from luthier.proof.weights import checksums, compare_weights, stored_damage
 from luthier.terminal import table
 
@@ -88,6 +91,7 @@ class Reference:
     logits: list[torch.Tensor]
     exact: bool  # computed in 32 bits
     deviation: str = ""
+    vision: VisionReference | None = None
 
 
 @dataclass
@@ -104,6 +108,7 @@ class Proof:
     texts: int = 0
     stop_tokens: list[str] = field(default_factory=list)
     weights: str = "not compared"
+    vision: str = ""
     deviation: str = ""  # what llama.cpp computes otherwise, in any file of this model
     notes: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
@@ -116,6 +121,7 @@ class Proof:
             ("largest logit gap", f"{self.largest_gap:.2e}"),
             ("same first choice", f"{self.top1_agreement:.1%} of {self.positions} positions"),
             ("weights", self.weights),
+            *([("vision", self.vision)] if self.vision else []),
             ("tokens", f"equal in {self.texts} texts"),
             ("stop tokens", " ".join(self.stop_tokens)),
             *([("known difference", self.deviation)] if self.deviation else []),
@@ -127,7 +133,7 @@ class Proof:
 
 def reference_of(model: Any, tokenizer: Any, prompts: Sequence[str] | None = None) -> Reference:
     """What ``model`` says to ``prompts``, by default a few texts and questions in its chat template."""
-    tokenizer = load_tokenizer(tokenizer)
+    processor, tokenizer = tokenizer, load_tokenizer(tokenizer)
     texts = list(prompts) if prompts else [*TEXTS, *_conversations(tokenizer)]
     sequences = [ids for text in texts if (ids := tokenizer(text, add_special_tokens=False)["input_ids"][:LONGEST])]
     training = model.training
@@ -142,10 +148,11 @@ def reference_of(model: Any, tokenizer: Any, prompts: Sequence[str] | None = Non
         if deviation:
             trained, logits = logits, answer()
             deviation = measured(deviation, trained, logits)
+    vision = vision_reference_of(model, processor, tokenizer)
     model.train(training)
     exact = all(parameter.dtype == torch.float32 for parameter in model.parameters() if parameter.is_floating_point())
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
-    return Reference(model.config, tokenizer, template, sequences, logits, exact, deviation)
+    return Reference(model.config, tokenizer, template, sequences, logits, exact, deviation, vision)
 
 
 @torch.no_grad()
@@ -169,8 +176,10 @@ def prove(path: str | Path, reference: Reference) -> Proof:
     proof = Proof(Path(path).name, ids.get(file.metadata.get("general.file_type"), "unknown"))
     proof.deviation = reference.deviation
     proof.checksums = checksums(file)
-    if getattr(reference.config, "vision_config", None) is not None:
-        proof.notes.append("the vision part was read back, not computed")
+    if reference.vision is not None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        proof.vision, wrong = compare_vision(Path(path), reference.config, reference.vision, device)
+        proof.failures += wrong
     _compare_numbers(file, reference.config, proof)
     _compare_logits(file, reference, proof)
     _compare_tokens(file, reference.tokenizer, proof)
@@ -188,9 +197,18 @@ def verify(
     config = read_config(against)
     file = GGUFFile(path)
     source = CheckpointSource(against)
-    proof = prove(path, reference_of(_load(against, config, source), against, prompts))
+    reference = reference_of(_load(against, config, source), against, prompts)
+    parts = [(file, plan_tensors(architectures.find(config), config, source.shapes))]
+    vision = mmproj_path(file.path)
+    if reference.vision is not None and vision.is_file():
+        planned = plan_vision(find_projector(config), config, source.shapes, break_token(against))
+        parts.append((GGUFFile(vision), planned))
+    alone = reference.vision is not None and not vision.is_file()
+    proof = prove(path, replace(reference, vision=None) if alone else reference)
+    if alone:
+        proof.notes.append(f"its vision part {vision.name} is not beside it: not compared")
     proof.failures += stored_damage(file)
-    proof.weights, wrong = compare_weights(file, config, source, imatrix)
+    proof.weights, wrong = compare_weights(parts, source, imatrix)
     proof.failures += wrong
     return proof
 

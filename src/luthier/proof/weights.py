@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from luthier.gguf import architectures
 from luthier.gguf.dequantize import dequantize
 from luthier.gguf.imatrix import read_importance
-from luthier.gguf.plan import Piece, plan_tensors
+from luthier.gguf.mmproj import mmproj_path
+from luthier.gguf.plan import Piece, Plan
 from luthier.gguf.quantize import encode_in_chunks
 from luthier.gguf.reader import GGUFFile
 from luthier.gguf.source import TensorSource
@@ -26,12 +25,16 @@ BF16_STEP = 2.0**-8  # relative rounding of a model that was in 16 bits on the w
 
 
 def checksums(file: GGUFFile) -> dict[str, int]:
-    """CRC-32 of every tensor, and of the header under the empty name."""
+    """CRC-32 of every tensor, and of the header under the empty name; those of the vision part beside it, too."""
     header = zlib.crc32(b"".join(key.encode() + value.data for key, value in file.encoded.items()))
     with ThreadPoolExecutor(THREADS) as pool:
-        return {"": header} | dict(
+        sums = {"": header} | dict(
             zip(file.tensors, pool.map(lambda name: zlib.crc32(file.data(name)), file.tensors), strict=True)
         )
+    vision = mmproj_path(file.path)
+    if vision == file.path or not vision.is_file():
+        return sums
+    return sums | {f"{vision.name} {name}".strip(): value for name, value in checksums(GGUFFile(vision)).items()}
 
 
 def stored_damage(file: GGUFFile) -> list[str]:
@@ -45,21 +48,23 @@ def stored_damage(file: GGUFFile) -> list[str]:
 
 
 def compare_weights(
-    file: GGUFFile,
-    config: Any,
+    parts: Sequence[tuple[GGUFFile, Plan]],
     source: TensorSource,
     imatrix: str | Path | Mapping[str, torch.Tensor] | None = None,
 ) -> tuple[str, list[str]]:
-    """Compare every tensor of the file with the checkpoint's, encoded the same way: a summary, and what is wrong."""
-    planned = plan_tensors(architectures.find(config), config, source.shapes)
+    """Compare every tensor of the files with the checkpoint's, encoded the same way: a summary, and what is wrong.
+
+    ``parts``: the language model's file and the vision part's, each with what becomes of the checkpoint's tensors there.
+    """
     importance = read_importance(imatrix)
-    missing = [name for name in planned.shapes if name not in file.tensors]
+    missing = [name for file, planned in parts for name in planned.shapes if name not in file.tensors]
     if missing:
         return "not compared", [f"it lacks {', '.join(missing[:5])}"]
     verdicts = [
         (piece.name, _compare(file, piece, piece.transform(tensor), importance.get(piece.name)))
         for name, tensor in source
-        for piece in planned.pieces[name]
+        for file, planned in parts
+        for piece in planned.pieces.get(name, ())
     ]
     identical = sum(verdict == "" for _, verdict in verdicts)
     wrong = [f"{name} {verdict}" for name, verdict in verdicts if verdict]
