@@ -102,7 +102,7 @@ def test_dry_run(place, run):
     result = run("sft", place / "recipe.yaml", "--output", place / "dry", "--dry-run", "--json")
     assert result.code == 0, result.err
     told = json.loads(result.out)
-    assert told["rows"] == told["ledger"]["rows_in"] == 8 and told["memory"]["total"] > 0
+    assert told["rows"] == told["ledger"]["rows_in"] == 8 and told["memory"]["total"] > 0 and told["compute"] == "bf16"
     assert "Memory on the device" in result.err and "rows that train" in result.err
     assert not (place / "dry").exists()
 

@@ -12,6 +12,7 @@ from test_ops import DEVICE, GPU, RUNS_KERNELS, error, randn
 from tiny import FAMILIES, save_tiny, tiny_model
 from torch import Tensor, nn
 
+from luthier.config import SFTRecipe
 from luthier.errors import UnsupportedError
 from luthier.model import compute
 from luthier.model.accelerate import accelerate, dial_of, state_of
@@ -23,6 +24,7 @@ from luthier.ops import fp8, lora_linear, nf4
 from luthier.ops.dropout import Dropout
 from luthier.ops.fp8 import E4M3, quantise_rows, scales_of, weight_bounds, write_weight
 from luthier.ops.fp8_linear import Fp8Projection
+from luthier.workflows.common import checked
 
 if not GPU:
     from triton_interpreter import repaired
@@ -259,7 +261,10 @@ class TestAsking:
         with pytest.raises(UnsupportedError, match="NVIDIA A100 is sm_80. Use compute='bf16'"):
             load_model("nothing/here/at/all", compute="fp8")
 
-    def test_what_makes_no_sense_is_refused(self):
+    def test_what_makes_no_sense_is_refused(self, tmp_path):
+        recipe = SFTRecipe(model="m", data="d", output=str(tmp_path / "out"), compute="fp8", full_finetuning=True)
+        with pytest.raises(UnsupportedError, match="frozen weights"):
+            checked(recipe)
         with pytest.raises(UnsupportedError, match="frozen weights"):
             load_model("nothing/here/at/all", compute="fp8", full_finetuning=True)
         with pytest.raises(UnsupportedError, match="runs stock"):

@@ -13,6 +13,7 @@ from luthier.config import TrainRecipe
 from luthier.data.chat import find_template
 from luthier.files import atomic_file, require_writable
 from luthier.gguf.convert import output_paths
+from luthier.model.compute import require_compute
 from luthier.training.arguments import SharedArguments, TrainingArguments
 from luthier.training.checkpoints import find_checkpoint
 
@@ -54,6 +55,7 @@ def checked(recipe: TrainRecipe) -> str | None:
     """Raise for what can be known to be wrong before rows and model are read -> the checkpoint to resume from, if any."""
     recipe.require("model", "data")
     require_writable(recipe.output)
+    require_compute(recipe.compute, recipe.full_finetuning)
     template = getattr(recipe, "chat_template", None)  # a vision model's processor brings its own
     if template is not None:
         find_template(template)

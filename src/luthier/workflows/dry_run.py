@@ -28,7 +28,7 @@ def dry_run(recipe: TrainRecipe) -> dict[str, Any]:
     rows = read_dataset(recipe.data, recipe.split)
     if recipe.eval_data:
         read_dataset(recipe.eval_data)
-    result: dict[str, Any] = {"rows": len(rows)}
+    result: dict[str, Any] = {"rows": len(rows), "compute": recipe.compute}
     hub = {"revision": recipe.revision} if recipe.revision else {}
     if Path(recipe.model).is_dir():
         find_files(recipe.model)
