@@ -111,20 +111,17 @@ def launch_quantise(x: Tensor) -> Rows8:
 
 
 def launch_write(weight: Tensor | Quantised, scales: Tensor, out: Tensor, transposed: bool) -> Tensor:
-    rows, columns = weight.shape
-    tile = SQUARE_TILE if transposed else WIDE_TILE
-    if isinstance(weight, Quantised):
-        nested = weight.nested_absmax is not None
-        outer = (weight.nested_absmax, weight.nested_code, weight.offset) if nested else (weight.absmax,) * 3
-        source = (weight.packed, weight.absmax, weight.code, *outer)
-        size, nesting, stride = weight.blocksize, weight.nested_blocksize if nested else 0, 0
-        tile = tile[0], max(tile[1], size)
-    else:
-        source, size, nesting, stride = (weight,) * 6, 0, 0, weight.stride(0)
+    (rows, columns), tile = weight.shape, SQUARE_TILE if transposed else WIDE_TILE
     grid = triton.cdiv(rows, tile[0]), triton.cdiv(columns, tile[1])
-    _write_kernel[grid](
-        *source, scales, out, rows, columns, stride, out.stride(0), SIZE=size, NESTED=nesting, TRANSPOSED=transposed,
-        ROWS=tile[0], COLUMNS=tile[1], num_warps=8 if transposed else 4, enable_fp_fusion=False,
+    shape = {"TRANSPOSED": transposed, "ROWS": tile[0], "COLUMNS": tile[1], "num_warps": 8 if transposed else 4}
+    if not isinstance(weight, Quantised):
+        _write_kernel[grid](weight, scales, out, rows, columns, weight.stride(0), out.stride(0), **shape)
+        return out
+    nested = weight.nested_absmax is not None
+    outer = (weight.nested_absmax, weight.nested_code, weight.offset) if nested else (weight.absmax,) * 3
+    _write_nf4_kernel[grid](
+        weight.packed, weight.absmax, weight.code, *outer, scales, out, rows, columns, out.stride(0), SIZE=weight.blocksize,
+        NESTED=weight.nested_blocksize if nested else 0, **shape, enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
@@ -149,34 +146,48 @@ def _quantise_kernel(X, VALUES, SCALES, width, stride, STEPS: tl.constexpr, BLOC
 
 @jit
 def _write_kernel(
-    WEIGHT, ABSMAX, CODE, NESTED_ABSMAX, NESTED_CODE, OFFSET, SCALES, OUT, rows, columns, stride, stride_out,
-    SIZE: tl.constexpr, NESTED: tl.constexpr, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    WEIGHT, SCALES, OUT, rows, columns, stride, stride_out,
+    TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of a weight into e4m3: from 4 bits in blocks of ``SIZE`` (as in nf4.py), or from 16 where ``SIZE`` is 0."""
+    """A tile of a weight in 16 or 32 bits."""
     row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
-    if SIZE > 0:
-        blocks = columns // SIZE
-        of_row = tl.program_id(1) * (COLUMNS // SIZE) + tl.arange(0, COLUMNS // SIZE)
-        block = row.to(tl.int64)[:, None] * blocks + of_row[None, :]
-        exists = (row < rows)[:, None] & (of_row < blocks)[None, :]
-        scale = tl.load(ABSMAX + block, mask=exists, other=0)
-        if NESTED > 0:
-            outer = tl.load(NESTED_ABSMAX + block // NESTED, mask=exists, other=0.0)
-            scale = tl.load(NESTED_CODE + scale.to(tl.int32)) * outer + tl.load(OFFSET)
-        byte = tl.arange(0, SIZE // 2)
-        at = block[:, :, None] * (SIZE // 2) + byte[None, None, :]
-        pair = tl.load(WEIGHT + at, mask=exists[:, :, None], other=0).to(tl.int32)
-        high = tl.load(CODE + (pair >> 4)) * scale[:, :, None]
-        low = tl.load(CODE + (pair & 15)) * scale[:, :, None]
-        value = tl.reshape(tl.join(high, low), (ROWS, COLUMNS))
-    else:
-        value = tl.load(WEIGHT + row.to(tl.int64)[:, None] * stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(WEIGHT + row.to(tl.int64)[:, None] * stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
     if TRANSPOSED:
         value *= tl.div_rn(1.0, tl.load(SCALES + column, mask=column < columns, other=1.0))[None, :]
         target = OUT + column.to(tl.int64)[:, None] * stride_out + row[None, :]
-        tl.store(target, tl.trans(value).to(OUT.dtype.element_ty), mask=tl.trans(inside))
+        tl.store(target, tl.trans(value.to(OUT.dtype.element_ty)), mask=tl.trans(inside))
     else:
         value *= tl.div_rn(1.0, tl.load(SCALES + row, mask=row < rows, other=1.0))[:, None]
         target = OUT + row.to(tl.int64)[:, None] * stride_out + column[None, :]
         tl.store(target, value.to(OUT.dtype.element_ty), mask=inside)
+
+
+@jit
+def _write_nf4_kernel(
+    PACKED, ABSMAX, CODE, NESTED_ABSMAX, NESTED_CODE, OFFSET, SCALES, OUT, rows, columns, stride_out,
+    SIZE: tl.constexpr, NESTED: tl.constexpr, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A tile of a weight in 4 bits (nf4.py); the two weights of a byte go to neighbouring columns, or to rows of their own."""
+    row, byte = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)
+    inside = (row < rows)[:, None] & (2 * byte < columns)[None, :]
+    block = row.to(tl.int64)[:, None] * (columns // SIZE) + (byte // (SIZE // 2))[None, :]
+    scale = tl.load(ABSMAX + block, mask=inside, other=0)
+    if NESTED > 0:
+        outer = tl.load(NESTED_ABSMAX + block // NESTED, mask=inside, other=0.0)
+        scale = tl.load(NESTED_CODE + scale.to(tl.int32)) * outer + tl.load(OFFSET)
+    at = row.to(tl.int64)[:, None] * (columns // 2) + byte[None, :]
+    pair = tl.load(PACKED + at, mask=inside, other=0).to(tl.int32)
+    high, low = tl.load(CODE + (pair >> 4)) * scale, tl.load(CODE + (pair & 15)) * scale
+    if TRANSPOSED:
+        exists = 2 * byte < columns
+        high *= tl.div_rn(1.0, tl.load(SCALES + 2 * byte, mask=exists, other=1.0))[None, :]
+        low *= tl.div_rn(1.0, tl.load(SCALES + 2 * byte + 1, mask=exists, other=1.0))[None, :]
+        target = OUT + 2 * byte.to(tl.int64)[:, None] * stride_out + row[None, :]
+        tl.store(target, tl.trans(high.to(OUT.dtype.element_ty)), mask=tl.trans(inside))
+        tl.store(target + stride_out, tl.trans(low.to(OUT.dtype.element_ty)), mask=tl.trans(inside))
+    else:
+        inverse = tl.div_rn(1.0, tl.load(SCALES + row, mask=row < rows, other=1.0))[:, None]
+        values = tl.join((high * inverse).to(OUT.dtype.element_ty), (low * inverse).to(OUT.dtype.element_ty))
+        target = OUT + row.to(tl.int64)[:, None, None] * stride_out + 2 * byte[None, :, None] + tl.arange(0, 2)[None, None, :]
+        tl.store(target, values, mask=tl.broadcast_to(inside[:, :, None], values.shape))
