@@ -63,26 +63,20 @@ def kernels(dtype: str) -> dict[str, tuple]:
 
 def kernels_in_8_bits(dtype: str) -> dict[str, tuple]:
     """The same for what only cards from Ada on have."""
-    x, scales = f"*{dtype}", ["*fp32"] * 5
-    widths = ["i32", "i32", "i64", "i64"]
-    nested = {"SIZE": 64, "NESTED": 256}
-    tiles = {
-        transposed: {"TRANSPOSED": transposed, "ROWS": rows, "COLUMNS": columns}
-        for transposed, (rows, columns) in ((False, fp8.WIDE_TILE), (True, fp8.SQUARE_TILE))
-    }
+    x, e4m3 = f"*{dtype}", "*fp8e4nv"
+    rider = {"RANK": 48, "WIDTH": 192, "RIDERS": 256}
+    rows, riders = [x, x, e4m3, "*fp32", "i32", "i64", "i64"], ["*fp32", x, "*fp32", e4m3, "i32", "i64", "i64", "i64"]
+    nf4_weight, blocks = ["*u8", "*u8", *["*fp32"] * 5, e4m3], {"SIZE": 64, "NESTED": 256}
+    tile = {"ROWS": fp8.COLUMN_TILE[0] // 4, "BYTES": fp8.COLUMN_TILE[1] // 2}
+    dense = [x, "*fp32", e4m3, "i32", "i32", "i64", "i64"]
     return {
-        "e4m3 rows": (fp8._quantise_kernel, [x, "*fp8e4nv", "*fp32", "i32", "i64"], {"STEPS": 2, "BLOCK": fp8.ROW_BLOCK}, 16),
-        **{
-            f"e4m3 {name}{' transposed' if transposed else ''}": (
-                fp8._write_kernel, [*source, *scales, "*fp8e4nv", *widths], {**constants, **tiles[transposed]}, warps
-            )
-            for name, source, constants in (
-                ("of nf4", ["*u8", "*u8"], nested),
-                ("of 16 bits", [x, x], {"SIZE": 0, "NESTED": 0}),
-            )
-            for transposed, warps in ((False, 4), (True, 8))
-        },
-    }  # fmt: skip
+        "e4m3 rows": (fp8._quantise_kernel, rows, {**rider, "STEPS": 2, "BLOCK": fp8.ROW_BLOCK}, 16),
+        "e4m3 riders": (fp8._riders_kernel, riders, {**rider, "ROWS": fp8.RIDER_ROWS}, 4),
+        "weight to e4m3": (fp8._write_kernel, dense, {"TRANSPOSED": False, "TILE": fp8.TILE}, 8),
+        "weight to e4m3, transposed": (fp8._write_kernel, dense, {"TRANSPOSED": True, "TILE": fp8.TILE}, 8),
+        "nf4 to e4m3": (fp8._nf4_rows_kernel, [*nf4_weight, "i32", "i64"], {**blocks, "BLOCKS": 64}, 4),
+        "nf4 to e4m3, transposed": (fp8._nf4_columns_kernel, [*nf4_weight, "i32", "i32", "i64"], {**blocks, **tile}, 8),
+    }
 
 
 def build(kernel, types: list[str], constants: dict, warps: int, target: GPUTarget) -> int:

@@ -22,7 +22,7 @@ from luthier.model.dial import LayerPlan
 from luthier.model.load import load_model
 from luthier.ops import fp8, lora_linear, nf4
 from luthier.ops.dropout import Dropout
-from luthier.ops.fp8 import E4M3, quantise_rows, scales_of, weight_bounds, write_weight
+from luthier.ops.fp8 import E4M3, quantise_rows, scales_of, weight_bounds, write_riders, write_weight
 from luthier.ops.fp8_linear import Fp8Projection
 from luthier.workflows.common import checked
 
@@ -57,13 +57,29 @@ class TestQuantisedRows:
         x = x.to(dtype)
         x[:, ::7] *= 1e-5  # where e4m3 has fewer bits left, or none
         rows = quantise_rows(x)
-        assert torch.equal(rows.scales, x.float().abs().amax(1) / 448)
+        assert torch.equal(rows.scales, x.float().abs().amax(1) * (1 / 448))
         assert torch.equal(bits(rows.values), bits((x.float() * (1 / rows.scales)[:, None]).to(E4M3)))
         assert error(rows.dequantised(), x.double()) < 1.2 * ROUNDING
 
     def test_ties_go_to_even_and_the_largest_stays(self, path):
         x = torch.tensor([[448.0, -448.0, 17.0, 19.0, 2.0**-9, 2.0**-10, 3 * 2.0**-10, 0.0]], device=DEVICE)
         assert quantise_rows(x).values.float().tolist() == [[448.0, -448.0, 16.0, 20.0, 2.0**-9, 0.0, 2.0**-8, 0.0]]
+
+    @pytest.mark.parametrize("rank", [1, 16, 48])
+    def test_riders_are_as_exact_as_bf16(self, path, rank):
+        """Whatever their size beside the rows that they ride behind: the scale bounds both."""
+        for size in (1e-2, 1.0, 50.0):
+            x, t, w, b = randn(9, 64), size * randn(9, rank, seed=1), randn(12, 64, seed=2), size * randn(12, rank, seed=3)
+            rows, weight = quantise_rows(x, t), torch.full((12, 64 + fp8.rider_width(rank)), float("nan"), device=DEVICE)
+            weight = weight.to(E4M3)
+            scales = write_riders(w.abs().amax(1), b, weight)
+            write_weight(w, scales, weight[:, :64])
+            plain = fp8.Rows8(rows.values[:, :64], rows.scales), fp8.Rows8(weight[:, :64], scales)
+            both, alone = fp8.product(rows, fp8.Rows8(weight, scales), torch.float32), fp8.product(*plain, torch.float32)
+            truth, in_bf16 = t.double() @ b.double().T, t.bfloat16().double() @ b.bfloat16().double().T
+            assert error(both - alone, truth) < 2 * error(in_bf16, truth)
+            reference = fp8.quantise_rows_reference(x, t)
+            assert torch.equal(bits(rows.values), bits(reference.values)) and torch.equal(rows.scales, reference.scales)
 
     def test_rows_without_numbers_and_rows_that_are_lost(self, path):
         x = randn(5, 40)
@@ -88,7 +104,7 @@ def weights(rows: int, columns: int) -> dict[str, Tensor | nf4.Quantised]:
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
-@pytest.mark.parametrize("shape", [(70, 128), (130, 384), (33, 100)])
+@pytest.mark.parametrize("shape", [(68, 128), (132, 384), (33, 100), (34, 128)])
 def test_a_weight_is_written_from_its_stored_form(path, shape, transposed):
     for kind, weight in weights(*shape).items():
         if shape[1] % 64 and kind == "plain":
@@ -98,7 +114,8 @@ def test_a_weight_is_written_from_its_stored_form(path, shape, transposed):
         bounds = weight_bounds(weight)[transposed]
         assert (bounds >= dense.abs().amax(1)).all() and (bounds <= 4 * dense.abs().amax(1)).all() or transposed
         scales = scales_of(bounds)
-        out = torch.full((dense.shape[0], dense.shape[1] + 3), float("nan"), device=DEVICE).to(E4M3)[:, 1:-2]
+        out = torch.full((dense.shape[0], dense.shape[1] // 4 * 4 + 12), float("nan"), device=DEVICE).to(E4M3)
+        out = out[:, 4 : 4 + dense.shape[1]]
         write_weight(weight, scales, out, transposed)
         assert torch.equal(bits(out), bits((dense * (1 / scales)[:, None]).to(E4M3))), kind
         assert error(out.float() * scales[:, None], dense.double()) < 1.15 * ROUNDING
@@ -115,8 +132,8 @@ def test_a_product_is_off_by_its_rounding(path):
 
 @pytest.mark.parametrize("everywhere", [False, True])
 def test_a_projection_with_adapters_and_bias_is_its_exact_one_but_for_the_rounding(path, everywhere):
-    """Both kinds of products of both directions; with a weight of zeros, where only adapters and bias are left, exactly."""
-    for scale, allowed in ((1.0, 1.6 * 2**0.5 * ROUNDING), (0.0, 2e-6)):
+    """Both kinds of products of both directions; with a weight of zeros, where only adapters and bias are left, as in bf16."""
+    for scale, allowed in ((1.0, 1.6 * 2**0.5 * ROUNDING), (0.0, 2**-8)):
         parts = [
             lora_linear.Part(scale * randn(64, 96), randn(64, seed=1), randn(3, 96, seed=2), randn(64, 3, seed=3), 0.5),
             lora_linear.Part(
@@ -216,7 +233,7 @@ def test_a_family_trains_as_well_as_8_bits_allow(family, several_chunks):
         if kind == "fp8-backward":
             assert torch.equal(ours[0], loss_and_gradients(in_8_bits(model, "bf16"), **batch())[0])
         else:
-            assert abs(ours[0] - truth[0]) <= max(3 * abs(loss - truth[0]), 0.01)
+            assert abs(ours[0] - truth[0]) <= max(3 * abs(loss - truth[0]), 0.005 * truth[0])
 
 
 @pytest.mark.parametrize("kind", ["fp8-backward", "fp8"])

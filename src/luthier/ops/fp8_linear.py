@@ -1,9 +1,10 @@
-"""Frozen linear layers whose big products run in e4m3; their adapters and biases stay in the activations' dtype.
+"""Frozen linear layers whose big products run in e4m3; their adapters stay as exact as bf16.
 
-    forward    y  = x8 @ W8.T   + s t @ B.T + bias          t = x @ A.T             rows of x and of W share a scale
+    forward    y  = x8 @ W8.T   + s t @ B.T + bias          t = x @ A.T             rows of x and of W have a scale each
     backward   dx = dy8 @ W8    + s (dy @ B) @ A                                    rows of dy and columns of W do
 
-Either both, or only the backward, whose errors a loss does not see. The gradients of A and B come from x and dy themselves.
+Either both, or only the backward, whose errors a loss does not see. What the adapters add rides in the same product (fp8.py
+has the drawing). The gradients of A and B come from x and dy themselves.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from functools import cached_property, reduce
 import torch
 from torch import Tensor
 
-from luthier.ops.fp8 import E4M3, Rows8, product, quantise_rows, scales_of, weight_bounds, write_weight
+from luthier.ops.fp8 import E4M3, Rows8, product, quantise_rows, rider_width, weight_bounds, write_riders, write_weight
 from luthier.ops.lora_linear import Part, Projection, Workspace
 
 
@@ -44,8 +45,8 @@ class Fp8Projection(Projection):
         return super().forward(x, written.exact, out)
 
     def forward_again(self, x: Tensor, written: Written, out: Tensor | None = None) -> Tensor:
-        y = product(quantise_rows(x[:, : self.width_in]), written.rows, x.dtype, out)
-        return y.addmm_(x[:, self.width_in :], written.adapters[0].T) if self.extension else y
+        low = x[:, self.width_in : self.width_in + self.rank] if self.rank else None
+        return self._forward(x[:, : self.width_in], low, written, out)
 
     def add_to(self, residual: Tensor, x: Tensor, written: Written, alpha: float = 1.0, out: Tensor | None = None) -> Tensor:
         if self.everywhere:
@@ -57,11 +58,7 @@ class Fp8Projection(Projection):
     ) -> Tensor:
         if not self.everywhere:
             return super().apply(x, low, written.exact, residual, alpha)
-        y = product(quantise_rows(x), written.rows, x.dtype)
-        if low is not None:
-            y.addmm_(low, self.b(written).T)
-        if self.has_bias:
-            y.add_(written.adapters[0][:, self.rank])
+        y = self._forward(x, low, written)
         return y if residual is None else torch.add(residual, y, alpha=alpha)
 
     def input_gradient(self, grad: Tensor, written: Written, row: int = 0) -> tuple[Tensor, Tensor | None]:
@@ -83,9 +80,15 @@ class Fp8Projection(Projection):
         """Whether the weights are written out in the activations' dtype now, with the adapters beside them."""
         return not (self.everywhere or self.in_backward)
 
+    def _forward(self, x: Tensor, low: Tensor | None, written: Written, out: Tensor | None = None) -> Tensor:
+        y = product(quantise_rows(x, low), written.rows, x.dtype, out)
+        return y.add_(written.adapters[0][:, self.rank]) if self.has_bias else y
+
     def _input_gradient(self, grad: Tensor, low: Tensor | None, written: Written, row: int) -> Tensor:
+        if not self.drops:
+            return product(quantise_rows(grad, low), written.columns, grad.dtype)
         dx = product(quantise_rows(grad), written.columns, grad.dtype)
-        return dx if low is None else self.add_adapters_(dx, low, written, row)
+        return self.add_adapters_(dx, low, written, row)
 
 
 class Written:
@@ -122,15 +125,19 @@ class Written:
         return columns, rows
 
     def _weights(self, transposed: bool) -> Rows8:
-        own = self.projection
-        shape = (own.width_in, own.width_out) if transposed else (own.width_out, own.width_in)
+        own, riders = self.projection, None
+        if own.rank and not (transposed and own.drops):  # what was dropped differs from token to token
+            riders = own.a(self).T if transposed else own.b(self)
+        rows, columns = (own.width_in, own.width_out) if transposed else (own.width_out, own.width_in)
+        shape = rows, columns + rider_width(0 if riders is None else own.rank)
         buffer = self._buffer("columns" if transposed else "rows", shape, self.like.new_empty(0, dtype=E4M3))
         bounds = [weight_bounds(part.weight)[transposed] for part in own.parts]
-        scales = scales_of(reduce(torch.maximum, bounds) if transposed else torch.cat(bounds))
+        bounds = reduce(torch.maximum, bounds) if transposed else torch.cat(bounds)
+        scales = write_riders(bounds, riders, buffer)
         start = 0
         for part, height in zip(own.parts, own.widths, strict=True):
             here = slice(start, start + height)
-            out = buffer[:, here] if transposed else buffer[here]
+            out = buffer[:, here] if transposed else buffer[here, : own.width_in]
             write_weight(part.weight, scales if transposed else scales[here], out, transposed)
             start += height
         return Rows8(buffer, scales)

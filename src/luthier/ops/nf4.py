@@ -109,7 +109,7 @@ def launch(weight: Quantised, out: Tensor) -> Tensor:
     whole = columns % size == 0
     nested = weight.nested_absmax is not None
     scales = (weight.nested_absmax, weight.nested_code, weight.offset) if nested else (weight.absmax,) * 3
-    per_program = _blocks_of_a_program(columns // size if whole else triton.cdiv(total, size), size)
+    per_program = blocks_of_a_program(columns // size if whole else triton.cdiv(total, size), size)
     programs = total // columns * triton.cdiv(columns // size, per_program) if whole else triton.cdiv(total, size * per_program)
     pairs = whole and out.element_size() == 2 and out.stride(-2) % 2 == 0 and out.data_ptr() % 4 == 0
     _nf4_kernel[(programs,)](
@@ -120,7 +120,7 @@ def launch(weight: Quantised, out: Tensor) -> Tensor:
     return out
 
 
-def _blocks_of_a_program(blocks: int, size: int) -> int:
+def blocks_of_a_program(blocks: int, size: int) -> int:
     """Up to ``TILE`` weights, a power of two of blocks: the one that wastes least on a run of ``blocks``, the largest such."""
     largest = max(1, TILE // size)
     return min((largest, max(1, largest // 2), max(1, largest // 4)), key=lambda n: triton.cdiv(blocks, n) * n)
