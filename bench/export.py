@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import itertools
 import tempfile
 import threading
 import time
@@ -21,7 +22,7 @@ from unittest import mock
 
 import torch
 from models import random_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from luthier import FastLanguageModel
@@ -122,9 +123,9 @@ def export_model(arguments: argparse.Namespace, place: Path) -> None:
 
 
 def random_checkpoint(shape: str, layers: int | None, directory: Path) -> PreTrainedTokenizerFast:
-    """Write a random bf16 checkpoint with a small tokenizer, its vocabulary padded to the shape's."""
+    """Write a random bf16 checkpoint with a tokenizer of nearly as many tokens as it has rows."""
     model = random_model(shape, DEVICE, four_bit=False, layers=layers)
-    tokenizer = small_tokenizer()
+    tokenizer = large_tokenizer(model.config.vocab_size - 256)
     model.config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(directory, max_shard_size="5GB")
     tokenizer.save_pretrained(directory)
@@ -135,13 +136,17 @@ def random_checkpoint(shape: str, layers: int | None, directory: Path) -> PreTra
     return tokenizer
 
 
-def small_tokenizer() -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
+def large_tokenizer(size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of ``size`` tokens: bytes, pairs of them, and so on. Small ones would hide what large ones cost."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*SPECIAL, *letters]
+    pairs = list(itertools.product(letters, letters))
+    triples = itertools.product(map("".join, pairs), letters)
+    merges = list(itertools.islice(itertools.chain(pairs, triples), size - len(tokens)))
+    vocabulary = {token: i for i, token in enumerate([*tokens, *map("".join, merges)])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=1024, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator([export.__doc__, *export.TEXTS], trainer)
     pad, bos, eos, *others = SPECIAL
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=pad, bos_token=bos, eos_token=eos, extra_special_tokens=others

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -110,47 +111,56 @@ def known_template(tokenizer: Any) -> Known | None:
     """The named template that renders as the tokenizer's own, found by rendering a few conversations with each."""
     if not isinstance(tokenizer.chat_template, str):
         return None
-    own = _renderings(tokenizer, tokenizer.chat_template)
-    variants = [(template, jinja, stop) for template in TABLE for jinja, stop in _variants(template, tokenizer)]
-    renderings = [_renderings(tokenizer, jinja) for _, jinja, _ in variants]
+    vocabulary = tokenizer.get_vocab()
+    lacking = frozenset(template.eos_token for template in TABLE if template.eos_token not in vocabulary)
+    return _known_template(tokenizer.chat_template, json.dumps(tokenizer.special_tokens_map), tokenizer.eos_token, lacking)
+
+
+@functools.lru_cache(maxsize=8)  # an export asks several times, and a hundred renderings take a second
+def _known_template(jinja: str, special_tokens: str, eos: str | None, lacking: frozenset[str]) -> Known | None:
+    """``special_tokens``: by name, as JSON. ``lacking``: stop tokens of named templates that are not in the vocabulary."""
+    special = json.loads(special_tokens)
+    own = _renderings(special, jinja)
+    variants = [(template, jinja, stop) for template in TABLE for jinja, stop in _variants(template, eos, lacking)]
+    renderings = [_renderings(special, jinja) for _, jinja, _ in variants]
     for (template, _, stop), named in zip(variants, renderings, strict=True):
         if named == own:
             return Known(template, stop)
     for (template, jinja, stop), named in zip(variants, renderings, strict=True):
         if own[2] is not None and named[2:] == own[2:]:  # the same wherever there is a system message
-            system = _default_system(tokenizer, jinja, own)
+            system = _default_system(special, jinja, own)
             if system:
                 return Known(template, stop, system)
     return None
 
 
-def _variants(template: ChatTemplate, tokenizer: Any) -> Iterator[tuple[str, str | None]]:
+def _variants(template: ChatTemplate, eos: str | None, lacking: frozenset[str]) -> Iterator[tuple[str, str | None]]:
     """A template's Jinja, and the one with the tokenizer's EOS where its stop token is not in the vocabulary."""
     yield template.jinja, None
-    eos, stop = tokenizer.eos_token, template.eos_token
-    if eos and stop != EOS and stop not in tokenizer.get_vocab():
+    stop = template.eos_token
+    if eos and stop != EOS and stop in lacking:
         yield template.jinja.replace(stop, eos), eos
 
 
-def _renderings(tokenizer: Any, jinja: str) -> list[str | None]:
-    return [_rendered(tokenizer, jinja, messages) for messages in PROBES]
+def _renderings(special: dict, jinja: str) -> list[str | None]:
+    return [_rendered(special, jinja, messages) for messages in PROBES]
 
 
-def _rendered(tokenizer: Any, jinja: str, messages: list[dict]) -> str | None:
+def _rendered(special: dict, jinja: str, messages: list[dict]) -> str | None:
     """The prompt for a conversation; None where the template refuses it. The date is that of today in all of them."""
     try:
         rendered, _ = render_jinja_template(
-            conversations=[messages], chat_template=jinja, add_generation_prompt=True, **tokenizer.special_tokens_map
+            conversations=[messages], chat_template=jinja, add_generation_prompt=True, **special
         )
     except (TemplateError, TypeError):
         return None
     return rendered[0]
 
 
-def _default_system(tokenizer: Any, jinja: str, own: list[str | None]) -> str | None:
+def _default_system(special: dict, jinja: str, own: list[str | None]) -> str | None:
     """The system message that the tokenizer's template adds where there is none, if that is all that differs."""
     probe = "\x00"
-    shown = _rendered(tokenizer, jinja, [{"role": "system", "content": probe}, *PROBES[0]])
+    shown = _rendered(special, jinja, [{"role": "system", "content": probe}, *PROBES[0]])
     if shown is None or own[0] is None or shown.count(probe) != 1:
         return None
     before, after = shown.split(probe)
@@ -158,5 +168,5 @@ def _default_system(tokenizer: Any, jinja: str, own: list[str | None]) -> str | 
         return None
     system = own[0][len(before) : len(own[0]) - len(after)]
     with_system = [{"role": "system", "content": system}]
-    same = all(_rendered(tokenizer, jinja, with_system + PROBES[i]) == own[i] for i in (0, 1))
+    same = all(_rendered(special, jinja, with_system + PROBES[i]) == own[i] for i in (0, 1))
     return system if same else None
