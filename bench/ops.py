@@ -14,11 +14,18 @@ from collections.abc import Callable
 import torch
 from bitsandbytes.nn import Params4bit
 
+from luthier.ops.dropout import Dropout, drop
 from luthier.ops.fp8 import E4M3, quantise_rows, quantise_rows_reference, scales_of, weight_bounds, write_weight
 from luthier.ops.gated_mlp import gated_activation_reference, gated_backward_, gated_backward_reference, gated_forward
 from luthier.ops.linear_cross_entropy import loss_and_grad_, loss_and_grad_reference
 from luthier.ops.nf4 import dequantise, dequantise_reference, quantised
-from luthier.ops.rms_norm import rms_norm_backward, rms_norm_backward_reference, rms_norm_forward, rms_norm_reference
+from luthier.ops.rms_norm import (
+    rms_norm_backward,
+    rms_norm_backward_reference,
+    rms_norm_forward,
+    rms_norm_gradients,
+    rms_norm_reference,
+)
 from luthier.ops.rotary import rotary_reference, rotate
 
 WIDTH, MLP, VOCABULARY = 4096, 14336, 128256
@@ -57,6 +64,16 @@ def cases(rows: int) -> dict[str, tuple[Callable, Callable, float]]:
             lambda: rms_norm_backward(grad, x, weight, *norm, grad, out),
             lambda: rms_norm_backward_reference(grad, x, weight, *norm, grad)[0],
             size(x, x, x),
+        ),
+        "norm backward, trained": (
+            lambda: rms_norm_gradients(grad, x, weight, *norm, grad, out),
+            lambda: rms_norm_backward_reference(grad, x, weight, *norm, grad),
+            size(x, x, x),
+        ),
+        "dropout": (  # beside torch's own, which keeps a mask
+            lambda: drop(act, Dropout(0.1, 1 << 40)),
+            lambda: torch.nn.functional.dropout(act, 0.1),
+            size(act, act),
         ),
         "rotary": (lambda: rotate(heads, cos, sin), lambda: rotary_reference(heads, cos, sin), size(heads, heads)),
         "silu": (

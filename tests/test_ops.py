@@ -360,10 +360,74 @@ def test_lora_linear_is_what_peft_computes():
     layer = get_peft_model(
         model, LoraConfig(r=4, lora_alpha=12, target_modules=["0"], init_lora_weights=False)
     ).base_model.model[0]
-    x = randn(3, 12)
-    a, b = layer.lora_A.default.weight, layer.lora_B.default.weight
-    ours = lora_linear.lora_linear_reference(x, layer.base_layer.weight, layer.base_layer.bias, a, b, layer.scaling["default"])
+    x, base = randn(3, 12), layer.base_layer
+    adapter = layer.lora_A.default.weight, layer.lora_B.default.weight, layer.scaling["default"]
+    ours = lora_linear.lora_linear_reference(x, lora_linear.Part(base.weight, base.bias, *adapter))
     torch.testing.assert_close(ours, layer(x))
+
+
+def parts_of(kind: str, dtype: torch.dtype) -> list[lora_linear.Part]:
+    """Three layers side by side that all train."""
+    parts = []
+    for number, (width, rank, scale, p) in enumerate([(40, 3, 0.5, 0.3), (5, 2, 1.0, 0.0), (32, 7, 2.0, 0.6)]):
+        tensors = [randn(width, 48, seed=number, dtype=dtype) / 7, None if number == 1 else randn(width, seed=3, dtype=dtype)]
+        if kind != "plain" and (kind != "two of three" or number != 1):
+            tensors += [randn(rank, 48, seed=rank) / 7, randn(width, rank, seed=rank + 9)]
+        else:
+            tensors += [None, None]
+        dropped = dropout.Dropout(p, (number << 40) + 5) if p and kind == "dropout" else None
+        trained = [None if tensor is None else tensor.requires_grad_() for tensor in tensors]
+        parts.append(lora_linear.Part(*trained, scale, dropped))
+    return parts
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["plain", "two of three", "adapters", "dropout"])
+def test_a_projection_is_its_layers_side_by_side(path, dtype, kind):
+    """Outputs and all gradients, of all rows at once and of some rows at a time, beside autograd through the definition."""
+    parts, n = parts_of(kind, dtype), 22
+    x, grad = randn(n, 48, seed=20, dtype=dtype), randn(n, 77, seed=21, dtype=dtype)
+
+    def definition(wide: torch.dtype) -> dict[str, Tensor]:
+        """With everything in ``wide``."""
+        tensors = [tensor for part in parts for tensor in (part.weight, part.bias, part.a, part.b)]
+        tensors = [None if tensor is None else tensor.detach().to(wide).requires_grad_() for tensor in tensors]
+        leaf, fours = x.detach().to(wide).requires_grad_(), zip(*[iter(tensors)] * 4, strict=True)
+        layers = [lora_linear.Part(*four, part.scale, part.dropout) for four, part in zip(fours, parts, strict=True)]
+        y = torch.cat([lora_linear.lora_linear_reference(leaf, layer) for layer in layers], dim=1)
+        leaves = [leaf, *(tensor for tensor in tensors if tensor is not None)]
+        return dict(zip(names, (y.detach(), *torch.autograd.grad(y, leaves, grad.to(wide))), strict=True))
+
+    projection = lora_linear.Projection("qkv", parts, lora_linear.Workspace())
+    names = ["y", "dx", *(f"parameter {number}" for number in range(len(projection.trained)))]
+    truth = definition(torch.float64)
+    torchs = {name: value.to(dtype) for name, value in definition(dtype).items()}
+    with torch.no_grad():
+        for chunk in (n, 9):
+            ours = {name: value.to(dtype) for name, value in zip(names, computed(projection, x, grad, chunk), strict=True)}
+            assert_as_good(ours, torchs, truth)
+
+
+def computed(projection: lora_linear.Projection, x: Tensor, grad: Tensor, chunk: int) -> list[Tensor]:
+    """The output and the gradients of a projection, ``chunk`` rows at a time."""
+    ys, dxs, total = [], [], {}
+    for row in range(0, x.shape[0], chunk):
+        own, own_grad = x[row : row + chunk], grad[row : row + chunk]
+        projection.forget()
+        written = projection.written(x)
+        wide = projection.new_input(own.shape[0], x)
+        wide[:, : projection.width_in] = own
+        low = projection.extend(wide, written, row=row)
+        ys.append(projection.forward(wide, written))
+        torch.testing.assert_close(projection.apply(own, low, written), ys[-1], rtol=0.02, atol=0.02)
+        extended, low_grad = projection.extended_gradient(own_grad, written)
+        dx, again = projection.input_gradient(own_grad, written, row)
+        torch.testing.assert_close(projection.backward(extended, written, row), dx, rtol=0.02, atol=0.02)
+        assert (low_grad is None and again is None) or torch.allclose(low_grad, again, rtol=0.02, atol=0.02)
+        dxs.append(dx)
+        found = projection.gradients(own_grad, own, low_grad, low, row, whole=chunk == x.shape[0])
+        total = {key: total[key] + value if key in total else value for key, value in found.items()}
+    return [torch.cat(ys), torch.cat(dxs), *(total[id(tensor)] for tensor in projection.trained)]
 
 
 SHARED_MEMORY = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227}  # KiB a block may use

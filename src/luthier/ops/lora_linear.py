@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from luthier.ops.backend import has_kernels, jit, power_of_2, tl, triton
-from luthier.ops.dropout import Dropout, add_dropped_, drop
+from luthier.ops.dropout import Dropout, add_dropped_, drop, kept_reference
 from luthier.ops.nf4 import Quantised, dequantise
 
 TILE_ROWS, TILE_COLUMNS = 64, 1024  # of B and A that one program copies
@@ -59,14 +59,14 @@ class Part:
         return [tensor for tensor in tensors if _trains(tensor)]
 
 
-def lora_linear_reference(
-    x: Tensor, weight: Tensor | Quantised, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, dropout: float = 0.0
-) -> Tensor:
-    """x (..., K), weight (N, K), a (r, K), b (N, r) -> (..., N) in x's dtype."""
-    if isinstance(weight, Quantised):
-        weight = dequantise(weight, dtype=x.dtype)
-    low = F.linear(F.dropout(x, dropout) if dropout else x, a.to(x.dtype))
-    return F.linear(x, weight, bias) + scale * F.linear(low, b.to(x.dtype))
+def lora_linear_reference(x: Tensor, part: Part) -> Tensor:
+    """The layer in plain, differentiable torch: x (n, K) -> (n, N) in x's dtype."""
+    weight = dequantise(part.weight, dtype=x.dtype) if isinstance(part.weight, Quantised) else part.weight.to(x.dtype)
+    y = F.linear(x, weight, None if part.bias is None else part.bias.to(x.dtype))
+    if not part.rank:
+        return y
+    seen = x * kept_reference(*x.shape, part.dropout, device=x.device) if part.dropout else x
+    return y + part.scale * F.linear(F.linear(seen, part.a.to(x.dtype)), part.b.to(x.dtype))
 
 
 class Workspace:
