@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import importlib.metadata
 import io
 import json
 import os
@@ -169,7 +170,7 @@ def test_doctor(run):
     result = run("doctor")
     assert result.code in (0, 1) and "transformers" in result.err
     findings = {finding["what"]: finding for finding in json.loads(run("doctor", "--json").out)}
-    assert findings["torch"]["found"] == torch.__version__
+    assert findings["torch"]["found"] == importlib.metadata.version("torch")
     assert findings["vllm (optional)"]["remedy"] in ("", 'pip install "luthier[vllm]"')
 
 

@@ -615,6 +615,7 @@ def state():
 def test_import_changes_nothing():
     probe = """
         import sys, torch, transformers, trl
+        import luthier.model  # puts the finder there that repairs torchvision
         def state():
             names = trl.SFTTrainer, trl.SFTConfig, trl.GRPOTrainer, trl.GRPOConfig, transformers.TrainingArguments
             return *names, transformers.PreTrainedTokenizerBase.apply_chat_template, tuple(sys.meta_path), tuple(sys.path)

@@ -141,7 +141,7 @@ def test_the_reward_rises(tmp_path):
         return [sum(token < 224 for token in ids) / len(ids) for ids in completion_ids]
 
     model = tiny_model("qwen2").requires_grad_(True)
-    run = trainer(tmp_path, low, model=model, max_steps=40, learning_rate=3e-3, lr_scheduler_type="constant")
+    run = trainer(tmp_path, low, model=model, max_steps=60, learning_rate=3e-3, lr_scheduler_type="constant")
     run.train()
     for first, last in reward_change(run.state.log_history).values():
         assert last > first + 0.15
