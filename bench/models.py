@@ -16,6 +16,8 @@ from tokenizers.models import WordLevel
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
+from luthier.model.experts import STACKS, Nf4Experts, expert_stacks, is_experts, run_in_4bit
+from luthier.model.lora import register_experts
 from luthier.ops.fp8 import quantise_rows_reference
 
 LLAMA_8B = {
@@ -31,6 +33,34 @@ LLAMA_8B = {
     "rms_norm_eps": 1e-5,
     "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
     "tie_word_embeddings": False,
+}
+QWEN3_MOE = {
+    **LLAMA_8B,
+    "model_type": "qwen3_moe",
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-6,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+}
+GPT_OSS = {
+    **LLAMA_8B,
+    "model_type": "gpt_oss",
+    "vocab_size": 201088,
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 64,
+    "head_dim": 64,
+    "num_local_experts": 32,
+    "num_experts_per_tok": 4,
+    "sliding_window": 128,
+    "rope_parameters": None,
 }
 CHECK = {**LLAMA_8B, "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 2}
 CHECK |= {"num_attention_heads": 16, "num_key_value_heads": 4}
@@ -48,6 +78,10 @@ GEMMA3 = {
 SHAPES = {
     "llama-8b": LLAMA_8B,
     "check": CHECK,
+    "qwen3-30b-a3b": QWEN3_MOE,
+    "gpt-oss-20b": GPT_OSS,
+    "check-qwen3-moe": {**QWEN3_MOE, "vocab_size": 32000, "num_experts": 32, "num_hidden_layers": 2},
+    "check-gpt-oss": {**GPT_OSS, "vocab_size": 32000, "num_local_experts": 8, "num_hidden_layers": 2},
     "llama-3.1-8b": {**LLAMA_8B, "rope_parameters": {**LLAMA3_ROPE, "original_max_position_embeddings": 8192}},
     "qwen3-8b": {**LLAMA_8B, "model_type": "qwen3", "vocab_size": 151936, "intermediate_size": 12288, "num_hidden_layers": 36},
     "qwen2.5-7b": {
@@ -124,11 +158,18 @@ TINY = {  # widths with which a script of this folder can be tried on a CPU
 
 
 def random_model(
-    shape: str, device: str = "cuda", four_bit: bool = True, seed: int = 0, layers: int | None = None, **changes: int
+    shape: str,
+    device: str = "cuda",
+    four_bit: bool = True,
+    seed: int = 0,
+    layers: int | None = None,
+    four_bit_experts: bool = True,
+    **changes: int,
 ) -> nn.Module:
-    """A bf16 model of ``shape`` on ``device`` whose decoder's linear layers are NF4 with double quantisation.
+    """A bf16 model of ``shape`` on ``device`` whose decoder's linear layers and experts are NF4 with double quantisation.
 
-    ``four_bit=False``: they stay bf16. ``changes``: fields of the config that differ from the shape's.
+    ``four_bit=False``: they stay bf16; ``four_bit_experts=False``: the experts do, as bitsandbytes leaves them. ``changes``:
+    fields of the config that differ from the shape's.
     """
     settings = {key: value for key, value in {**SHAPES[shape], **changes}.items() if value is not None}
     settings |= {"num_hidden_layers": layers} if layers else {}
@@ -139,7 +180,11 @@ def random_model(
     for module in list(model.model.layers.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear) and four_bit:
-                setattr(module, name, _nf4_linear(_random(child, child.weight.shape, generator, device)))
+                setattr(module, name, _nf4_linear(_random(child, child.weight.shape, generator, device), child.bias))
+        if is_experts(module) and four_bit and four_bit_experts:
+            for name in [name for name, _ in module.named_parameters(recurse=False) if name in STACKS]:
+                setattr(module, name, _nf4(_random(module, getattr(module, name).shape, generator, device)))
+            run_in_4bit(module)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:
@@ -174,26 +219,37 @@ def load_stock(directory: str, four_bit: bool = True) -> nn.Module:
 
 
 def with_lora(model: nn.Module, r: int = 16) -> nn.Module:
-    """fp32 adapters on all seven linear layers, B away from zero as after some training."""
+    """fp32 adapters on all linear layers and experts, B away from zero as after some training."""
     torch.manual_seed(1)
-    model = get_peft_model(model, LoraConfig(r=r, lora_alpha=r, target_modules="all-linear"))
+    config = LoraConfig(r=r, lora_alpha=r, target_modules="all-linear", target_parameters=list(expert_stacks(model)) or None)
+    register_experts(model, config)
+    model = get_peft_model(model, config)
     for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()  # peft gives a stack's the dtype of the stack
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.01)
     return model
 
 
-def dequantised(model: nn.Module) -> nn.Module:
-    """The same model with its 4-bit weights written out in fp32, and everything else in fp32 too."""
+def dequantised(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The same model with its 4-bit weights written out in ``dtype``, and everything else in that too."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, bnb.nn.Linear4bit):
                 linear = nn.Linear(child.in_features, child.out_features, bias=False, device="meta")
-                weight = bnb.functional.dequantize_4bit(child.weight.data, child.weight.quant_state)
-                linear.weight, linear.bias = nn.Parameter(weight.float(), requires_grad=False), child.bias
+                linear.weight, linear.bias = _written_out(child.weight), child.bias
                 setattr(module, name, linear)
+        if isinstance(module, Nf4Experts):
+            module.__class__ = type(module).__mro__[2]
+            for name, stack in list(expert_stacks(module).items()):
+                setattr(module, name.strip("."), _written_out(stack))
     model.is_loaded_in_4bit = False
-    return model.float()
+    return model.to(dtype)
+
+
+def _written_out(weight: bnb.nn.Params4bit) -> nn.Parameter:
+    return nn.Parameter(bnb.functional.dequantize_4bit(weight.data, weight.quant_state), requires_grad=False)
 
 
 @contextlib.contextmanager
@@ -227,17 +283,21 @@ def in_nf4(model: nn.Module) -> nn.Module:
     for module in list(model.model.layers.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):
-                setattr(module, name, _nf4_linear(child.weight.data))
+                setattr(module, name, _nf4_linear(child.weight.data, child.bias))
     model.is_loaded_in_4bit = True
     return model.requires_grad_(False)
 
 
-def _nf4_linear(weight: torch.Tensor) -> nn.Module:
+def _nf4_linear(weight: torch.Tensor, bias: nn.Parameter | None) -> nn.Module:
     with torch.device("meta"):
         new = bnb.nn.Linear4bit(*weight.T.shape, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
-    packed = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True)
-    new.weight = packed.to(weight.device)
+    new.weight, new.bias = _nf4(weight), bias
     return new
+
+
+def _nf4(weight: torch.Tensor) -> bnb.nn.Params4bit:
+    packed = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True)
+    return packed.to(weight.device)
 
 
 def _random(module: nn.Module, shape: torch.Size, generator: torch.Generator, device: str) -> torch.Tensor:

@@ -14,7 +14,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from luthier.gguf import kernels as quantisers
-from luthier.ops import dropout, fp8, gated_mlp, linear_cross_entropy, lora_linear, nf4, rms_norm, rotary
+from luthier.ops import dropout, expert_gate, fp8, gated_mlp, grouped, linear_cross_entropy, lora_linear, nf4, rms_norm, rotary
+
+DIVISIBLE = [["tt.divisibility", 16]]  # what Triton finds of pointers and strides (i64 here) at a launch: copies can be wide
 
 
 def kernels(dtype: str) -> dict[str, tuple]:
@@ -79,14 +81,39 @@ def kernels_in_8_bits(dtype: str) -> dict[str, tuple]:
     }
 
 
-def build(kernel, types: list[str], constants: dict, warps: int, target: GPUTarget) -> int:
+def kernels_of_experts(dtype: str, capability: int) -> dict[str, tuple]:
+    """The same for mixtures of experts; what is copied while it computes has a number of stages, too."""
+    x = f"*{dtype}"
+    routed = [x, x, x, x, x, x, *["*i32"] * 4, "i32", "i32", *["i64"] * 8]
+    tile = {"K": 2048, "N": 1536, "TOP_K": 8, "RANK": 16, "HAS_BIAS": True, "ROWS": grouped.ROWS}
+    columns, step, *how = grouped.tile_shape((capability // 10, capability % 10), 2, 1536)
+    wide = {**tile, "COLUMNS": columns, "STEP": step, "stride_k": 1, "stride_other_n": 1}
+    thin = {**tile, "N": 16, "COLUMNS": 16, "STEP": 64, "RANK": 0, "HAS_BIAS": False, "stride_k": 1}
+    sums = {"N": 2048, "TOP_K": 8, "RANK": 16, "ROWS": 64, "COLUMNS": 128}
+    clamped = {"KIND": expert_gate.CLAMPED, "ALTERNATES": True, "BLOCK": expert_gate.BLOCK}
+    combine = {"E": 128, "TOP_K": 8, "WEIGHTED": True, "BLOCK": grouped.BLOCK}
+    backward = [x, x, x, "*fp32", "*i32", "*i32", "i32", "fp32", "fp32"]
+    route = {"E": 128, "LANES": 256, "STEPS": 17, "ROWS": 128, "BLOCK": grouped.ROUTE_BLOCK, "TILES_BLOCK": 16}
+    return {
+        "route": (grouped._route_kernel, ["*i16", "*i64", *["*i32"] * 5, "i32", "i32"], route, 4),
+        "grouped product": (grouped._product_kernel, routed, wide, *how),
+        "grouped product, thin": (grouped._product_kernel, routed, thin, 4, 3),
+        "grouped gradient": (grouped._gradient_kernel, [x, x, "*fp32", "*i32", "*i32", "i64", "fp32"], sums, 4, 3),
+        "combine": (grouped._combine_kernel, [x, "*i32", x, x, "*i32", "i32", "i64"], combine, 4),
+        "clamped gate": (expert_gate._gate_forward, [x, x, "i32", "fp32", "fp32"], clamped, 4),
+        "clamped gate backward": (expert_gate._gate_backward, backward, {**clamped, "E": 32}, 4),
+    }
+
+
+def build(target: GPUTarget, kernel, types: list[str], constants: dict, warps: int, stages: int = 3) -> int:
     """Bytes of shared memory that the compiled kernel uses."""
     names = kernel.arg_names
     signature = dict(zip(names, types, strict=False)) | {name: "constexpr" for name in constants}
     assert set(signature) == set(names), f"{sorted(set(names) ^ set(signature))} of {names}"
     constexprs = {(names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(kernel, signature, constexprs)
-    return triton.compile(source, target=target, options={"num_warps": warps}).metadata.shared
+    aligned = {(names.index(name),): DIVISIBLE for name, kind in signature.items() if kind[0] == "*" or kind == "i64"}
+    source = ASTSource(kernel, signature, constexprs, aligned)
+    return triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages}).metadata.shared
 
 
 def main(capabilities: list[int]) -> None:
@@ -94,9 +121,10 @@ def main(capabilities: list[int]) -> None:
     result = {}
     for capability in capabilities:
         target = GPUTarget("cuda", capability, 32)
-        built = kernels("fp16" if capability < 80 else "bf16")
+        dtype = "fp16" if capability < 80 else "bf16"
+        built = kernels(dtype) | kernels_of_experts(dtype, capability)
         built |= kernels_in_8_bits("bf16") if capability >= 89 else {}
-        result[capability] = {name: build(*arguments, target) for name, arguments in built.items()}
+        result[capability] = {name: build(target, *arguments) for name, arguments in built.items()}
     print(json.dumps(result))
 
 

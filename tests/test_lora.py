@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
+from stock_pairs import difference
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
@@ -148,9 +149,8 @@ def test_4bit_experts_with_an_adapter_compute_what_peft_computes_over_the_expand
         loss.backward()
         gradients.append({name: p.grad for name, p in one.named_parameters() if p.grad is not None})
     torch.testing.assert_close(model(IDS).logits, plain(IDS).logits)
-    assert gradients[0].keys() == gradients[1].keys() and any("experts" in name for name in gradients[0])
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradient, gradients[1][name], msg=lambda text, name=name: f"{name}: {text}")
+    assert any("experts" in name for name in gradients[0])
+    assert difference(*gradients) < 2e-5
     with model.disable_adapter(), plain.disable_adapter():
         torch.testing.assert_close(model(IDS).logits, plain(IDS).logits)
 

@@ -7,6 +7,7 @@ the stock code). To add an architecture, add a file named after its ``model_type
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import pkgutil
 from types import ModuleType
@@ -35,6 +36,7 @@ def model_types() -> list[str]:
     return sorted(name for _, name, _ in pkgutil.iter_modules(__path__) if name != "spec")
 
 
+@functools.cache
 def _module(model_type: str) -> ModuleType | None:
     if model_type not in model_types():
         return None

@@ -9,6 +9,7 @@ SPEC = Spec(
     mlp="experts",
     sinks="sinks",
     mlp_targets=(),
+    expert_gate="clamped",
     expert_parameters=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
     window="attention",
 )

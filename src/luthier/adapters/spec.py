@@ -65,6 +65,7 @@ class Spec:
     softcap: str | None = None  # attribute of the attention module: scores = cap * tanh(scores / cap)
     attention_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     mlp_targets: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+    expert_gate: Literal["clamped"] | None = None  # gpt_oss's activation, gate and up alternating; None: as ``hidden_act`` says
     expert_parameters: tuple[str, ...] = ()  # 3-D parameters that LoRA reaches through target_parameters
     head: Head = field(default_factory=Head)
     vision: Vision | None = None

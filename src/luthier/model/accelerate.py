@@ -19,6 +19,13 @@ from luthier import adapters
 from luthier.model.attention_interface import implementation_for
 from luthier.model.backbone import ModelState, backbone_class_members
 from luthier.model.dial import Dial
+from luthier.model.fused_experts import (
+    ExpertsState,
+    experts_class_members,
+    is_stock_experts,
+    is_wrapper,
+    wrapper_class_members,
+)
 from luthier.model.fused_layer import LayerState, layer_class_members, norm_class_members
 from luthier.model.graphs import Graphs
 from luthier.model.head import head_class_members
@@ -57,9 +64,19 @@ def accelerate(model: nn.Module) -> nn.Module:
         base.set_attn_implementation(attention)
         base.__dict__["luthier_attention_before"] = "sdpa"
         notice_once(base, "attention", f"sdpa leaves out this model's soft caps: attn_implementation is {attention!r} now.")
+    _accelerate_experts(base, layers[0].luthier_state.model)
     if base.get_output_embeddings() is not None and "logits_to_keep" in inspect.signature(type(base).forward).parameters:
         _swap(base, _class(_stock_class(base), head_class_members, spec))
     return model
+
+
+def _accelerate_experts(base: PreTrainedModel, state: ModelState) -> None:
+    """The stacks of experts, and the wrappers that an adapter put around them since the last call."""
+    for module in list(base.modules()):
+        if is_stock_experts(module) and "luthier_state" not in module.__dict__:
+            _swap(module, _class(type(module), experts_class_members), ExpertsState(state))
+        elif is_wrapper(module):
+            _swap(module, _class(type(module), wrapper_class_members))
 
 
 def restore(model: nn.Module) -> nn.Module:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from luthier.model.blocks import MLP_ROWS, Mode
 from luthier.model.host_memory import HostEmbedding, free_host_memory
 from luthier.model.offload import Host, Offload
+from luthier.ops.experts import WRITTEN_BYTES
 from luthier.ops.linear_cross_entropy import CHUNK_BYTES
 from luthier.terminal import say
 
@@ -54,10 +55,14 @@ class Shape:
     size: int
     extra: int = 0  # branches kept for post-norms
     head_width: int = 128
+    choices: int = 0  # experts that a token goes to; ``mlp`` is then the gates of all of them
 
     def kept(self, mode: Mode) -> int:
         """Bytes a token that a layer keeps."""
-        return self.parked(LayerPlan(mode, Host.EVERYTHING))
+        kept = self.parked(LayerPlan(mode, Host.EVERYTHING))
+        if self.choices:  # the half with the experts keeps its own input and, with gate and up, theirs, on the device
+            kept += self.size * (self.hidden + (self.hidden + 2 * self.mlp) * (mode == Mode.KEEP))
+        return kept
 
     def parked(self, layer: LayerPlan) -> int:
         """Bytes a token of those that wait in host memory."""
@@ -67,8 +72,8 @@ class Shape:
         if layer.mode >= Mode.ATTENTION and layer.host >= Host.NARROW:
             width, rows = width + self.heads, 4 * self.heads // self.head_width
         if layer.mode >= Mode.ALL_BUT_GATE_UP and layer.host >= Host.NARROW:
-            width += self.attention + self.hidden + self.extra
-        if layer.mode >= Mode.KEEP and layer.host >= Host.EVERYTHING:
+            width += self.attention + self.extra + (0 if self.choices else self.hidden)
+        if layer.mode >= Mode.KEEP and layer.host >= Host.EVERYTHING and not self.choices:
             width += 2 * self.mlp + self.extra
         return width * self.size + rows
 
@@ -83,7 +88,8 @@ class Shape:
             in_attention -= 2 * self.mlp  # gate and up are given back before
         else:
             in_mlp, chunk = in_mlp + self.hidden, 3 * self.mlp
-        return self.size * max(tokens * in_attention, tokens * in_mlp + min(tokens, MLP_ROWS) * chunk)
+        rows = tokens if self.choices else min(tokens, MLP_ROWS)
+        return self.size * max(tokens * in_attention, tokens * in_mlp + rows * (chunk + self.choices * self.hidden))
 
     def head(self, tokens: int) -> int:
         """Bytes that the head needs: chunks of logits, and the last hidden states and their gradient with a copy of each."""
@@ -91,7 +97,8 @@ class Shape:
 
     def written(self) -> int:
         """Bytes of the buffers into which a layer's weights are written out."""
-        return self.size * self.hidden * (self.attention + self.heads + 3 * self.mlp)
+        attention, mlp = (self.size * self.hidden * width for width in (self.attention + self.heads, 3 * self.mlp))
+        return attention + (WRITTEN_BYTES if self.choices else mlp)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Mixture-of-experts layers in 4 bits.
 
 transformers keeps all experts of a layer in one 3-D parameter, which bitsandbytes' quantiser passes over: a "4-bit" load
-would leave most of the model in 16 bits. Here the stacks are quantised while loading, one expert's weights are expanded
-at a time, and the adapter is added to its output, so that no stack ever exists in 16 bits.
+would leave most of the model in 16 bits. Here the stacks are quantised while loading, the weights are expanded for the
+products only (ops/experts.py), and the adapter rides in those, so that no model ever holds its experts in 16 bits.
 """
 
 from __future__ import annotations
@@ -16,15 +16,22 @@ import bitsandbytes as bnb
 import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
 from transformers.integrations.bitsandbytes import Bnb4bitQuantize
+from transformers.integrations.moe import _default_apply_gate
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
+from luthier import adapters
 from luthier.errors import UnsupportedError
-from luthier.ops.nf4 import Quantised, dequantise
+from luthier.ops.expert_gate import Gate
+from luthier.ops.experts import ExpertLinear, experts
+from luthier.ops.gated_mlp import ACTIVATIONS
+from luthier.ops.nf4 import Quantised, dequantise, quantised
 
+Factors = tuple[Tensor, Tensor, float]  # A (experts, rank, in), B (experts, out, rank), the scale of their product
 METHOD = "luthier_bnb_4bit"
 STACKS = ("gate_up_proj", "up_proj", "down_proj")
 SWITCHES = ("is_transposed", "has_bias", "has_gate")  # what transformers sets on every fused experts module
@@ -45,6 +52,11 @@ def expert_stacks(model: nn.Module) -> dict[str, nn.Parameter]:
         for name, parameter in module.named_parameters(recurse=False)
         if name in STACKS
     }
+
+
+def routed(config: PreTrainedConfig) -> tuple[int, int]:
+    """(how many experts a token goes to, the inner width of one) in a mixture with this config."""
+    return config.num_experts_per_tok, getattr(config, "moe_intermediate_size", None) or config.intermediate_size
 
 
 def quantising_config(**settings: object) -> BitsAndBytesConfig:
@@ -82,9 +94,7 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: object) -> PreTrainedModel:
         for module in model.modules():
             if is_experts(module) and any(_is_quantised(stack) for stack in module.parameters(recurse=False)):
-                stock = type(module)
-                module.__class__ = type(stock.__name__, (Nf4Experts, stock), {"__module__": stock.__module__})
-                module.lora_factors = {}
+                run_in_4bit(module)
         return super()._process_model_after_weight_loading(model, **kwargs)
 
 
@@ -109,6 +119,13 @@ class _QuantiseStack(Bnb4bitQuantize):
         return result
 
 
+def run_in_4bit(module: nn.Module) -> None:
+    """Give a fused experts module, some of whose stacks are ``Params4bit``, a forward that takes them."""
+    stock = type(module)
+    module.__class__ = type(stock.__name__, (Nf4Experts, stock), {"__module__": stock.__module__})
+    module.lora_factors = {}
+
+
 def _is_quantised(parameter: Tensor) -> bool:
     return isinstance(parameter, bnb.nn.Params4bit)
 
@@ -116,53 +133,44 @@ def _is_quantised(parameter: Tensor) -> bool:
 class Nf4Experts(nn.Module):
     """The forward of a fused experts module over 4-bit stacks; mixed into the module's own class, instance by instance."""
 
-    lora_factors: dict[str, tuple[Tensor, Tensor, float]]  # stack name -> (lhs, rhs, scale), set by ExpertsLora in a forward
+    lora_factors: dict[str, Factors]  # by the stack's name; set by ExpertsLora in a forward
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """(tokens, hidden), (tokens, k), (tokens, k) -> (tokens, hidden)."""
-        output = torch.zeros_like(hidden_states)
-        for expert in top_k_index.unique().tolist():
-            if expert >= self.num_experts:  # expert parallelism marks the experts of other devices so
-                continue
-            token, choice = torch.where(top_k_index == expert)
-            state = self._project("gate_up_proj" if self.has_gate else "up_proj", hidden_states[token], expert)
-            state = self._apply_gate(state) if self.has_gate else self.act_fn(state)
-            state = self._project("down_proj", state, expert) * top_k_weights[token, choice, None]
-            output.index_add_(0, token, state.to(output.dtype))
-        return output
-
-    def _project(self, name: str, x: Tensor, expert: int) -> Tensor:
-        stack = getattr(self, name)
-        if _is_quantised(stack):
-            y = FrozenMatmul.apply(x, _one_expert(stack, expert), self.is_transposed)
-        else:
-            y = x @ (stack[expert] if self.is_transposed else stack[expert].T)
-        if self.has_bias:
-            y = y + getattr(self, f"{name}_bias")[expert]
-        if name in self.lora_factors:
-            lhs, rhs, scale = self.lora_factors[name]  # the change of one expert's weight is scale * lhs @ rhs
-            first, second = (lhs[expert], rhs[expert]) if self.is_transposed else (rhs[expert].T, lhs[expert].T)
-            y = y + (x.to(lhs.dtype) @ first @ second * scale).to(y.dtype)
-        return y
+        return experts_forward(self, hidden_states, top_k_index, top_k_weights, self.lora_factors)
 
 
-def _one_expert(stack: bnb.nn.Params4bit, expert: int) -> Quantised:
-    state = stack.quant_state
-    absmax = state.absmax
-    if state.nested:
-        absmax = bnb.functional.dequantize_blockwise(absmax, state.state2).float() + state.offset
-    shape = torch.Size(state.shape[1:])
-    blocks = shape.numel() // state.blocksize
-    packed = stack.data.reshape(-1)
-    return Quantised(
-        packed=packed[expert * shape.numel() // 2 : (expert + 1) * shape.numel() // 2],
-        absmax=absmax[expert * blocks : (expert + 1) * blocks],
-        code=state.code,
-        blocksize=state.blocksize,
-        shape=shape,
-        kind=state.quant_type,
-        dtype=state.dtype,
-    )
+def experts_forward(
+    module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, lora_factors: dict[str, Factors]
+) -> Tensor:
+    """What a fused experts module computes: (tokens, hidden), (tokens, k), (tokens, k) -> (tokens, hidden)."""
+    device, dtype = hidden_states.device.type, hidden_states.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    names = "gate_up_proj" if module.has_gate else "up_proj", "down_proj"
+    up, down = (_expert_linear(module, name, lora_factors.get(name, (None, None, 1.0))) for name in names)
+    with torch.autocast(device, enabled=False):
+        output = experts(hidden_states.to(dtype), top_k_index, top_k_weights, up, down, gate_of(module))
+    return output.to(hidden_states.dtype)
+
+
+def _expert_linear(module: nn.Module, name: str, factors: Factors) -> ExpertLinear:
+    stack, bias = getattr(module, name), getattr(module, f"{name}_bias") if module.has_bias else None
+    weight = quantised(stack) if _is_quantised(stack) else stack
+    return ExpertLinear(weight, module.is_transposed, bias, *factors)
+
+
+def gate_of(module: nn.Module) -> Gate:
+    """The activation of an experts module, as far as there is a kernel for it."""
+    if not module.has_gate:
+        return Gate(function=module.act_fn)
+    spec = adapters.find(module.config)
+    if spec is not None and spec.expert_gate == "clamped":
+        return Gate("clamped", alternates=not module.is_concatenated, alpha=module.alpha, limit=module.limit)
+    name = getattr(module.config, "hidden_act", None)
+    usual = type(module)._apply_gate is _default_apply_gate and module.is_concatenated
+    if usual and name in ACTIVATIONS and type(module.act_fn) is type(ACT2FN[name]):
+        return Gate(ACTIVATIONS[name])
+    return Gate(function=module._apply_gate)
 
 
 class FrozenMatmul(torch.autograd.Function):
@@ -180,6 +188,14 @@ class FrozenMatmul(torch.autograd.Function):
         return grad @ (full.T if ctx.transposed else full), None, None
 
 
+def factors_of(wrapper: ParamWrapper, adapter: str) -> Factors:
+    """A and B of peft's adapter of one stack, as views of its parameters, in their own dtype."""
+    a, b = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
+    a = a.reshape(wrapper.num_experts, -1, a.shape[-1])
+    b = b.reshape(b.shape[0], -1, wrapper.num_experts).permute(2, 0, 1)
+    return a, b, wrapper.scaling[adapter]
+
+
 class ExpertsLora(ParamWrapper):
     """peft's wrapper of one stack of experts, for a 4-bit stack: same parameters and names in a saved adapter."""
 
@@ -188,27 +204,18 @@ class ExpertsLora(ParamWrapper):
         self._param_ndim = 3
         return in_features, out_features  # peft swaps them itself where the stack is (experts, out, in)
 
-    def get_delta_factors(self, adapter_name: str) -> tuple[Tensor, Tensor, float]:
-        """``(lhs, rhs, scale)``: the change of the stack is ``scale * lhs @ rhs``, in the adapter's dtype."""
-        a = self.lora_A[adapter_name].weight
-        b = self.lora_B[adapter_name].weight
-        a = a.reshape(self.num_experts, -1, a.shape[-1])  # (experts, rank, in)
-        b = b.reshape(b.shape[0], -1, self.num_experts).permute(2, 0, 1)  # (experts, out, rank)
-        scale = self.scaling[adapter_name]
-        return (b, a, scale) if self._did_swap_in_out_features else (a.mT, b.mT, scale)
-
     @contextlib.contextmanager
     def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
-        adapters = [name for name in active_adapters if name in self.lora_A]
-        if len(adapters) > 1:
-            raise UnsupportedError(f"Several adapters at once ({', '.join(adapters)}) on 4-bit experts: activate one of them.")
-        experts = self.get_base_layer()
-        if adapters:
-            experts.lora_factors[self.parameter_name] = self.get_delta_factors(adapters[0])
+        active = [name for name in active_adapters if name in self.lora_A]
+        if len(active) > 1:
+            raise UnsupportedError(f"Several adapters at once ({', '.join(active)}) on 4-bit experts: activate one of them.")
+        module = self.get_base_layer()
+        if active:
+            module.lora_factors[self.parameter_name] = factors_of(self, active[0])
         try:
             yield
         finally:
-            experts.lora_factors.pop(self.parameter_name, None)
+            module.lora_factors.pop(self.parameter_name, None)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise UnsupportedError("4-bit experts cannot take an adapter in place: use model.save_pretrained_merged(...).")

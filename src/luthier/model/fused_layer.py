@@ -18,15 +18,16 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
 from luthier.adapters.spec import Spec
 from luthier.model.attention_interface import NAME
 from luthier.model.backbone import ModelState
 from luthier.model.blocks import AttentionBlock, Call, Gradients, Kept, MlpBlock, Mode, Norm
 from luthier.model.dial import LayerPlan, Shape
+from luthier.model.experts import routed
 from luthier.ops.backend import has_kernels
 from luthier.ops.dropout import Dropout
+from luthier.ops.experts import checkpoint_experts
 from luthier.ops.fp8_linear import Fp8Projection
 from luthier.ops.gated_mlp import ACTIVATIONS
 from luthier.ops.lora_linear import Part, Projection
@@ -47,6 +48,7 @@ class Blocks:
     attention: AttentionBlock
     mlp: MlpBlock | None  # None: a mixture of experts, whose stock module runs behind the attention
     parallel: bool = False  # attention and MLP read the same input
+    experts: tuple[int, int] = (0, 0)  # of a mixture: how many a token goes to, and the width of one's activation
 
     def fresh(self) -> Blocks:
         """The same blocks, which have not written anything into the workspace."""
@@ -99,8 +101,9 @@ class Blocks:
         attention = self.attention
         low = sum(projection.rank for projection in self.projections())
         extra = x.shape[-1] if attention.post_norm else 0
-        widths = attention.qkv.width_out, attention.o.width_in, self.mlp.down.width_in if self.mlp else 0
-        return Shape(x.shape[-1], *widths, low, x.element_size(), extra, attention.width)
+        choices, width = self.experts
+        widths = attention.qkv.width_out, attention.o.width_in, self.mlp.down.width_in if self.mlp else choices * width
+        return Shape(x.shape[-1], *widths, low, x.element_size(), extra, attention.width, choices)
 
 
 @dataclass
@@ -139,7 +142,7 @@ def layer_class_members(stock: type[nn.Module], spec: Spec) -> dict:
                 _check_call(self, hidden_states, kwargs)
                 blocks = read_blocks(self, spec)
             except Unfused as reason:
-                _say_once(self, str(reason))
+                say_once(self, str(reason))
             else:
                 return run(self, blocks, spec, hidden_states, kwargs)
         hidden_states = self.luthier_state.model.graphs.interrupt(hidden_states)
@@ -179,7 +182,7 @@ def run(layer: nn.Module, blocks: Blocks, spec: Spec, hidden_states: Tensor, kwa
         return state.model.graphs.run(layer_run, hidden_states)
     output = layer_run(hidden_states)
     experts = partial(_experts, layer, spec)
-    return checkpoint(experts, output, use_reentrant=False) if plan.mode < Mode.KEEP else experts(output)
+    return checkpoint_experts(experts, output) if plan.mode < Mode.KEEP else experts(output)
 
 
 def _experts(layer: nn.Module, spec: Spec, x2: Tensor) -> Tensor:
@@ -247,7 +250,7 @@ def _read_blocks(layer: nn.Module, spec: Spec) -> Blocks:
         sinks=getattr(attention, spec.sinks) if spec.sinks else None,
     )
     if hasattr(mlp, "experts"):
-        return Blocks(attention_block, None)
+        return Blocks(attention_block, None, experts=routed(attention.config))
     names = ("gate_up_proj",) if spec.mlp == "fused" else ("gate_proj", "up_proj")
     gate_up = _projection("gate_up", [read_part(getattr(mlp, name)) for name in names], state)
     down = _projection("down", [read_part(mlp.down_proj)], state)
@@ -393,7 +396,8 @@ def _check_hooks(module: nn.Module) -> None:
         raise Unfused(f"hooks are attached to one of its {type(module).__name__}")
 
 
-def _say_once(layer: nn.Module, reason: str) -> None:
+def say_once(layer: nn.Module, reason: str) -> None:
+    """Warn that a module runs its stock forward, once a reason and model."""
     said = layer.luthier_state.model.said
     if reason not in said:
         said.add(reason)

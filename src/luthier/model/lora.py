@@ -116,7 +116,7 @@ def get_peft_model(
     )
     if isinstance(model, PeftModel):
         return _same_adapter(model, config)
-    _register_experts(base, config)
+    register_experts(base, config)
     with torch.random.fork_rng():
         torch.manual_seed(random_state)
         model = peft.get_peft_model(base, config)
@@ -139,7 +139,7 @@ def attach_adapter(model: PreTrainedModel, directory: Path) -> PeftModel:
     config = PeftConfig.from_pretrained(directory)
     config.inference_mode = False
     if isinstance(config, LoraConfig):
-        _register_experts(model, config)
+        register_experts(model, config)
     try:
         adapted = peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)(model, config)
         found = adapted.load_adapter(directory, adapted.active_adapter, is_trainable=True)
@@ -190,7 +190,8 @@ def _keep_precision(trained: list[tuple[nn.Parameter, torch.dtype]], model: nn.M
                 parameter.data = parameter.data.to(dtype)
 
 
-def _register_experts(model: PreTrainedModel, config: LoraConfig) -> None:
+def register_experts(model: PreTrainedModel, config: LoraConfig) -> None:
+    """Have peft wrap 4-bit experts by our class when it attaches an adapter with this config."""
     if any(isinstance(module, Nf4Experts) for module in model.modules()):
         config._register_custom_module({Nf4Experts: ExpertsLora})
 

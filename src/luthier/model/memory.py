@@ -16,10 +16,11 @@ from luthier.errors import unknown
 from luthier.model.blocks import Mode
 from luthier.model.checkpointing import checkpointing_mode
 from luthier.model.dial import GIB, HOST_SHARE, Cost, LayerPlan, Shape, offload_plan, plan_for
-from luthier.model.experts import BLOCK, expert_stacks
+from luthier.model.experts import BLOCK, expert_stacks, routed
 from luthier.model.host_memory import free_host_memory
 from luthier.model.lora import LAYER_INDEX, require_targets
 from luthier.model.precision import has_experts
+from luthier.ops.experts import WRITTEN_BYTES
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight: its code, a share of a byte of scale, and of that scale's own
 PRECISIONS = {"nf4": NF4_BYTES, "int8": 1.0, "16bit": 2.0, "full": 2.0}
@@ -85,7 +86,7 @@ def estimate(
     else:
         parts |= {"adapter": trainable * 4, "gradients": trainable * 4, "optimizer": trainable * moments}
     if precision in ("nf4", "int8"):
-        parts["one expanded layer"] = _largest_layer(model) * dtype.itemsize
+        parts["one expanded layer"] = _largest_layer(model, dtype)
 
     text = config.get_text_config()
     shape = _shape(text, r if precision != "full" else 0, dtype)
@@ -159,24 +160,23 @@ def _trainable(
     return count + sum(saved.values())
 
 
-def _largest_layer(model: nn.Module) -> int:
-    """Weights of the linear layers of one block, the most that is expanded at a time; of one expert where there are many."""
+def _largest_layer(model: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes of the linear layers of one block, the most that is expanded at a time, and of experts beside them."""
     blocks: Counter[str] = Counter()
-    weights = {name: layer.weight for name, layer in _linear_layers(model).items()}
-    for name, weight in {**weights, **{name: stack[0] for name, stack in expert_stacks(model).items()}}.items():
+    for name, layer in _linear_layers(model).items():
         match = LAYER_INDEX.search(name)
-        blocks[name[: match.end()] if match else name] += weight.numel()
-    return max(blocks.values(), default=0)
+        blocks[name[: match.end()] if match else name] += layer.weight.numel() * dtype.itemsize
+    experts = max((stack.numel() * dtype.itemsize for stack in expert_stacks(model).values()), default=0)
+    return max(blocks.values(), default=0) + min(experts, WRITTEN_BYTES)
 
 
 def _shape(text: PreTrainedConfig, r: int, dtype: torch.dtype) -> Shape:
     heads = text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
     pairs = getattr(text, "num_key_value_heads", None) or heads
-    mlp = text.intermediate_size
-    if has_experts(text):
-        mlp = (getattr(text, "moe_intermediate_size", None) or mlp) * text.num_experts_per_tok
-    return Shape(text.hidden_size, (heads + 2 * pairs) * width, heads * width, mlp, 7 * r, dtype.itemsize, head_width=width)
+    choices, mlp = routed(text) if has_experts(text) else (0, text.intermediate_size)
+    widths = (heads + 2 * pairs) * width, heads * width, mlp * (choices or 1)
+    return Shape(text.hidden_size, *widths, 7 * r, dtype.itemsize, head_width=width, choices=choices)
 
 
 def _plan(

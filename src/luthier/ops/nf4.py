@@ -8,7 +8,7 @@ in fp32, rounded once to the dtype asked for: bit for bit what ``bitsandbytes.fu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -43,6 +43,21 @@ class Quantised:
             return weights.amax(1), weights.amax(0)
         largest = scales_of_blocks(self).abs().view(self.shape[0], -1) * self.code.abs().max()
         return largest.amax(1), largest.amax(0).repeat_interleave(self.blocksize)
+
+    def experts(self, first: int, last: int) -> Quantised:
+        """Those from ``first`` to ``last`` of a stack (experts, rows, columns), each of whole blocks."""
+        shape = torch.Size((last - first, *self.shape[1:]))
+        size = shape[1:].numel()
+        start, stop = first * size // self.blocksize, last * size // self.blocksize
+        packed, absmax = self.packed[first * size // 2 : last * size // 2], self.absmax[start:stop]
+        part = replace(self, packed=packed, absmax=absmax, shape=shape)
+        if self.nested_absmax is None:
+            return part
+        if start % self.nested_blocksize == 0:
+            return replace(part, nested_absmax=self.nested_absmax[start // self.nested_blocksize :])
+        outer = torch.arange(start, stop, device=self.absmax.device) // self.nested_blocksize
+        absmax = self.nested_code[absmax.int()] * self.nested_absmax[outer] + self.offset
+        return replace(part, absmax=absmax, nested_absmax=None)
 
 
 def quantised(weight: Tensor) -> Quantised:
