@@ -220,7 +220,8 @@ def test_logprobs_are_the_models_own(model, tokenizer):
             assert step[token].logprob == pytest.approx(row[token].item(), abs=1e-4)
             assert step[token].rank == int((row > row[token]).sum()) + 1
             assert set(row.topk(2).indices.tolist()) <= set(step)
-        assert completion.cumulative_logprob == pytest.approx(expected.gather(1, ids[0, -len(expected) :, None]).sum().item(), abs=1e-3)
+        total = expected.gather(1, ids[0, -len(expected) :, None]).sum().item()
+        assert completion.cumulative_logprob == pytest.approx(total, abs=1e-3)
 
 
 # --- prompts ---------------------------------------------------------------------------------------------------------
