@@ -241,3 +241,23 @@ def test_a_stock_model_has_no_dial_and_checkpoints_as_transformers_does():
     assert dial_of(model) is None
     assert set_checkpointing(model, True).is_gradient_checkpointing
     assert Dial(3).plans == {}
+
+
+@pytest.mark.parametrize("graph_tokens", [0, 2048])
+@pytest.mark.parametrize("gib", [1, 4])
+def test_batches_that_may_run_from_graphs_stay_on_the_device_and_leave_room_for_them(monkeypatch, graph_tokens, gib):
+    monkeypatch.setattr(Dial, "room", lambda self, device: gib * GIB)
+    monkeypatch.setattr(dial_module, "card_speeds", lambda device: Speeds())
+    dial, cost = Dial(32), Cost(LLAMA_8B, 2048)
+    dial.graph_tokens = graph_tokens
+    batch = dial_module.Batch(LLAMA_8B, 2048, 2048, torch.device("cuda"))
+    dial.set_automatic()
+    dial.has_run = True
+    plan = dial.planner(batch).layers
+    assert any(layer.host for layer in plan) == (graph_tokens == 0)
+    if graph_tokens and gib == 4:
+        assert cost.device(plan) <= gib * GIB / 2
+    dial.set_offload()
+    plan = dial.planner(batch).layers
+    short_on_device = graph_tokens and gib == 4
+    assert set(plan) == {LayerPlan(Mode.RECOMPUTE)} if short_on_device else any(layer.host for layer in plan)

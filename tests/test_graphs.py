@@ -294,12 +294,12 @@ def test_what_is_no_plain_batch_runs_without():
     assert_equal(models, batch(seed=2), replays=1)
 
 
-def test_long_batches_and_offloaded_ones_run_without(monkeypatch):
+def test_long_batches_and_offloaded_ones_run_without():
     models = pair()
-    monkeypatch.setattr("luthier.model.graphs.TOKENS", 100)
+    dial_of(models[0]).graph_tokens = 100
     for _ in range(REPEATS + 1):
         assert_equal(models, batch(), replays=0)
-    monkeypatch.undo()
+    graphs_of(models[0]).enabled = True
     for model in models:
         dial_of(model).set_plan([LayerPlan(Mode.KEEP, Host.NARROW), LayerPlan(Mode.KEEP)])
     for _ in range(REPEATS + 1):

@@ -138,6 +138,7 @@ class Dial:
     def __init__(self, layers: int) -> None:
         self.layers = layers
         self.graph_bytes = 0  # of device memory that CUDA graphs hold without the allocator counting it as allocated
+        self.graph_tokens = 0  # batches of up to so many tokens may run from CUDA graphs
         self.host_embedding: HostEmbedding | None = None
         self.embedding: nn.Embedding | None = None  # the backbone says which one could wait in host memory
         self.has_run = False  # gradients' moments and buffers are there since the first step
@@ -219,14 +220,19 @@ class Dial:
     def _in_host_memory(self, batch: Batch) -> Plan:
         host = self.host_room - self.table_bytes
         layers = offload_plan(batch.shape, batch.tokens, self.layers, host)
+        if batch.device.type == "cuda" and batch.tokens <= self.graph_tokens:  # faster, and their inputs are few
+            inputs = [LayerPlan(Mode.RECOMPUTE)] * self.layers
+            if 2 * Cost(batch.shape, batch.tokens).device(inputs) <= self.room(batch.device):
+                layers = inputs
         return Plan(tuple(layers), self.embedding is not None and host > 0)
 
     def _within(self, trainable: int, batch: Batch) -> Plan:
         if batch.device.type != "cuda":  # main memory is plenty, and a CPU is slow at computing twice
             return Plan((LayerPlan(Mode.KEEP if self.budget is None else Mode.RECOMPUTE),) * self.layers)
         pending = trainable if self.has_run else 3 * trainable + batch.shape.written()  # the first step makes the moments
-        device = self.room(batch.device) - pending
-        host, speeds = self.host_room, card_speeds(batch.device)
+        device, host, speeds = self.room(batch.device) - pending, self.host_room, card_speeds(batch.device)
+        if batch.tokens <= self.graph_tokens:  # a graph copies nothing to the host, and lies beside a step without it
+            device, host = device / 2, 0
         staying = plan_for(batch.shape, batch.tokens, self.layers, device, host, speeds, batch.length)
         if self.embedding is None or self.host_embedding is not None or host < self.table_bytes:
             return Plan(tuple(staying), self.host_embedding is not None)

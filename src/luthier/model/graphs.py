@@ -326,6 +326,14 @@ class Graphs:
         self.chains: set[tuple] = set()  # shapes that went from layer to layer, untouched between them
         self.clear()
 
+    @property
+    def enabled(self) -> bool:
+        return self.dial.graph_tokens > 0
+
+    @enabled.setter
+    def enabled(self, on: bool) -> None:
+        self.dial.graph_tokens = TOKENS if on else 0
+
     def clear(self) -> None:
         """Give up all graphs and their memory; new ones are made when shapes come again."""
         self.recordings: dict[tuple, Recording] = {}
@@ -389,7 +397,7 @@ class Graphs:
     def _begin(self, layer: LayerRun, x: Tensor) -> Pass | None:
         if self.loop is None or not torch.is_grad_enabled() or layer.plan.host or watched(self.loop):
             return None
-        if x.ndim != 3 or x.shape[0] * padded(x.shape[1]) > TOKENS or not self.new_graph.fits(x):
+        if x.ndim != 3 or x.shape[0] * padded(x.shape[1]) > self.dial.graph_tokens or not self.new_graph.fits(x):
             return None
         return Pass(x, deferred=shape_key(x) in self.chains)
 
