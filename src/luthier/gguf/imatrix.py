@@ -58,11 +58,18 @@ def read_importance(imatrix: str | Path | Importance | None) -> Importance:
         counts = _tensor(file, f"{stem}.counts").reshape(-1, 1)
         if len(counts) not in (1, sums.reshape(-1, sums.shape[-1]).shape[0]):
             raise ValueError(f"{imatrix} has {len(counts)} counts for {name} of shape {tuple(sums.shape)}.")
-        # an expert that was never chosen says nothing: all its columns count the same
-        result[stem] = torch.where(counts > 0, sums / counts.clamp_min(1), torch.ones_like(sums)).squeeze(0)
+        result[stem] = mean_squares(sums, counts).squeeze(0)
     if not result:
         raise ValueError(f"{imatrix} holds no importance: no tensor in it ends in .in_sum2.")
     return result
+
+
+def mean_squares(sums: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """``[columns]`` or ``[experts, columns]`` over as many counts. An expert that was never chosen says nothing: all of its
+    columns count the same.
+    """
+    counts = counts.reshape(-1, 1) if sums.ndim > 1 else counts
+    return torch.where(counts > 0, sums / counts.clamp_min(1), torch.ones_like(sums))
 
 
 def write_importance(

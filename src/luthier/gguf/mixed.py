@@ -7,6 +7,7 @@ bits go where they save most divergence, from the smallest file up to the budget
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from luthier.errors import UnsupportedError
 from luthier.gguf import architectures
 from luthier.gguf.calibrate import text_sequences
 from luthier.gguf.dequantize import dequantize
+from luthier.gguf.experts import expert_tensors, experts_of
 from luthier.gguf.imatrix import Importance
 from luthier.gguf.metadata import is_tied
 from luthier.gguf.plan import route
@@ -118,8 +120,10 @@ def _candidates(weight: torch.Tensor) -> list[TensorType]:
 
 
 def _matrices(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """(GGUF tensor name, parameter) of every matrix that becomes one tensor of the file."""
+    """(GGUF tensor name, parameter or a part of it) of every matrix that becomes one tensor of the file."""
     architecture = architectures.find(model.config)
+    for prefix, experts in experts_of(model):
+        yield from expert_tensors(prefix, experts).items()
     for path, parameter in model.named_parameters():
         if parameter.ndim < 2:
             continue
@@ -128,7 +132,7 @@ def _matrices(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         if path == "lm_head.weight" and is_tied(model.config):
             continue
         pieces = route(architecture, model.config, path) or ()
-        if len(pieces) == 1 and pieces[0].expert is None and "ffn_gate_inp" not in pieces[0].name:
+        if len(pieces) == 1 and not re.search(r"ffn_gate_inp|_exps\.", pieces[0].name):
             yield pieces[0].name, parameter
 
 
@@ -137,7 +141,10 @@ def _rounded(weight: torch.Tensor, kind: TensorType, importance: torch.Tensor | 
     """The parameter as it would come back from the file."""
     original = weight.detach().clone()
     rows = original.reshape(-1, original.shape[-1])
-    importance = None if importance is None else importance.to(rows.device).expand(rows.shape)
+    if importance is not None:  # of all rows, or of those of every expert
+        importance = importance.to(rows.device)
+        importance = importance[:, None].expand(original.shape).reshape(rows.shape) if importance.ndim > 1 else importance
+        importance = importance.expand(rows.shape)
     with torch.no_grad():
         weight.copy_(dequantize(encode(rows, kind, importance), kind).reshape(weight.shape))
         try:
