@@ -14,7 +14,7 @@ def batch(rows: int = 2, length: int = 24, seed: int = 0) -> dict[str, torch.Ten
     """Right-padded rows with masked labels: the prompt, the padding, and every fifth token do not train."""
     ids = torch.randint(5, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
     mask = torch.ones_like(ids)
-    mask[1, length - 5 :] = 0
+    mask[1:2, length - 5 :] = 0
     labels = ids.masked_fill(mask == 0, -100)
     labels[:, :3] = -100
     labels[:, ::5] = -100

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from luthier.config import SFTRecipe
 from luthier.errors import UnsupportedError
-from luthier.model import compute
+from luthier.model import blocks, compute
 from luthier.model.accelerate import accelerate, dial_of, state_of
-from luthier.model.blocks import MlpBlock, Mode
+from luthier.model.blocks import Mode
 from luthier.model.compute import set_compute
 from luthier.model.dial import LayerPlan
 from luthier.model.load import load_model
@@ -217,8 +217,7 @@ def in_8_bits(model: nn.Module, kind: str, mode: Mode = Mode.KEEP) -> nn.Module:
 
 @pytest.fixture
 def several_chunks(monkeypatch):
-    original = MlpBlock.__init__
-    monkeypatch.setattr(MlpBlock, "__init__", lambda self, *args, **kwargs: original(self, *args, **{**kwargs, "rows": 20}))
+    monkeypatch.setattr(blocks, "ROWS", 20)
 
 
 @pytest.mark.parametrize("family", DENSE)

@@ -10,8 +10,9 @@ import torch
 from stock_pairs import batch, difference, loss_and_gradients, nf4_model, with_lora
 from tiny import FAMILIES, tiny_model
 
+from luthier.model import blocks, offload
 from luthier.model.accelerate import accelerate, dial_of, restore
-from luthier.model.blocks import MlpBlock, Mode
+from luthier.model.blocks import Mode
 from luthier.model.dial import LayerPlan
 from luthier.model.fused_layer import LayerState
 from luthier.model.offload import Host
@@ -49,10 +50,14 @@ def fallbacks_are_errors():
 
 
 @pytest.fixture(autouse=True)
+def everything_is_parked(monkeypatch):
+    monkeypatch.setattr(offload, "SMALL", 0)
+
+
+@pytest.fixture(autouse=True)
 def several_chunks(monkeypatch):
     """A few rows a chunk, so that small batches go through the loop over chunks too."""
-    original = MlpBlock.__init__
-    monkeypatch.setattr(MlpBlock, "__init__", lambda self, *args, **kwargs: original(self, *args, **{**kwargs, "rows": 20}))
+    monkeypatch.setattr(blocks, "ROWS", 20)
 
 
 def assert_same(model, inputs, truth):
@@ -68,6 +73,19 @@ def test_every_mode_of_a_family_trains_as_stock(family):
     model = fused(with_lora(family_model(family)))
     for mode in Mode:
         assert_same(fused(model, mode), inputs, truth)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("host", [Host.NOTHING, Host.NARROW])
+def test_long_batches_train_as_stock(family, host, monkeypatch):
+    """One row: attention goes back a few heads at a time, q, k, v are made twice, and every copy is waited for."""
+    for module in (blocks, offload):
+        monkeypatch.setattr(module, "LONG", 48)
+    inputs = batch(rows=1, length=60)
+    truth = loss_and_gradients(with_lora(family_model(family)), **inputs)
+    model = with_lora(family_model(family))
+    for mode in Mode:
+        assert_same(fused(model, mode, host), inputs, truth)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -11,8 +11,9 @@ from stock_pairs import batch, difference, loss_and_gradients, nf4_model, with_l
 from tiny import FAMILIES, tiny_model
 from torch import nn
 
+from luthier.model import blocks
 from luthier.model.accelerate import accelerate, dial_of
-from luthier.model.blocks import MlpBlock, Mode
+from luthier.model.blocks import Mode
 from luthier.model.checkpointing import set_checkpointing
 from luthier.model.dial import LayerPlan
 from luthier.ops.dropout import Dropout, drop
@@ -37,8 +38,8 @@ def all_of_it_is_fused():
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch):
     """A few rows a chunk, so that gradients of weights and the masks of rows go over chunks too."""
-    original = MlpBlock.__init__
-    monkeypatch.setattr(MlpBlock, "__init__", lambda self, *args, **kwargs: original(self, *args, **{**kwargs, "rows": 20}))
+    monkeypatch.setattr(blocks, "ROWS", 20)
+    monkeypatch.setattr(blocks, "TRAINED_ROWS", 20)
 
 
 def assert_same(model, truth, inputs=None):
@@ -64,10 +65,7 @@ class TestEverythingTrains:
     @pytest.mark.parametrize("family", ["llama3", "qwen3", "gemma3", "phi3"])
     @pytest.mark.parametrize("rows", [20, 4096], ids=["chunks", "one chunk"])
     def test_in_bf16_as_well_as_stock(self, family, rows, monkeypatch):
-        original = MlpBlock.__init__
-        monkeypatch.setattr(
-            MlpBlock, "__init__", lambda self, *args, **kwargs: original(self, *args, **{**kwargs, "rows": rows})
-        )
+        monkeypatch.setattr(blocks, "TRAINED_ROWS", rows)
         inputs = batch(rows=3, length=40)
         exact = loss_and_gradients(tiny_model(family, dtype=torch.bfloat16).float(), **inputs)[1]
         model = tiny_model(family, dtype=torch.bfloat16)

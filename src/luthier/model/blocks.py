@@ -9,7 +9,8 @@ products and attention only where the mode gives up memory for them. All tensors
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import torch
@@ -21,7 +22,10 @@ from luthier.ops.lora_linear import Projection
 from luthier.ops.rms_norm import rms_norm_backward, rms_norm_forward, rms_norm_gradients
 from luthier.ops.rotary import rotate
 
-MLP_ROWS = 4096  # rows that the MLP handles at a time: bounds its transients
+ROWS = 4096  # rows that products and what is element-wise handle at a time: bounds their transients
+TRAINED_ROWS = 1 << 14  # where the weights train: over several chunks their gradients are summed in fp32
+BY_HEAD = ("cudnn", "flash", "cpu")  # kernels whose heads may come a few at a time
+LONG = 1 << 17  # tokens from which on memory is dearer than a product, and a copy is shorter than a layer by far
 
 
 class Mode(IntEnum):
@@ -144,10 +148,10 @@ class AttentionBlock:
 
     def recompute(self, call: Call, kept: Kept, wants_output: bool) -> Tensor | None:
         """Fill in what the mode gave up; gives x2, unless nobody wants it and no post-norm needs its branch."""
-        if kept.qkv is None:
-            kept.qkv, out, attention = self._attend(kept.x, call, kept, kept.attention is None)
-            if kept.attention is None:
-                kept.out, kept.attention = out, attention
+        if kept.attention is None:
+            kept.qkv, kept.out, kept.attention = self._attend(kept.x, call, kept)
+            if kept.x.shape[0] >= LONG and kept.attention.kernel != "autograd":
+                kept.qkv = None  # and once more when its turn comes
         if kept.x2 is None and (wants_output or self.post_norm):
             kept.x2, kept.branch = self._output(kept.x, kept.out, self.o.written(kept.x), kept.low_o)
         return kept.x2
@@ -155,24 +159,58 @@ class AttentionBlock:
     def backward(self, grad: Tensor, call: Call, kept: Kept, gradients: Gradients, wants_x: bool) -> Tensor | None:
         """grad (n, D) of x2 -> that of x, and into ``gradients`` those of what trains here."""
         branch_grad = self.post_norm.backward(grad, kept.branch, gradients) if self.post_norm else grad
+        kept.branch = None
         written = self.o.written(grad)
         wide, low = self.o.extended_gradient(branch_grad, written, self.residual_scale)
         out_grad = self.o.backward(wide, written)
         gradients.add(self.o.gradients(wide[:, : self.o.width_out], kept.out, low, kept.low_o))
         del wide, branch_grad
-        q, k, v = self._rotated(kept.qkv, call)
-        heads = (self._heads(t, call.batch, n) for t, n in ((out_grad, self.heads), (kept.out, self.heads)))
-        dq, dk, dv = attend_backward(next(heads), q, k, v, next(heads), kept.attention, self.scale)
-        del out_grad, q, k, v
-        qkv_grad = self._gradient_before_rotation(dq, dk, dv, kept.qkv, call, gradients)
-        del dq, dk, dv
+        if kept.qkv is None:
+            kept.qkv, _, _ = self._attend(kept.x, call, kept, attends=False)
+        self._attention_backward_(out_grad, call, kept, gradients)
+        qkv_grad, kept.qkv, kept.out = kept.qkv, None, None
+        del out_grad
         written = self.qkv.written(grad)
-        h = self._normal(kept.x)
-        h_grad, low = self.qkv.input_gradient(qkv_grad, written)
-        gradients.add(self.qkv.gradients(qkv_grad, h, low, kept.low_qkv))
-        if self.norm and (wants_x or self.norm.weight.requires_grad):
-            return self.norm.backward(h_grad, kept.x, gradients, grad)
-        return h_grad + grad if wants_x else None
+        norm_trains = self.norm is not None and self.norm.weight.requires_grad
+        grad_x = torch.empty_like(kept.x) if wants_x or norm_trains else None
+        chunks = _chunks(grad.shape[0], self.qkv)
+        for chunk in chunks:
+            own = {"row": chunk.start, "whole": len(chunks) == 1}
+            h_grad, low = self.qkv.input_gradient(qkv_grad[chunk], written, chunk.start)
+            h = self._normal(kept.x[chunk])
+            gradients.add(self.qkv.gradients(qkv_grad[chunk], h, low, _rows(kept.low_qkv, chunk), **own))
+            if grad_x is not None and self.norm:
+                self.norm.backward(h_grad, kept.x[chunk], gradients, grad[chunk], out=grad_x[chunk])
+            elif grad_x is not None:
+                torch.add(h_grad, grad[chunk], out=grad_x[chunk])
+        return grad_x
+
+    def _attention_backward_(self, out_grad: Tensor, call: Call, kept: Kept, gradients: Gradients) -> None:
+        """``kept.qkv`` becomes its gradient, from that of the attention's output (n, H * W); a few heads at a time if long."""
+        apart = kept.qkv.shape[0] >= LONG and call.batch == 1 and kept.attention.kernel in BY_HEAD and not self.norm_is_wide
+        groups = self.kv_heads if apart else 1
+        columns = *self._split(kept.qkv), kept.out, out_grad
+        states = [kept.attention]
+        if apart:
+            states = [replace(kept.attention, rows=rows) for rows in kept.attention.rows.chunk(groups, dim=1)]
+        for state, *parts, out, grad in zip(states, *(part.chunk(groups, dim=1) for part in columns), strict=True):
+            heads = self._heads(grad, call.batch), *self._rotated(parts, call), self._heads(out, call.batch)
+            turned = attend_backward(*heads, state, self.scale)
+            del heads
+            for part, gradient, norm in zip(parts, turned, (self.q_norm, self.k_norm, None), strict=True):
+                rotates = self.rotates and part is not parts[2]
+                self._before_rotation_(part, gradient.transpose(1, 2), norm, call if rotates else None, gradients)
+
+    def _before_rotation_(self, part: Tensor, grad: Tensor, norm: Norm | None, call: Call | None, gradients: Gradients) -> None:
+        """``part`` (n, heads * W) becomes its gradient, from that behind norm and rotation, grad (B, T, heads, W)."""
+        target = self._tokens(part, grad.shape[0]) if norm is None else grad
+        if call is not None:
+            rotate(grad, call.cos, call.sin, self.interleaved, out=target, inverse=True)
+        elif norm is None:
+            target.copy_(grad)
+        if norm is not None:
+            rows = part.shape if self.norm_is_wide else (-1, self.width)
+            part.copy_(norm.backward(grad.reshape(rows), part.reshape(rows), gradients).view(part.shape))
 
     def _normal(self, x: Tensor) -> Tensor:
         return self.norm.forward(x) if self.norm else x
@@ -182,18 +220,19 @@ class AttentionBlock:
     ) -> tuple[Tensor, Tensor | None, AttentionState | None]:
         """(qkv (n, N), the attention's output (n, H * W), what its backward needs); the last two only if ``attends``."""
         written = self.qkv.written(x)
-        h = self.qkv.new_input(x.shape[0], x)
-        narrow = h[:, : self.qkv.width_in]
-        self.norm.forward(x, narrow) if self.norm else narrow.copy_(x)
-        kept.low_qkv = self.qkv.extend(h, written, kept.low_qkv)
-        qkv = self.qkv.forward(h, written)
+        qkv, lows = torch.empty(x.shape[0], self.qkv.width_out, dtype=x.dtype, device=x.device), []
+        for chunk in _chunks(x.shape[0], self.qkv):
+            h, low = _input(self.qkv, self.norm, x[chunk], written, _rows(kept.low_qkv, chunk), chunk.start)
+            self.qkv.forward(h, written, qkv[chunk])
+            lows.append(low)
+        kept.low_qkv = _joined(lows) if kept.low_qkv is None else kept.low_qkv
         if self.rotates and not self.q_norm:  # in place: nothing needs them unrotated
-            for part, heads in zip(self._split(qkv)[:2], (self.heads, self.kv_heads), strict=True):
-                rotate(self._tokens(part, call.batch, heads), call.cos, call.sin, self.interleaved)
+            for part in self._split(qkv)[:2]:
+                rotate(self._tokens(part, call.batch), call.cos, call.sin, self.interleaved)
         if not attends:
             return qkv, None, None
         structure = call.mask, call.window, call.segments
-        out, attention = attend(*self._rotated(qkv, call), self.scale, *structure, self.softcap, self.sinks)
+        out, attention = attend(*self._rotated(self._split(qkv), call), self.scale, *structure, self.softcap, self.sinks)
         return qkv, out.transpose(1, 2).reshape(x.shape[0], -1), attention
 
     def _output(self, x: Tensor, out: Tensor, written: Tensor | None, low: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -203,12 +242,12 @@ class AttentionBlock:
         y = self.o.apply(out, low, written)
         return torch.add(x, self.post_norm.forward(y), alpha=self.residual_scale), y
 
-    def _rotated(self, qkv: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v (B, heads, T, W) as the attention sees them."""
-        q, k, v = self._split(qkv)
+    def _rotated(self, parts: Sequence[Tensor], call: Call) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v (B, heads, T, W) as the attention sees them, from columns of qkv."""
+        q, k, v = parts
         if self.q_norm:
             q, k = self._normed(q, self.q_norm), self._normed(k, self.k_norm)
-        views = [self._heads(t, call.batch, n) for t, n in ((q, self.heads), (k, self.kv_heads), (v, self.kv_heads))]
+        views = [self._heads(part, call.batch) for part in (q, k, v)]
         if self.q_norm and self.rotates:
             for view in views[:2]:
                 rotate(view.transpose(1, 2), call.cos, call.sin, self.interleaved)
@@ -220,36 +259,15 @@ class AttentionBlock:
             return norm.forward(part, torch.empty(part.shape, dtype=part.dtype, device=part.device))
         return norm.forward(part.reshape(-1, self.width)).view(part.shape)
 
-    def _gradient_before_rotation(
-        self, dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, call: Call, gradients: Gradients
-    ) -> Tensor:
-        """The gradient of the projections' outputs (n, N)."""
-        grad = torch.empty_like(qkv)
-        parts, before = self._split(grad), self._split(qkv)
-        counts = self.heads, self.kv_heads, self.kv_heads
-        for index, norm in enumerate((self.q_norm, self.k_norm, None)):
-            part, value, turned = parts[index], before[index], (dq, dk, dv)[index].transpose(1, 2)
-            target = self._tokens(part, call.batch, counts[index])
-            if self.rotates and index < 2:
-                rotate(turned, call.cos, call.sin, self.interleaved, out=target, inverse=True)
-            else:
-                target.copy_(turned)
-            if norm and self.norm_is_wide:
-                norm.backward(part, value, gradients, out=part)
-            elif norm:
-                rows = norm.backward(part.reshape(-1, self.width), value.reshape(-1, self.width), gradients)
-                part.copy_(rows.view(part.shape))
-        return grad
-
     def _split(self, qkv: Tensor) -> tuple[Tensor, ...]:
         return qkv.split([self.heads * self.width, self.kv_heads * self.width, self.kv_heads * self.width], dim=1)
 
-    def _tokens(self, part: Tensor, batch: int, heads: int) -> Tensor:
+    def _tokens(self, part: Tensor, batch: int) -> Tensor:
         """(n, heads * W) -> (B, T, heads, W), a view."""
-        return part.unflatten(1, (heads, self.width)).unflatten(0, (batch, -1))
+        return part.unflatten(1, (-1, self.width)).unflatten(0, (batch, -1))
 
-    def _heads(self, part: Tensor, batch: int, heads: int) -> Tensor:
-        return self._tokens(part, batch, heads).transpose(1, 2)
+    def _heads(self, part: Tensor, batch: int) -> Tensor:
+        return self._tokens(part, batch).transpose(1, 2)
 
 
 @dataclass
@@ -260,7 +278,6 @@ class MlpBlock:
     norm: Norm | None
     post_norm: Norm | None
     residual_scale: float = 1.0
-    rows: int = MLP_ROWS
 
     def norms(self) -> list[Norm]:
         return [norm for norm in (self.norm, self.post_norm) if norm]
@@ -269,81 +286,83 @@ class MlpBlock:
         """x (n, D), what the branch reads, and what it is added to (n, D) -> x3 (n, D)."""
         n = x.shape[0]
         gate_up, down = self.gate_up.written(x), self.down.written(x)
-        h, kept.low_gate_up = self._input(x, gate_up)
-        outputs = torch.empty_like(x)
-        keeps = mode >= Mode.KEEP
+        outputs, keeps = torch.empty_like(x), mode >= Mode.KEEP
         kept.gate_up = torch.empty(n, self.gate_up.width_out, dtype=x.dtype, device=x.device) if keeps else None
+        kept.mlp_branch = torch.empty_like(x) if keeps and self.post_norm else None
         lows = []
-        for start in range(0, n, self.rows):
-            chunk = slice(start, start + self.rows)
-            both = self.gate_up.forward(h[chunk], gate_up, kept.gate_up[chunk] if keeps else None)
-            act = self.down.new_input(both.shape[0], x)
-            gated_forward(*both.chunk(2, dim=1), self.activation, act[:, : self.down.width_in])
+        for chunk in _chunks(n, self.gate_up, self.down):
+            h, low = _input(self.gate_up, self.norm, x[chunk], gate_up, row=chunk.start)
+            both = self.gate_up.forward(h, gate_up, _rows(kept.gate_up, chunk))
+            act, low_down = self._activated(both, down, None, chunk.start)
+            lows.append((low, low_down))
             del both
-            lows.append(self.down.extend(act, down, row=start))
-            if self.post_norm:
-                self.down.forward(act, down, out=outputs[chunk])
-            else:
+            if self.post_norm is None:
                 self.down.add_to(residual[chunk], act, down, self.residual_scale, out=outputs[chunk])
-        kept.low_down = None if lows[0] is None else torch.cat(lows)
-        if not self.post_norm:
-            return outputs
-        kept.mlp_branch = outputs if keeps else None
-        return torch.add(residual, self.post_norm.forward(outputs), alpha=self.residual_scale)
+                continue
+            branch = self.down.forward(act, down, _rows(kept.mlp_branch, chunk))
+            torch.add(residual[chunk], self.post_norm.forward(branch), alpha=self.residual_scale, out=outputs[chunk])
+        kept.low_gate_up, kept.low_down = map(_joined, zip(*lows, strict=True))
+        return outputs
 
     def backward(self, grad: Tensor, x: Tensor, kept: Kept, gradients: Gradients, adds: bool) -> Tensor:
         """grad (n, D) of x3 -> that of x, and into ``gradients`` those of what trains here.
 
         ``adds``: x is also what the branch was added to, so its gradient holds ``grad`` itself.
         """
-        n, gate_up, down = grad.shape[0], self.gate_up.written(grad), self.down.written(grad)
-        h, _ = self._input(x, gate_up, kept.low_gate_up)
-        branch_grad = grad
-        if self.post_norm:
-            branch = self._branch(h, kept, gate_up, down) if kept.mlp_branch is None else kept.mlp_branch
-            branch_grad = self.post_norm.backward(grad, branch, gradients)
-            del branch
-        wide, low_down = self.down.extended_gradient(branch_grad, down, self.residual_scale)
-        h_grad = torch.empty_like(x) if n > self.rows else None
-        for start in range(0, n, self.rows):
-            chunk = slice(start, start + self.rows)
-            own = {"row": start, "whole": n <= self.rows}
-            both = self.gate_up.forward_again(h[chunk], gate_up) if kept.gate_up is None else kept.gate_up[chunk]
-            act = self.down.backward(wide[chunk], down, start)
+        gate_up, down = self.gate_up.written(grad), self.down.written(grad)
+        grad_x, chunks = torch.empty_like(x), _chunks(grad.shape[0], self.gate_up, self.down)
+        for chunk in chunks:
+            own = {"row": chunk.start, "whole": len(chunks) == 1}
+            low_gate_up, low_down = _rows(kept.low_gate_up, chunk), _rows(kept.low_down, chunk)
+            h, _ = _input(self.gate_up, self.norm, x[chunk], gate_up, low_gate_up, chunk.start)
+            both = self.gate_up.forward_again(h, gate_up) if kept.gate_up is None else kept.gate_up[chunk]
+            branch_grad = grad[chunk]
+            if self.post_norm:
+                branch = _rows(kept.mlp_branch, chunk)
+                if branch is None:
+                    branch = self.down.forward(self._activated(both, down, low_down, chunk.start)[0], down)
+                branch_grad = self.post_norm.backward(branch_grad, branch, gradients)
+                del branch
+            wide, low_grad = self.down.extended_gradient(branch_grad, down, self.residual_scale)
+            act = self.down.backward(wide, down, chunk.start)
             gated_backward_(act, *both.chunk(2, dim=1), self.activation)
-            lows = _rows(low_down, chunk), _rows(kept.low_down, chunk)
-            gradients.add(self.down.gradients(wide[chunk, : self.down.width_out], act, *lows, **own))
-            del act
-            part, low = self.gate_up.input_gradient(both, gate_up, start)
-            if h_grad is None:
-                h_grad = part
+            gradients.add(self.down.gradients(wide[:, : self.down.width_out], act, low_grad, low_down, **own))
+            del act, wide
+            h_grad, low_grad = self.gate_up.input_gradient(both, gate_up, chunk.start)
+            gradients.add(self.gate_up.gradients(both, h[:, : self.gate_up.width_in], low_grad, low_gate_up, **own))
+            del both, h
+            if self.norm:
+                self.norm.backward(h_grad, x[chunk], gradients, grad[chunk] if adds else None, out=grad_x[chunk])
             else:
-                h_grad[chunk] = part
-            narrow = h[chunk, : self.gate_up.width_in]
-            gradients.add(self.gate_up.gradients(both, narrow, low, _rows(kept.low_gate_up, chunk), **own))
-        del wide, h, narrow
-        if self.norm:
-            return self.norm.backward(h_grad, x, gradients, grad if adds else None, out=h_grad)
-        return h_grad.add_(grad) if adds else h_grad
+                torch.add(h_grad, grad[chunk], out=grad_x[chunk]) if adds else grad_x[chunk].copy_(h_grad)
+        return grad_x
 
-    def _input(self, x: Tensor, written: Tensor, low: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        h = self.gate_up.new_input(x.shape[0], x)
-        narrow = h[:, : self.gate_up.width_in]
-        self.norm.forward(x, narrow) if self.norm else narrow.copy_(x)
-        return h, self.gate_up.extend(h, written, low)
+    def _activated(self, both: Tensor, down: Tensor | None, low: Tensor | None, row: int) -> tuple[Tensor, Tensor | None]:
+        """gate and up (n, 2 F) -> what ``down`` reads, and its adapter's inner activation."""
+        act = self.down.new_input(both.shape[0], both)
+        gated_forward(*both.chunk(2, dim=1), self.activation, act[:, : self.down.width_in])
+        return act, self.down.extend(act, down, low, row)
 
-    def _branch(self, h: Tensor, kept: Kept, gate_up: Tensor, down: Tensor) -> Tensor:
-        """The output of ``down`` again (n, D), which only a post-norm's backward needs."""
-        branch = torch.empty(h.shape[0], self.down.width_out, dtype=h.dtype, device=h.device)
-        for start in range(0, h.shape[0], self.rows):
-            chunk = slice(start, start + self.rows)
-            both = self.gate_up.forward_again(h[chunk], gate_up) if kept.gate_up is None else kept.gate_up[chunk]
-            act = self.down.new_input(both.shape[0], h)
-            gated_forward(*both.chunk(2, dim=1), self.activation, act[:, : self.down.width_in])
-            self.down.extend(act, down, _rows(kept.low_down, chunk), start)
-            self.down.forward(act, down, out=branch[chunk])
-        return branch
+
+def _input(
+    projection: Projection, norm: Norm | None, x: Tensor, written: Tensor | None, low: Tensor | None = None, row: int = 0
+) -> tuple[Tensor, Tensor | None]:
+    """x (n, D) normed and extended for ``projection``, and its adapters' inner activations."""
+    h = projection.new_input(x.shape[0], x)
+    narrow = h[:, : projection.width_in]
+    norm.forward(x, narrow) if norm else narrow.copy_(x)
+    return h, projection.extend(h, written, low, row)
+
+
+def _chunks(n: int, *projections: Projection) -> list[slice]:
+    """The rows 0 to n that these projections work on at a time."""
+    rows = TRAINED_ROWS if any(part.trains for projection in projections for part in projection.parts) else ROWS
+    return [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
 
 
 def _rows(x: Tensor | None, chunk: slice) -> Tensor | None:
     return None if x is None else x[chunk]
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    return parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts)

@@ -17,7 +17,7 @@ from itertools import combinations
 import torch
 from torch import Tensor, nn
 
-from luthier.model.blocks import MLP_ROWS, Mode
+from luthier.model.blocks import LONG, ROWS, Mode
 from luthier.model.host_memory import HostEmbedding, free_host_memory
 from luthier.model.offload import Host, Offload
 from luthier.ops.experts import WRITTEN_BYTES
@@ -79,17 +79,28 @@ class Shape:
 
     def transient(self, tokens: int, mode: Mode) -> int:
         """Bytes that one layer's backward needs at its peak beside what the layer keeps."""
-        again = {Mode.RECOMPUTE: self.attention + self.heads, Mode.ATTENTION: self.attention}.get(mode, 0)
-        in_attention = (
-            again + 2 * self.hidden + 3 * self.heads + 2 * self.attention
-        )  # the kernel itself takes 2 * heads + attention
-        in_mlp, chunk = again + 4 * self.hidden, self.mlp
+        is_long = tokens >= LONG
+        groups = (self.attention - self.heads) // (2 * self.head_width) if is_long else 1
+        out = self.heads if mode == Mode.RECOMPUTE else 0
+        in_attention = 2 * self.hidden + self.heads + out + 2 * (self.attention + self.heads) // groups  # the last: its kernel
+        in_mlp, chunk = 2 * self.hidden + out, 3 * (self.hidden + self.mlp)
+        if mode < Mode.ALL_BUT_GATE_UP:
+            in_attention += self.attention
+            in_mlp += self.hidden + (self.attention if mode == Mode.RECOMPUTE and not is_long else 0)
         if mode == Mode.KEEP:
-            in_attention -= 2 * self.mlp  # gate and up are given back before
-        else:
-            in_mlp, chunk = in_mlp + self.hidden, 3 * self.mlp
-        rows = tokens if self.choices else min(tokens, MLP_ROWS)
-        return self.size * max(tokens * in_attention, tokens * in_mlp + rows * (chunk + self.choices * self.hidden))
+            in_attention -= 2 * self.mlp  # given back before
+            chunk -= 2 * self.mlp
+        return self.size * max(
+            tokens * in_attention, tokens * in_mlp + self._rows(tokens) * (chunk + self.choices * self.hidden)
+        )
+
+    def forward(self, tokens: int) -> int:
+        """Bytes of the MLP's work in the forward, its result, and the first layer's input, which lives as long as the loop."""
+        return self.size * (2 * tokens * self.hidden + self._rows(tokens) * (self.hidden + 3 * self.mlp))
+
+    def _rows(self, tokens: int) -> int:
+        """That the MLP works on at a time; experts work on all."""
+        return tokens if self.choices else min(tokens, ROWS)
 
     def head(self, tokens: int) -> int:
         """Bytes that the head needs: chunks of logits, and the last hidden states and their gradient with a copy of each."""
@@ -109,7 +120,7 @@ class Speeds:
     link: float = 55e9
 
     ATTENTION = 0.85, 0.75  # of the products' rate, forward and backward
-    COPYING = 0.04  # of the time of copies beside the computing that the computing takes longer
+    COPYING = 0.03  # of the time of copies beside the computing that the computing takes longer
 
 
 @dataclass(frozen=True)
@@ -272,19 +283,16 @@ class Cost:
         return self.tokens * sum(count * self.shape.parked(layer) for layer, count in Counter(plan).items())
 
     def device(self, plan: Sequence[LayerPlan]) -> int:
-        """The device's peak."""
-        return self.kept(plan) + self.working(plan)
-
-    def kept(self, plan: Sequence[LayerPlan]) -> int:
-        """What stays on the device, and two layers' parked tensors: one layer's in use, the other's on their way back."""
-        kinds = Counter(plan)
-        stays = sum(count * (self.shape.kept(layer.mode) - self.shape.parked(layer)) for layer, count in kinds.items())
-        return self.tokens * (stays + 2 * max(map(self.shape.parked, kinds)))
-
-    def working(self, plan: Sequence[LayerPlan]) -> int:
-        """What one layer's backward or the head needs besides, whichever is more."""
-        transients = [self.shape.transient(self.tokens, mode) for mode in {layer.mode for layer in plan}]
-        return SCRATCH + max(*transients, self.shape.head(self.tokens))
+        """The peak on the device: of the forward, of the head, or of one layer's backward."""
+        shape, tokens = self.shape, self.tokens
+        kinds, last = Counter(plan[:-1]), shape.kept(plan[-1].mode) - shape.parked(plan[-1])
+        stays = sum(count * (shape.kept(layer.mode) - shape.parked(layer)) for layer, count in kinds.items())
+        parked = max(map(shape.parked, {*plan}))
+        under_way, ahead = (0, 0) if tokens >= LONG else (Offload.DEPTH, 1)  # layers whose copies go out, or come back early
+        forward = tokens * (1 + under_way) * parked + shape.forward(tokens)
+        backward = tokens * (max(last, parked) + ahead * parked)
+        backward += max(shape.transient(tokens, mode) for mode in {layer.mode for layer in plan})
+        return SCRATCH + tokens * stays + max(forward, tokens * last + shape.head(tokens), backward)
 
     def extra_seconds(self, plan: Sequence[LayerPlan]) -> float:
         """What computing again and copying cost if no copy is waited for."""
@@ -363,11 +371,11 @@ def bucket(tokens: int) -> int:
 
 def describe(plan: Plan, tokens: int, host: int = 0) -> str:
     """One line for the person at the terminal; ``host``: bytes of host memory that the plan pins."""
-    modes = {
-        Mode.RECOMPUTE: "keep their input",
-        Mode.ATTENTION: "keep input and attention",
-        Mode.ALL_BUT_GATE_UP: "keep all but gate and up",
-        Mode.KEEP: "keep everything",
+    kept = {
+        Mode.RECOMPUTE: "input kept",
+        Mode.ATTENTION: "input and attention kept",
+        Mode.ALL_BUT_GATE_UP: "all but gate and up kept",
+        Mode.KEEP: "everything kept",
     }
     places = {Host.NOTHING: "", Host.INPUT: ", the input in host memory", Host.NARROW: " in host memory"}
     places |= {Host.EVERYTHING: " in host memory"}
@@ -375,7 +383,7 @@ def describe(plan: Plan, tokens: int, host: int = 0) -> str:
     for layer, count in sorted(Counter(plan.layers).items(), key=lambda item: (item[0].mode, item[0].host)):
         partly = layer == LayerPlan(Mode.KEEP, Host.NARROW)
         place = ", all but gate and up in host memory" if partly else places[layer.host]
-        parts.append(f"{count} layers {modes[layer.mode]}{place}")
+        parts.append(f"{count} layer{'s' if count > 1 else ''} with {kept[layer.mode]}{place}")
     if plan.embedding_in_host_memory:
         parts.append("embeddings in host memory")
     return f"Memory plan for {tokens} tokens: {'; '.join(parts)}" + (f" ({host / GIB:.1f} GiB of it)" if host else "")
@@ -390,6 +398,7 @@ def available_memory(device: torch.device, budget: float | None) -> float:
 
 
 # bf16 (below 8.0: fp16) TFLOP/s of one multiprocessor in a run long enough to meet the card's power limit
+COPIES = 4  # whose time tells the bus's rate
 PER_MULTIPROCESSOR = {(7, 5): 0.7, (8, 0): 2.0, (8, 6): 0.6, (8, 9): 1.1, (9, 0): 5.0, (10, 0): 10.0, (12, 0): 1.1}
 
 
@@ -404,7 +413,8 @@ def card_speeds(device: torch.device) -> Speeds:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     target.copy_(host)  # warms up
     start.record()
-    target.copy_(host, non_blocking=True)
+    for _ in range(COPIES):
+        target.copy_(host, non_blocking=True)
     end.record()
     end.synchronize()
-    return Speeds(products, host.nbytes / (start.elapsed_time(end) / 1000))
+    return Speeds(products, COPIES * host.nbytes / (start.elapsed_time(end) / 1000))

@@ -35,7 +35,6 @@ from luthier.ops.nf4 import Quantised, quantised
 from luthier.ops.rms_norm import rms_norm
 from luthier.ops.rotary import half_tables
 
-TRAINED_ROWS = 1 << 14  # of an MLP whose weights train, at a time: over several chunks their gradients are summed in fp32
 CAPTURES = "transformers.utils.output_capturing"  # hooks that only record outputs, and only when they are asked for
 
 
@@ -255,8 +254,7 @@ def _read_blocks(layer: nn.Module, spec: Spec) -> Blocks:
     gate_up = _projection("gate_up", [read_part(getattr(mlp, name)) for name in names], state)
     down = _projection("down", [read_part(mlp.down_proj)], state)
     before, after = (read_norm(layer, name, spec) for name in (spec.attention_norms if spec.parallel else spec.mlp_norms))
-    longer = {"rows": TRAINED_ROWS} if any(part.trains for part in (*gate_up.parts, *down.parts)) else {}
-    mlp_block = MlpBlock(gate_up, down, _activation(attention.config), before, after, residual_scale, **longer)
+    mlp_block = MlpBlock(gate_up, down, _activation(attention.config), before, after, residual_scale)
     return Blocks(attention_block, mlp_block, spec.parallel)
 
 

@@ -43,7 +43,7 @@ class Estimate:
     @property
     def fixed(self) -> int:
         """Bytes that do not grow with the batch."""
-        return sum(size for name, size in self.parts.items() if name not in ("activations", "working memory"))
+        return sum(size for name, size in self.parts.items() if name != "activations")
 
     def rows(self) -> list[tuple[str, str]]:
         """The lines of a table, in GiB."""
@@ -96,7 +96,7 @@ def estimate(
         parts["embeddings, head and norms"] -= text.vocab_size * text.hidden_size * dtype.itemsize  # they wait there too
     plan = _plan(shape, batch_tokens, layers, use_gradient_checkpointing, memory_budget, taken, host)
     cost = Cost(shape, batch_tokens)
-    parts |= {"activations": cost.kept(plan), "working memory": cost.working(plan)}
+    parts["activations"] = cost.device(plan)
     return Estimate({name: int(size) for name, size in parts.items()}, tuple(plan), batch_tokens, cost.host(plan))
 
 

@@ -8,10 +8,11 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from luthier.model.blocks import Kept
+from luthier.model.blocks import LONG, Kept
 from luthier.model.host_memory import Slab, SlabPool
 
 ALIGNMENT = 256  # bytes
+SMALL = 1 << 20  # bytes of a tensor below which a copy costs more time than the memory is worth
 
 
 class Host(IntEnum):
@@ -43,7 +44,10 @@ class Parked:
 
 
 class Offload:
-    """Moves what layers keep to host memory in the forward, and back one layer before it is needed in the backward."""
+    """Moves what layers keep to host memory in the forward, and back one layer before it is needed in the backward.
+
+    Long batches wait for every copy: they have no memory for two layers, and their layers take much longer than a copy.
+    """
 
     DEPTH = 2  # layers whose copies may be under way before the forward waits for the oldest
 
@@ -69,7 +73,9 @@ class Offload:
         self.chain.append((index, weakref.ref(kept)))
         if host == Host.NOTHING:
             return
-        tensors = {name: value for name in NAMES[host] if (value := getattr(kept, name)) is not None}
+        tensors = {name: value for name in NAMES[host] if (value := getattr(kept, name)) is not None and value.nbytes >= SMALL}
+        if not tensors:
+            return
         self.pool = self.pool or SlabPool(kept.x.device)
         slab = self.pool.take(sum(_aligned(value.nbytes) for value in tensors.values()))
         kept.parked = Parked(tensors, slab)
@@ -94,7 +100,7 @@ class Offload:
             for name, value in parked.back.items():
                 setattr(kept, name, value)
         before = kept.before and kept.before()
-        if before is not None:
+        if before is not None and kept.x.shape[0] < LONG:
             self._start(before)
 
     def _copy_out(self, tensors: dict[str, Tensor], parked: Parked) -> None:
@@ -112,7 +118,8 @@ class Offload:
             for name, value in tensors.items():
                 parked.host[name].copy_(value, non_blocking=True)
             self.under_way.append((up.record_event(), list(tensors.values())))
-        while len(self.under_way) > self.DEPTH:
+        depth = self.DEPTH if tensors["x"].shape[0] < LONG else 0
+        while len(self.under_way) > depth:
             current.wait_event(self.under_way.pop(0)[0])
 
     def _start(self, kept: Kept) -> None:
