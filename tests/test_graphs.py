@@ -458,7 +458,7 @@ def test_dropout_and_several_adapters_run_without():
                 torch.manual_seed(index)
                 results.append(step(model, batch(seed=index)))
             assert torch.equal(results[0][0], results[1][0]) and difference(results[0][1], results[1][1]) == 0
-    assert not Again.made
+        assert not Again.made and not graphs_of(models[0]).seen
 
 
 def test_trained_weights():

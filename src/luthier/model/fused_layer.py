@@ -62,6 +62,12 @@ class Blocks:
         trained = [tensor for projection in self.projections() for tensor in projection.trained]
         return trained + [weight for weight in norms.values() if weight.requires_grad]
 
+    @property
+    def are_unique(self) -> bool:
+        """Whether they hold what only this pass has: the seeds of masks, adapters put side by side."""
+        drops = any(projection.drops for projection in self.projections())
+        return drops or not all(tensor.is_leaf for tensor in self.trained())
+
     def projections(self) -> tuple[Projection, ...]:
         mlp = (self.mlp.gate_up, self.mlp.down) if self.mlp else ()
         return self.attention.qkv, self.attention.o, *mlp

@@ -83,7 +83,7 @@ class Pass:
         self.which: list[int] = []  # of them each layer uses
 
     def continues(self, layer: LayerRun, x: Tensor) -> bool:
-        return layer.index == len(self.layers) and self.holds(x)
+        return layer.index == len(self.layers) and self.holds(x) and not layer.blocks.are_unique
 
     def holds(self, x: Tensor) -> bool:
         return x is self.last and x._version == self.version
@@ -455,9 +455,8 @@ class Graphs:
         """Whether the graphs' memory is free, and that of the longest batch so far without graphs beside it."""
         x, plans, parameters = taken.x, [layer.plan for layer in taken.layers], taken.parameters()
         size = sum(parameter.nbytes for parameter in parameters)
-        made_for_this_pass = not all(parameter.is_leaf for parameter in parameters)  # several adapters side by side
         odd_tables = any(table.shape[1] != x.shape[1] for pair in taken.tables.values() for table in pair)
-        if size > GRADIENT_BYTES or made_for_this_pass or odd_tables or any(plan.host for plan in plans):
+        if size > GRADIENT_BYTES or odd_tables or any(plan.host for plan in plans):
             return False
         if not x.is_cuda:
             return True

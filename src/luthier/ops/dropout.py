@@ -34,7 +34,7 @@ class Dropout:
     @classmethod
     def draw(cls, p: float) -> Dropout:
         """One with a seed from torch's own generator, so that ``torch.manual_seed`` makes a run repeat."""
-        return cls(p, int(torch.randint(1 << 62, ())))
+        return cls(p, int(torch.randint(1 << 62, (), device="cpu")))
 
     @property
     def threshold(self) -> int:
