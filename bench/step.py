@@ -22,14 +22,18 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-BUDGETS = {"luthier small": defaultdict(lambda: 10, {"2x2048": 7.0, "8x2048": 10.1, "1x8192": 8.2, "1x32768": 14.3})}  # GiB
+PEER = {"2x2048": 7.0, "8x2048": 10.1, "1x8192": 8.2, "1x32768": 14.3}  # GiB that Unsloth takes
+BUDGETS = {  # row -> memory_budget by shape
+    "luthier small": defaultdict(lambda: 10, PEER),
+    "luthier fp8-backward": defaultdict(lambda: 11, {shape: gib + 1 for shape, gib in PEER.items()}),
+}
 LUTHIER = {  # row -> arguments of set_checkpointing, and of set_compute
     "luthier offload": {"mode": "offload"},
     "luthier small": {"mode": "auto"},
     "luthier recompute": {"mode": True},
     "luthier 40 GiB": {"mode": "auto", "memory_budget": 40},
     "luthier keep": {"mode": False},
-    "luthier fp8-backward": {"mode": "offload", "compute": "fp8-backward"},
+    "luthier fp8-backward": {"mode": "auto", "compute": "fp8-backward"},
     "luthier fp8": {"mode": False, "compute": "fp8"},
 }
 GROUPS = {  # what a kernel's name holds -> the row of the profile

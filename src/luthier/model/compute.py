@@ -56,5 +56,7 @@ def set_compute(model: nn.Module, compute: str = "bf16") -> nn.Module:
             UserWarning,
             stacklevel=2,
         )
-    state.compute = compute
+    if compute != state.compute:
+        state.compute = compute
+        state.dial.plans.clear()  # they were made for other speeds and buffers
     return model

@@ -56,6 +56,7 @@ class Shape:
     extra: int = 0  # branches kept for post-norms
     head_width: int = 128
     choices: int = 0  # experts that a token goes to; ``mlp`` is then the gates of all of them
+    compute: str = "bf16"  # how frozen weights are multiplied
 
     def kept(self, mode: Mode) -> int:
         """Bytes a token that a layer keeps."""
@@ -90,9 +91,9 @@ class Shape:
         if mode == Mode.KEEP:
             in_attention -= 2 * self.mlp  # given back before
             chunk -= 2 * self.mlp
-        return self.size * max(
-            tokens * in_attention, tokens * in_mlp + self._rows(tokens) * (chunk + self.choices * self.hidden)
-        )
+        rows = self._rows(tokens)
+        rounded = 0 if self.compute == "bf16" else rows * 2 * self.mlp  # the widest product's input in 8 bits
+        return rounded + self.size * max(tokens * in_attention, tokens * in_mlp + rows * (chunk + self.choices * self.hidden))
 
     def forward(self, tokens: int) -> int:
         """Bytes of the MLP's work in the forward, its result, and the first layer's input, which lives as long as the loop."""
@@ -108,8 +109,13 @@ class Shape:
 
     def written(self) -> int:
         """Bytes of the buffers into which a layer's weights are written out."""
-        attention, mlp = (self.size * self.hidden * width for width in (self.attention + self.heads, 3 * self.mlp))
-        return attention + (WRITTEN_BYTES if self.choices else mlp)
+        exact = {"bf16": 1, "fp8-backward": 1, "fp8": 0}[self.compute]
+        times = {"bf16": 0, "fp8-backward": 1, "fp8": 2}[self.compute]  # in 8 bits: for the backward; and the forward
+        attention = (exact * self.size + times) * self.hidden * (self.attention + self.heads)
+        if self.choices:
+            return attention + WRITTEN_BYTES
+        again = 2 * self.mlp if self.compute == "fp8-backward" else 0  # gate and up, computed again
+        return attention + self.hidden * ((exact * self.size + times) * 3 * self.mlp + again)
 
 
 @dataclass(frozen=True)
@@ -120,6 +126,7 @@ class Speeds:
     link: float = 55e9
 
     ATTENTION = 0.85, 0.75  # of the products' rate, forward and backward
+    IN_8_BITS = 1.7  # times the products' rate, with what it takes to round for them
     COPYING = 0.03  # of the time of copies beside the computing that the computing takes longer
 
 
@@ -137,10 +144,12 @@ class Work:
         product = lambda width: 2 * tokens * shape.hidden * width / speeds.products  # noqa: E731
         scores = 2 * tokens * min(length, tokens) * shape.heads / speeds.products
         attend, attend_back = scores / Speeds.ATTENTION[0], 2.5 * scores / Speeds.ATTENTION[1]
+        forward = Speeds.IN_8_BITS if shape.compute == "fp8" else 1.0
+        backward = Speeds.IN_8_BITS if shape.compute != "bf16" else 1.0
         qkv, out, gate_up = product(shape.attention), product(shape.heads), product(2 * shape.mlp)
-        linear = qkv + out + gate_up + product(shape.mlp)
-        again = gate_up + qkv + out + attend, gate_up + qkv + out, gate_up, 0.0
-        return cls(linear + attend, linear + attend_back, again)
+        linear, narrow = qkv + out + gate_up + product(shape.mlp), (qkv + out) / forward
+        again = gate_up / backward + narrow + attend, gate_up / backward + narrow, gate_up / backward, 0.0
+        return cls(linear / forward + attend, linear / backward + attend_back, again)
 
 
 class Dial:

@@ -101,14 +101,14 @@ class Blocks:
         for projection in self.projections():
             projection.forget()
 
-    def shape(self, x: Tensor) -> Shape:
+    def shape(self, x: Tensor, compute: str) -> Shape:
         """The widths from which the dial computes what this layer keeps."""
         attention = self.attention
         low = sum(projection.rank for projection in self.projections())
         extra = x.shape[-1] if attention.post_norm else 0
         choices, width = self.experts
         widths = attention.qkv.width_out, attention.o.width_in, self.mlp.down.width_in if self.mlp else choices * width
-        return Shape(x.shape[-1], *widths, low, x.element_size(), extra, attention.width, choices)
+        return Shape(x.shape[-1], *widths, low, x.element_size(), extra, attention.width, choices, compute)
 
 
 @dataclass
@@ -174,7 +174,8 @@ def run(layer: nn.Module, blocks: Blocks, spec: Spec, hidden_states: Tensor, kwa
     state = layer.luthier_state
     rows, structure = hidden_states.reshape(-1, hidden_states.shape[-1]), state.model.structure
     longest = hidden_states.shape[1] if structure is None or structure.segments is None else structure.segments.longest
-    plan = state.model.dial.of_layer(state.index, blocks.shape(hidden_states), rows, longest, layer.gradient_checkpointing)
+    shape = blocks.shape(hidden_states, state.model.compute)
+    plan = state.model.dial.of_layer(state.index, shape, rows, longest, layer.gradient_checkpointing)
     tables = kwargs["position_embeddings"]
     cos, sin = half_tables(*tables, spec.rotary) if blocks.attention.rotates else tables
     call = Call(hidden_states.shape[0], cos, sin)

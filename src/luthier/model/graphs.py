@@ -460,7 +460,7 @@ class Graphs:
             return False
         if not x.is_cuda:
             return True
-        shape, tokens = taken.layers[0].blocks.shape(x), x.shape[0] * padded(x.shape[1])
+        shape, tokens = taken.layers[0].blocks.shape(x, taken.layers[0].state.model.compute), x.shape[0] * padded(x.shape[1])
         of_pool = Cost(shape, tokens).device(plans) + (0 if self.gradients else size)
         longest = Cost(shape, max(tokens, self.dial.planned_tokens)).device(plans) + size
         return max(0, of_pool - self.dial.graph_bytes) + longest <= self.dial.room(x.device)
