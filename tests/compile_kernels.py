@@ -33,8 +33,6 @@ def kernels(dtype: str) -> dict[str, tuple]:
     whole = {"SIZE": 64, "BLOCKS": 64, "WHOLE": True, "PAIRS": True}
     broken = {**whole, "WHOLE": False, "PAIRS": False}
     x32, adapter = "*fp32", {"RANK": 16, "EXTENSION": 48, "BLOCK": 64, "HAS_BIAS": True, "ROWS": 64, "COLUMNS": 1024}
-    groups = {"N": 32, "LANES": quantisers.LANES}
-    fit, numbers = ["*fp32"] * 5, ["fp32", "fp32", "i32", "i32"]
     mask = {"ADDS": True, "ROUNDS": 7, "SHIFT": 8, "ROWS": 8, "TILE": 256}
     head = [x, "*i64", "*fp32", "i64", "fp32", "fp32"]
     return {
@@ -52,13 +50,8 @@ def kernels(dtype: str) -> dict[str, tuple]:
         "nf4": (nf4._nf4_kernel, ["*u8", "*u8", *weights], {"NESTED": 256, **whole}, 4),
         "nf4, plain scales": (nf4._nf4_kernel, ["*u8", "*fp32", *weights], {"NESTED": 0, **broken}, 4),
         "adapter": (lora_linear._adapter_kernel, [x32, x32, x, x, x, *["i32"] * 5, *["i64"] * 4], adapter, 4),
-        "fit with offset": (quantisers._fit_with_offset, [*fit, *fit[:2], *numbers[1:]], {**groups, "ABSOLUTE": False}, 4),
-        "fit symmetric": (quantisers._fit_symmetric, [*fit, *numbers], groups, 4),
-        "start of the exchange": (quantisers._start_exchange, [*fit[1:], *numbers[:3]], {**groups, "N": 16}, 4),
-        "scales of scales": (quantisers._search_scales, [*fit, "*fp32", *numbers], {**groups, "N": 8}, 4),
-        "exchange": (quantisers._exchange, [*fit, *numbers, "i32"], {"NEED_REST": True, "LANES": quantisers.LANES}, 4),
-        "ordered sum": (quantisers._ordered_sum, ["*fp32", "*fp32", "i32", "i32"], {"UNROLL": 8, "LANES": quantisers.LANES}, 4),
         "dropout": (dropout._dropout_kernel, [x, x, x, "i64", *["i32"] * 5, *["i64"] * 3], mask, 4),
+        **quantising_kernels(),
         "cross-entropy": (linear_cross_entropy._cross_entropy_kernel, head, {"V": 128256, "BLOCK": 8192, "CAPPED": True}, 16),
     }
 
@@ -79,6 +72,28 @@ def kernels_in_8_bits(dtype: str) -> dict[str, tuple]:
         "nf4 to e4m3": (fp8._nf4_rows_kernel, [*nf4_weight, "i32", "i64"], {**blocks, "BLOCKS": 64}, 4),
         "nf4 to e4m3, transposed": (fp8._nf4_columns_kernel, [*nf4_weight, "i32", "i32", "i64"], {**blocks, **tile}, 8),
     }
+
+
+def quantising_kernels() -> dict[str, tuple]:
+    """For groups that follow each other in memory, as they do on a GPU; an argument's name says its type."""
+    rows = {
+        "ordered_sum": {},
+        "largest_of": {},
+        "fit_with_offset": {"ABSOLUTE": False},
+        "fit_symmetric": {},
+        "start_exchange": {},
+        "exchange": {"NEED_REST": True},
+        "search_scales": {"N": 8},
+        "round": {"HAS_OFFSET": True},
+    }
+    floats, built = ("levels", "smallest", "lowest", "highest"), {}
+    for name, own in rows.items():
+        kernel = getattr(quantisers, f"_{name}")
+        constants = {"apart": 1, "x_apart": 1, "w_apart": 1, "N": 32, "LANES": quantisers.LANES, **own}
+        constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
+        types = ["*fp32" if key.isupper() else "fp32" if key in floats else "i32" for key in kernel.arg_names]
+        built[f"quantising: {name}"] = (kernel, types, constants, 4)
+    return built
 
 
 def kernels_of_experts(dtype: str, capability: int) -> dict[str, tuple]:

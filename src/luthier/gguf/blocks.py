@@ -38,6 +38,12 @@ def loops(x: torch.Tensor) -> ModuleType | None:
     return compiled if x.device.type == "cpu" else None
 
 
+def groups_of(x: torch.Tensor, n: int) -> torch.Tensor:
+    """Groups ``[n, G]`` of n weights that follow each other in ``x``. Kernels read them where they are, without a copy."""
+    groups = x.reshape(-1, n).t()
+    return groups if has_kernels(x) else groups.contiguous()
+
+
 def ordered_sum(terms: torch.Tensor) -> torch.Tensor:
     """Sum ``[n, G]`` over n, first to last, rounding after each addition."""
     if has_kernels(terms):
@@ -119,7 +125,7 @@ def quantize_q8_0(x: torch.Tensor) -> torch.Tensor:
 
 def _symmetric(x: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale ``[G]`` and codes uint8 ``[G, 32]``: the weight of largest magnitude gets code 0."""
-    _, value = largest(x.t().contiguous())
+    _, value = largest(groups_of(x, x.shape[1]))
     scale = value / torch.full_like(value, -levels / 2)
     codes = whole(x * ratio(1.0, scale)[:, None] + (levels / 2 + 0.5)).clamp_max_(levels - 1)
     return scale, codes.to(torch.uint8)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from luthier.gguf.blocks import largest, loops, ordered_sum, smallest
+from luthier.gguf.blocks import groups_of, largest, loops, ordered_sum, smallest
 
 EXCHANGES = 5
 SMALLEST = 1e-15  # a group whose largest weight is below this is stored as zeros
@@ -176,7 +176,7 @@ def fit_by_exchange(x: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.T
     """Groups ``[G, n]`` as scale ``[G]`` times codes uint8 ``[G, n]`` (0 is -levels), errors weighted by squared weights."""
     if in_one := getattr(loops(x), "fit_by_exchange", None):
         return in_one(x, levels, SMALLEST, EXCHANGES)
-    x = x.t().contiguous()
+    x = groups_of(x, x.shape[1])
     codes, sum_xl, sum_l2 = start_exchange(x, levels)
     sum_xl, sum_l2 = exchange(x, x * x, -levels, levels - 1, codes, sum_xl, sum_l2)
     zero = torch.maximum(x.amax(0), -x.amin(0)) < SMALLEST

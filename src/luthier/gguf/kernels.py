@@ -1,13 +1,14 @@
 """The searches of ``fits.py`` as Triton kernels: a thread for each group, which holds its weights in registers.
 
 The same operations in the same order on float32 as in the torch code, so the same bytes: nothing is fused or reordered
-(launch with ``enable_fp_fusion=False``), divisions are IEEE's, and denormals are kept. Groups are ``[n, G]``, see
-``blocks.py``: threads side by side read side by side.
+(launch with ``enable_fp_fusion=False``), divisions are IEEE's, and denormals are kept. Groups are ``[n, G]`` as in
+``blocks.py``, in memory one after the other (`blocks.groups_of`) or weight by weight.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -15,43 +16,43 @@ from torch import Tensor
 from luthier.ops.backend import jit, tl, triton
 
 LANES = 128  # groups of a program, one for each of its threads
-UNROLLED = 8  # terms of a sum that are loaded at once
+LONGEST = 32  # weights that a thread loads at once
 
 
 def ordered_sum(terms: Tensor) -> Tensor:
     """Sum float32 ``[n, G]`` over n, first to last, rounding after each addition."""
-    total = torch.empty_like(terms[0])
-    _launch(_ordered_sum, terms, total, len(terms), UNROLL=UNROLLED if len(terms) % UNROLLED == 0 else 1)
+    total = _of_groups(terms)
+    _launch(_ordered_sum, total, *_strided(terms), total, len(terms), N=math.gcd(len(terms), LONGEST))
     return total
 
 
 def largest(x: Tensor) -> tuple[Tensor, Tensor]:
     """What ``blocks.largest`` gives."""
-    magnitude, value = torch.empty_like(x[0]), torch.empty_like(x[0])
-    _launch(_largest_of, x, magnitude, value, N=len(x))
+    magnitude, value = _of_groups(x), _of_groups(x)
+    _launch(_largest_of, value, *_strided(x), magnitude, value, N=len(x))
     return magnitude, value
 
 
 def fit_with_offset(x: Tensor, weights: Tensor, levels: int, numerators: list[float], absolute: bool) -> tuple[Tensor, ...]:
     """scale, low, grid, start of ``fits.OffsetFit``; ``numerators``: of the first grid, then of every step's."""
-    result = tuple(torch.empty_like(x[0]) for _ in range(4))
-    tops, steps = _on_device(tuple(numerators), x.device), len(numerators)
-    _launch(_fit_with_offset, x, weights, tops, *result, float(levels), steps, N=len(x), ABSOLUTE=absolute)
+    result = tuple(_of_groups(x) for _ in range(4))
+    numbers = _on_device(tuple(numerators), x.device), *result, float(levels), len(numerators)
+    _launch(_fit_with_offset, result[0], *_strided(x, weights), *numbers, N=len(x), ABSOLUTE=absolute)
     return result
 
 
 def fit_symmetric(x: Tensor, weights: Tensor, levels: int, numerators: list[float], smallest: float) -> tuple[Tensor, Tensor]:
     """scale and grid of ``fits.fit_symmetric``."""
-    scale, grid = torch.empty_like(x[0]), torch.empty_like(x[0])
-    tops, steps = _on_device(tuple(numerators), x.device), len(numerators)
-    _launch(_fit_symmetric, x, weights, tops, scale, grid, float(levels), smallest, steps, N=len(x))
+    scale, grid = _of_groups(x), _of_groups(x)
+    numbers = _on_device(tuple(numerators), x.device), scale, grid, float(levels), smallest, len(numerators)
+    _launch(_fit_symmetric, scale, *_strided(x, weights), *numbers, N=len(x))
     return scale, grid
 
 
 def start_exchange(x: Tensor, levels: int, smallest: float) -> tuple[Tensor, Tensor, Tensor]:
     """codes, sum_xl, sum_l2 that ``fits.start_exchange`` gives."""
-    codes, sum_xl, sum_l2 = torch.empty_like(x), torch.empty_like(x[0]), torch.empty_like(x[0])
-    _launch(_start_exchange, x, codes, sum_xl, sum_l2, float(levels), smallest, N=len(x))
+    codes, sum_xl, sum_l2 = torch.empty_like(x), _of_groups(x), _of_groups(x)
+    _launch(_start_exchange, sum_xl, *_strided(x, codes), sum_xl, sum_l2, float(levels), smallest, N=len(x))
     return codes, sum_xl, sum_l2
 
 
@@ -67,24 +68,50 @@ def exchange(
     sum_l2: Tensor,
 ) -> None:
     """The rounds of ``fits.exchange``, in place."""
-    limits = float(lowest), float(highest)
-    _launch(_exchange, x, weights, codes, sum_xl, sum_l2, *limits, rounds, len(x), NEED_REST=need_rest)
+    numbers = sum_xl, sum_l2, float(lowest), float(highest), rounds, len(x)
+    _launch(_exchange, sum_xl, *_strided(x, weights, codes), *numbers, NEED_REST=need_rest)
 
 
 def search_scales(x: Tensor, weights: Tensor, levels: int, tops: list[float], smallest: float) -> tuple[Tensor, Tensor, Tensor]:
     """What ``weighted._search_scales`` gives."""
-    codes, sum_xl, sum_l2 = torch.empty_like(x), torch.empty_like(x[0]), torch.empty_like(x[0])
-    result = codes, sum_xl, sum_l2
-    _launch(
-        _search_scales, x, weights, _on_device(tuple(tops), x.device), *result, float(levels), smallest, len(tops), N=len(x)
-    )
-    return result
+    codes, sum_xl, sum_l2 = torch.empty_like(x), _of_groups(x), _of_groups(x)
+    numbers = _on_device(tuple(tops), x.device), sum_xl, sum_l2, float(levels), smallest, len(tops)
+    _launch(_search_scales, sum_xl, *_strided(x, weights, codes), *numbers, N=len(x))
+    return codes, sum_xl, sum_l2
 
 
-def _launch(kernel, groups: Tensor, *arguments, **constants) -> None:
-    count = groups.shape[1]
-    programs = (triton.cdiv(count, LANES),)
-    kernel[programs](groups, *arguments, count, LANES=LANES, **constants, num_warps=LANES // 32, enable_fp_fusion=False)
+def round_symmetric(x: Tensor, step: Tensor, levels: int) -> Tensor:
+    """The codes of ``fits.round_symmetric``, for steps that are not 0."""
+    codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+    _round_codes(x.t(), None, step, codes, -levels, levels - 1)
+    return codes
+
+
+def round_with_offset(x: Tensor, offset: Tensor, step: Tensor, levels: int) -> Tensor:
+    """Codes uint8 ``[G, n]`` of ``(x + offset) / step``, for ``x`` ``[n, G]`` and steps that are not 0."""
+    codes = torch.empty(x.shape[::-1], dtype=torch.uint8, device=x.device)
+    _round_codes(x, offset, step, codes, 0, levels)
+    return codes
+
+
+def _round_codes(x: Tensor, offset: Tensor | None, step: Tensor, codes: Tensor, lowest: int, highest: int) -> None:
+    has_offset, limits = offset is not None, (float(lowest), float(highest))
+    parts = offset if has_offset else step, step, codes
+    _launch(_round, step, *_strided(x), *parts, *limits, lanes=LANES // 4, N=len(x), HAS_OFFSET=has_offset)
+
+
+def _of_groups(x: Tensor) -> Tensor:
+    return torch.empty(x.shape[1], device=x.device)
+
+
+def _strided(*groups: Tensor) -> list[Tensor | int]:
+    """Each ``[n, G]`` with how far its weights and its groups are apart."""
+    return [argument for tensor in groups for argument in (tensor, *tensor.stride())]
+
+
+def _launch(kernel, one_a_group: Tensor, *arguments, lanes: int | None = None, **constants) -> None:
+    count, lanes = len(one_a_group), lanes or LANES
+    kernel[(triton.cdiv(count, lanes),)](*arguments, count, LANES=lanes, **constants, num_warps=4, enable_fp_fusion=False)
 
 
 @functools.lru_cache
@@ -100,10 +127,14 @@ def _lanes(count, LANES: tl.constexpr):
 
 
 @jit
-def _load_groups(GROUPS, lane, inside, count, N: tl.constexpr, LANES: tl.constexpr):
+def _places(GROUPS, apart, groups_apart, lane, N: tl.constexpr):
+    return GROUPS + (tl.arange(0, N)[None, :].to(tl.int64) * apart + lane[:, None] * groups_apart)
+
+
+@jit
+def _load_groups(GROUPS, apart, groups_apart, lane, inside, N: tl.constexpr, LANES: tl.constexpr):
     """The N weights of every thread's group, as a tuple: one load, then halves of halves. N loads would compile for long."""
-    at = tl.arange(0, N)[None, :] * count + lane[:, None]
-    parts = (tl.load(GROUPS + at, mask=inside[:, None], other=0.0),)
+    parts = (tl.load(_places(GROUPS, apart, groups_apart, lane, N), mask=inside[:, None], other=0.0),)
     for level in tl.static_range(N.bit_length() - 1):
         halves = ()
         for i in tl.static_range(1 << level):
@@ -131,13 +162,27 @@ def _code(x, lowest, highest):
 
 
 @jit
-def _ordered_sum(TERMS, TOTAL, n, count, UNROLL: tl.constexpr, LANES: tl.constexpr):
+def _ordered_sum(TERMS, apart, groups_apart, TOTAL, n, count, N: tl.constexpr, LANES: tl.constexpr):
     lane, inside = _lanes(count, LANES)
     total = tl.zeros([LANES], tl.float32)
-    for first in range(0, n, UNROLL):
-        for i in tl.static_range(UNROLL):
-            total += tl.load(TERMS + (first + i) * count + lane, mask=inside, other=0.0)
+    for first in range(0, n, N):
+        terms = _load_groups(TERMS + first * apart, apart, groups_apart, lane, inside, N, LANES)
+        for i in tl.static_range(N):
+            total += terms[i]
     tl.store(TOTAL + lane, total, mask=inside)
+
+
+@jit
+def _round(
+    X, apart, groups_apart, OFFSET, STEP, CODES, lowest, highest, count,
+    N: tl.constexpr, HAS_OFFSET: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    lane, inside = _lanes(count, LANES)
+    x = tl.load(_places(X, apart, groups_apart, lane, N), mask=inside[:, None], other=0.0)
+    if HAS_OFFSET:
+        x += tl.load(OFFSET + lane, mask=inside, other=0.0)[:, None]
+    code = _code(tl.div_rn(x, tl.load(STEP + lane, mask=inside, other=1.0)[:, None]), lowest, highest)
+    tl.store(_places(CODES, 1, N, lane, N), (code - lowest).to(tl.uint8), mask=inside[:, None])
 
 
 @jit
@@ -155,12 +200,12 @@ def _error(x, weights, start, grid, scale, offset, levels, N: tl.constexpr, ABSO
 
 @jit
 def _fit_with_offset(
-    X, WEIGHTS, TOPS, SCALE, LOW, GRID, START, levels, steps, count,
+    X, x_apart, x_groups, WEIGHTS, w_apart, w_groups, TOPS, SCALE, LOW, GRID, START, levels, steps, count,
     N: tl.constexpr, ABSOLUTE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     lane, inside = _lanes(count, LANES)
-    x = _load_groups(X, lane, inside, count, N, LANES)
-    weights = _load_groups(WEIGHTS, lane, inside, count, N, LANES)
+    x = _load_groups(X, x_apart, x_groups, lane, inside, N, LANES)
+    weights = _load_groups(WEIGHTS, w_apart, w_groups, lane, inside, N, LANES)
     lowest, high = x[0], x[0]
     sum_w, sum_x = tl.zeros_like(lowest), tl.zeros_like(lowest)
     for i in tl.static_range(N):
@@ -209,9 +254,9 @@ def _largest(x, N: tl.constexpr):
 
 
 @jit
-def _largest_of(X, MAGNITUDE, VALUE, count, N: tl.constexpr, LANES: tl.constexpr):
+def _largest_of(X, x_apart, x_groups, MAGNITUDE, VALUE, count, N: tl.constexpr, LANES: tl.constexpr):
     lane, inside = _lanes(count, LANES)
-    magnitude, value = _largest(_load_groups(X, lane, inside, count, N, LANES), N)
+    magnitude, value = _largest(_load_groups(X, x_apart, x_groups, lane, inside, N, LANES), N)
     tl.store(MAGNITUDE + lane, magnitude, mask=inside)
     tl.store(VALUE + lane, value, mask=inside)
 
@@ -229,11 +274,12 @@ def _symmetric_sums(x, weights, grid, levels, N: tl.constexpr):
 
 @jit
 def _fit_symmetric(
-    X, WEIGHTS, TOPS, SCALE, GRID, levels, smallest, steps, count, N: tl.constexpr, LANES: tl.constexpr
+    X, x_apart, x_groups, WEIGHTS, w_apart, w_groups, TOPS, SCALE, GRID, levels, smallest, steps, count,
+    N: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     lane, inside = _lanes(count, LANES)
-    x = _load_groups(X, lane, inside, count, N, LANES)
-    weights = _load_groups(WEIGHTS, lane, inside, count, N, LANES)
+    x = _load_groups(X, x_apart, x_groups, lane, inside, N, LANES)
+    weights = _load_groups(WEIGHTS, w_apart, w_groups, lane, inside, N, LANES)
     magnitude, value = _largest(x, N)
     zero = magnitude < smallest
     value = tl.where(zero, 1.0, value)
@@ -253,9 +299,12 @@ def _fit_symmetric(
 
 
 @jit
-def _start_exchange(X, CODES, SUM_XL, SUM_L2, levels, smallest, count, N: tl.constexpr, LANES: tl.constexpr):
+def _start_exchange(
+    X, x_apart, x_groups, CODES, apart, groups_apart, SUM_XL, SUM_L2, levels, smallest, count,
+    N: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
     lane, inside = _lanes(count, LANES)
-    x = _load_groups(X, lane, inside, count, N, LANES)
+    x = _load_groups(X, x_apart, x_groups, lane, inside, N, LANES)
     magnitude, value = _largest(x, N)
     grid = tl.div_rn(-levels, tl.where(magnitude < smallest, 1.0, value))
     sum_xl, sum_l2 = tl.zeros_like(grid), tl.zeros_like(grid)
@@ -263,24 +312,25 @@ def _start_exchange(X, CODES, SUM_XL, SUM_L2, levels, smallest, count, N: tl.con
         code = _code(grid * x[i], -levels, levels - 1.0)
         sum_xl += ((x[i] * x[i]) * x[i]) * code
         sum_l2 += ((x[i] * x[i]) * code) * code
-        tl.store(CODES + i * count + lane, code, mask=inside)
+        tl.store(CODES + i * apart + lane * groups_apart, code, mask=inside)
     tl.store(SUM_XL + lane, sum_xl, mask=inside)
     tl.store(SUM_L2 + lane, sum_l2, mask=inside)
 
 
 @jit
 def _exchange(
-    X, WEIGHTS, CODES, SUM_XL, SUM_L2, lowest, highest, rounds, n, count, NEED_REST: tl.constexpr, LANES: tl.constexpr
+    X, x_apart, x_groups, WEIGHTS, w_apart, w_groups, CODES, apart, groups_apart, SUM_XL, SUM_L2, lowest, highest, rounds, n,
+    count, NEED_REST: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     lane, inside = _lanes(count, LANES)
     sum_xl = tl.load(SUM_XL + lane, mask=inside, other=0.0)
     sum_l2 = tl.load(SUM_L2 + lane, mask=inside, other=0.0)
     for _ in range(rounds):
         for i in range(n):
-            at = i * count + lane
-            x = tl.load(X + at, mask=inside, other=0.0)
-            weight = tl.load(WEIGHTS + at, mask=inside, other=0.0)
-            code = tl.load(CODES + at, mask=inside, other=0.0)
+            place = CODES + i * apart + lane * groups_apart
+            x = tl.load(X + i * x_apart + lane * x_groups, mask=inside, other=0.0)
+            weight = tl.load(WEIGHTS + i * w_apart + lane * w_groups, mask=inside, other=0.0)
+            code = tl.load(place, mask=inside, other=0.0)
             rest_xl = sum_xl - (weight * x) * code
             rest_l2 = sum_l2 - (weight * code) * code
             new = _code(tl.div_rn(x * rest_l2, rest_xl), lowest, highest)
@@ -288,7 +338,7 @@ def _exchange(
             positive = rest_l2 > 0 if NEED_REST else new_l2 > 0
             better = (rest_xl > 0) & (new != code) & positive
             better = better & ((new_xl * new_xl) * sum_l2 > (sum_xl * sum_xl) * new_l2)
-            tl.store(CODES + at, new, mask=inside & better)
+            tl.store(place, new, mask=inside & better)
             sum_xl, sum_l2 = tl.where(better, new_xl, sum_xl), tl.where(better, new_l2, sum_l2)
     tl.store(SUM_XL + lane, sum_xl, mask=inside)
     tl.store(SUM_L2 + lane, sum_l2, mask=inside)
@@ -310,11 +360,12 @@ def _scale_error(x, weights, grid, highest, N: tl.constexpr):
 
 @jit
 def _search_scales(
-    X, WEIGHTS, TOPS, CODES, SUM_XL, SUM_L2, levels, smallest, steps, count, N: tl.constexpr, LANES: tl.constexpr
+    X, x_apart, x_groups, WEIGHTS, w_apart, w_groups, CODES, apart, groups_apart, TOPS, SUM_XL, SUM_L2, levels, smallest,
+    steps, count, N: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     lane, inside = _lanes(count, LANES)
-    x = _load_groups(X, lane, inside, count, N, LANES)
-    weights = _load_groups(WEIGHTS, lane, inside, count, N, LANES)
+    x = _load_groups(X, x_apart, x_groups, lane, inside, N, LANES)
+    weights = _load_groups(WEIGHTS, w_apart, w_groups, lane, inside, N, LANES)
     top = x[0]
     for i in tl.static_range(1, N):
         top = tl.where(x[i] > top, x[i], top)
@@ -334,6 +385,6 @@ def _search_scales(
         code = tl.minimum(_nearest(grid * x[i]), levels)
         sum_xl += (weights[i] * x[i]) * code
         sum_l2 += (weights[i] * code) * code
-        tl.store(CODES + i * count + lane, _lowest_byte(code), mask=inside)
+        tl.store(CODES + i * apart + lane * groups_apart, _lowest_byte(code), mask=inside)
     tl.store(SUM_XL + lane, sum_xl, mask=inside)
     tl.store(SUM_L2 + lane, sum_l2, mask=inside)

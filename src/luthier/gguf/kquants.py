@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from luthier.gguf.blocks import half_bytes, largest, ordered_sum, ratio
+from luthier.gguf.blocks import groups_of, half_bytes, largest, loops, ordered_sum, ratio
 from luthier.gguf.fits import (
     SMALLEST,
     OffsetFit,
@@ -57,7 +57,7 @@ def _pack_6_bit(scales: torch.Tensor, lows: torch.Tensor) -> torch.Tensor:
 
 def _fit_eight_groups(x: torch.Tensor, levels: int, first: float, steps: int) -> tuple[torch.Tensor, ...]:
     """The first pass of Q4_K and Q5_K: what `store_q4_k` and `store_q5_k` take."""
-    groups = x.reshape(-1, 32).t().contiguous()
+    groups = groups_of(x, 32)
     # through float64: float32 sqrt of the CPU's vector library is not correctly rounded
     mean_square = ordered_sum(groups * groups) / torch.full_like(groups[0], 32.0)
     fit = fit_with_offset(groups, mean_square.double().sqrt().float() + groups.abs(), levels, first, 0.1, steps)
@@ -79,11 +79,15 @@ def round_with_stored(
     step = (scale.half().float()[:, None] * scale_codes.float()).view(-1)
     offset = (low.half().float()[:, None] * low_codes.float()).view(-1)
     zero = step == 0
-    codes = nearest((groups + offset) / torch.where(zero, torch.ones_like(step), step)).clamp_(0, levels)
+    step = torch.where(zero, torch.ones_like(step), step)
+    if in_one := getattr(loops(groups), "round_with_offset", None):
+        codes = in_one(groups, offset, step, levels)
+    else:
+        codes = nearest((groups + offset) / step).clamp_(0, levels).to(torch.uint8).t()
     if zero.any():
-        first_pass = nearest(fit.grid * (groups - fit.start)).clamp_(0, levels)
-        codes = torch.where(zero, first_pass, codes)
-    return codes.to(torch.uint8).t().reshape(-1, 8, 32)
+        first_pass = nearest(fit.grid * (groups - fit.start)).clamp_(0, levels).to(torch.uint8).t()
+        codes = torch.where(zero[:, None], first_pass, codes)
+    return codes.reshape(-1, 8, 32)
 
 
 def _pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
@@ -123,7 +127,7 @@ def store_q5_k(groups, fit, scale, scale_codes, low, low_codes) -> torch.Tensor:
 
 
 def quantize_q2_k(x: torch.Tensor) -> torch.Tensor:
-    groups = x.reshape(-1, 16).t().contiguous()
+    groups = groups_of(x, 16)
     fit = fit_with_offset(groups, groups.abs(), 3, -0.5, 0.1, 15, absolute=True)
     scale, scale_codes = _scale_codes(fit.scale.view(-1, 16), 15)
     low, low_codes = _scale_codes(fit.low.view(-1, 16), 15)
@@ -137,14 +141,14 @@ def store_q2_k(groups, fit, scale, scale_codes, low, low_codes) -> torch.Tensor:
 
 
 def quantize_q6_k(x: torch.Tensor) -> torch.Tensor:
-    groups = x.reshape(-1, 16).t().contiguous()
+    groups = groups_of(x, 16)
     return store_q6_k(x, *fit_symmetric(groups, groups * groups, 32))
 
 
 def store_q6_k(x: torch.Tensor, scale: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
     """The second pass and the packing; ``scale`` and ``grid`` are those of groups of 16, ``[16 * B]``."""
     groups, scale, count = x.reshape(-1, 16), scale.view(-1, 16), len(x)
-    top, value = largest(scale.t().contiguous())
+    top, value = largest(groups_of(scale, 16))
     empty = top < SMALLEST
     inverse = divided(-128.0, torch.where(empty, torch.ones_like(value), value))
     scale_codes = nearest(inverse[:, None] * scale).clamp_max(127)
@@ -163,7 +167,7 @@ def quantize_q3_k(x: torch.Tensor) -> torch.Tensor:
     groups = x.reshape(-1, 16)
     scale, first_pass = fit_by_exchange(groups, 4)
     scale = scale.view(-1, 16)
-    _, value = largest(scale.t().contiguous())
+    _, value = largest(groups_of(scale, 16))
     inverse = ratio(-32.0, value)
     scale_codes = signed_bytes(nearest(inverse[:, None] * scale)).clamp_(-32, 31) + 32
     scale_codes = torch.where(value[:, None] != 0, scale_codes, torch.zeros_like(scale_codes))

@@ -77,7 +77,7 @@ def encode(values: torch.Tensor, kind: TensorType, importance: torch.Tensor | No
 def _mean_square(x: torch.Tensor, kind: TensorType, columns: int) -> torch.Tensor:
     """``[B]``: the mean square of a superblock, or of the whole row that a block of 32 is part of."""
     span = kind.block if kind.block == 256 else columns
-    spans = x.reshape(-1, span).t().contiguous()
+    spans = blocks.groups_of(x, span)
     mean = blocks.ordered_sum(spans * spans) / torch.full_like(spans[0], float(span))
     return mean.repeat_interleave(span // kind.block)
 
@@ -98,9 +98,8 @@ def encode_in_chunks(
     def encode_from(first: int) -> tuple[int, torch.Tensor, torch.Tensor]:
         """The row, what is encoded from there on, and the largest magnitude that went into it (NaN if any is)."""
         chunk = values[first : first + step]
-        weights = None if importance is None else _importance_of_rows(importance, rows, first, len(chunk))
-        if on_gpu:
-            chunk, weights = chunk.cuda(), None if weights is None else weights.cuda()
+        chunk = chunk.cuda() if on_gpu else chunk
+        weights = None if importance is None else _importance_of_rows(importance.to(chunk.device), rows, first, len(chunk))
         return first, encode(chunk, kind, weights), chunk.abs().amax()
 
     if on_gpu:
@@ -150,7 +149,9 @@ def _arrived(copied: torch.cuda.Event, *result: object) -> tuple:
 def _importance_of_rows(importance: torch.Tensor, rows: int, first: int, count: int) -> torch.Tensor:
     """float32 ``[count, columns]`` for ``count`` of ``rows`` rows that are shared out evenly between the experts."""
     experts = importance.float().reshape(-1, importance.shape[-1])
-    return experts[torch.arange(first, first + count) // (rows // len(experts))]
+    if len(experts) == 1:
+        return experts.expand(count, -1)
+    return experts[torch.arange(first, first + count, device=experts.device) // (rows // len(experts))]
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from luthier.gguf.blocks import fifth_bits, half_bytes, loops, nibbles, ordered_sum
+from luthier.gguf.blocks import fifth_bits, groups_of, half_bytes, loops, nibbles, ordered_sum
 from luthier.gguf.fits import SMALLEST, divided, exchange, first_codes, fit_symmetric, fit_with_offset, nearest
 from luthier.gguf.kquants import store_q2_k, store_q3_k, store_q4_k, store_q5_k, store_q6_k
 
@@ -26,9 +26,8 @@ def _grouped(
     x: torch.Tensor, importance: torch.Tensor, mean_square: torch.Tensor, size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Groups of ``size`` weights ``[size, G]`` and the weights of their errors, of the same shape."""
-    groups = x.reshape(-1, size).t().contiguous()
-    importance = importance.reshape(-1, size).t().contiguous()
-    return groups, _error_weights(groups, importance, mean_square.repeat_interleave(x.shape[1] // size))
+    groups = groups_of(x, size)
+    return groups, _error_weights(groups, groups_of(importance, size), mean_square.repeat_interleave(x.shape[1] // size))
 
 
 def fit_scales(x: torch.Tensor, weights: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,9 +73,9 @@ def _fit_superblock(
     groups, weights = _grouped(x, importance, mean_square, size)
     fit = fit_with_offset(groups, weights, levels, -0.9, 0.05, 36)
     per_block = x.shape[1] // size
-    total = ordered_sum(weights).view(-1, per_block).t().contiguous()
-    scale, scale_codes = fit_scales(fit.scale.view(-1, per_block).t().contiguous(), total, scale_levels)
-    low, low_codes = fit_scales(fit.low.view(-1, per_block).t().contiguous(), total, scale_levels)
+    total = groups_of(ordered_sum(weights), per_block)
+    scale, scale_codes = fit_scales(groups_of(fit.scale, per_block), total, scale_levels)
+    low, low_codes = fit_scales(groups_of(fit.low, per_block), total, scale_levels)
     mask = scale_levels if scale_levels == 63 else 255
     return groups, fit, scale, (scale_codes & mask).t().contiguous(), low, (low_codes & mask).t().contiguous()
 
@@ -96,16 +95,16 @@ def quantize_q5_k(x: torch.Tensor, importance: torch.Tensor, mean_square: torch.
 def quantize_q3_k(x: torch.Tensor, importance: torch.Tensor, mean_square: torch.Tensor) -> torch.Tensor:
     groups, weights = _grouped(x, importance, 2 * mean_square, 16)
     scale, grid = fit_symmetric(groups, weights, 4)
-    scales = scale.view(-1, 16).t().contiguous()
-    block_scale, block_grid = fit_symmetric(scales, ordered_sum(weights).view(-1, 16).t().contiguous(), 32)
+    scales = groups_of(scale, 16)
+    block_scale, block_grid = fit_symmetric(scales, groups_of(ordered_sum(weights), 16), 32)
     codes = first_codes(scales, block_grid, 32).t().contiguous()
     groups = x.reshape(-1, 16)
     return store_q3_k(groups, lambda: first_codes(groups, grid[:, None], 4).to(torch.uint8), block_scale, codes)
 
 
 def quantize_q6_k(x: torch.Tensor, importance: torch.Tensor, mean_square: torch.Tensor) -> torch.Tensor:
-    groups = x.reshape(-1, 16).t().contiguous()
-    return store_q6_k(x, *fit_symmetric(groups, importance.reshape(-1, 16).t().contiguous(), 32))
+    groups = groups_of(x, 16)
+    return store_q6_k(x, *fit_symmetric(groups, groups_of(importance, 16), 32))
 
 
 def _symmetric_codes(
