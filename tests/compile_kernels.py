@@ -14,7 +14,19 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from luthier.gguf import kernels as quantisers
-from luthier.ops import dropout, expert_gate, fp8, gated_mlp, grouped, linear_cross_entropy, lora_linear, nf4, rms_norm, rotary
+from luthier.ops import (
+    dropout,
+    expert_gate,
+    flash_attention,
+    fp8,
+    gated_mlp,
+    grouped,
+    linear_cross_entropy,
+    lora_linear,
+    nf4,
+    rms_norm,
+    rotary,
+)
 
 DIVISIBLE = [["tt.divisibility", 16]]  # what Triton finds of pointers and strides (i64 here) at a launch: copies can be wide
 
@@ -120,6 +132,23 @@ def kernels_of_experts(dtype: str, capability: int) -> dict[str, tuple]:
     }
 
 
+def kernels_of_attention(capability: int) -> dict[str, tuple]:
+    """The widest heads, which take the most memory, in the tiles that the card would get."""
+    x, heads, tail = "*bf16", {"D": 256, "WIDTH": 256, "CAPPED": True}, [*["i32"] * 4, *["fp32"] * 3]
+    halves = {"OF_K": True, "OF_V": False}
+    built = {
+        "forward": (flash_attention._forward, [*[x] * 4, "*fp32", *["*i32"] * 2, *["i64"] * 12, *tail], {}),
+        "dq": (flash_attention._backward_q, [*[x] * 6, *["*fp32"] * 2, *["*i32"] * 2, *["i64"] * 18, *tail], {}),
+        "dkdv": (flash_attention._backward_kv, [*[x] * 6, *["*fp32"] * 2, *["*i32"] * 2, *["i64"] * 18, *tail], halves),
+    }
+    result = {}
+    for name, (kernel, types, more) in built.items():
+        cut = flash_attention.tiles(name, 256, divmod(capability, 10))
+        constants = {"OWN": cut.own, "WALKED": cut.walked, **heads, **more}
+        result[f"attention {name}"] = kernel, types, constants, cut.warps, cut.stages
+    return result
+
+
 def build(target: GPUTarget, kernel, types: list[str], constants: dict, warps: int, stages: int = 3) -> int:
     """Bytes of shared memory that the compiled kernel uses."""
     names = kernel.arg_names
@@ -139,6 +168,8 @@ def main(capabilities: list[int]) -> None:
         dtype = "fp16" if capability < 80 else "bf16"
         built = kernels(dtype) | kernels_of_experts(dtype, capability)
         built |= kernels_in_8_bits("bf16") if capability >= 89 else {}
+        if capability >= 80 and capability != 89:  # which takes the tiles of 86
+            built |= kernels_of_attention(capability)
         result[capability] = {name: build(target, *arguments) for name, arguments in built.items()}
     print(json.dumps(result))
 

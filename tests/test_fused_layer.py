@@ -182,19 +182,38 @@ def test_batches_of_all_kinds(kind, mode):
     assert_same(fused(with_lora(tiny_model(family)), mode), inputs, truth)
 
 
-def test_what_is_packed_does_not_see_its_neighbours():
-    """Gradients of a packed row equal those of its sequences one by one."""
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_packed_does_not_see_its_neighbours(family):
+    """Loss and gradients of a packed row are those of its sequences one by one, some longer than a window, some shorter."""
     ids, labels = batch()["input_ids"].view(1, -1), batch()["labels"].view(1, -1)
-    model = fused(with_lora(tiny_model("qwen3"))).train()
     bounds = SEGMENTS["cu_seq_lens_q"].tolist()
-    for start, end in zip(bounds, bounds[1:], strict=False):
-        row = {"input_ids": ids[:, start:end], "labels": labels[:, start:end].clone()}
-        row["labels"][:, 0] = -100
-        model(**row, num_items_in_batch=30).loss.backward()
-    apart = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     labels[:, bounds[:-1]] = -100
-    _, together = loss_and_gradients(model, input_ids=ids, labels=labels, num_items_in_batch=30, **PACKED, **SEGMENTS)
+    model = fused(with_lora(family_model(family))).train()
+    losses = []
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        losses.append(model(input_ids=ids[:, start:end], labels=labels[:, start:end], num_items_in_batch=30).loss)
+        losses[-1].backward()
+    apart = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    loss, together = loss_and_gradients(model, input_ids=ids, labels=labels, num_items_in_batch=30, **PACKED, **SEGMENTS)
+    torch.testing.assert_close(loss, sum(losses))
     assert difference(together, apart) < 2e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_token_changes_nothing_behind_a_boundary(family):
+    """Not one bit of what the later sequences compute, nor of the gradients that only they give, in any layer's mode."""
+    ids, labels = batch()["input_ids"].view(1, -1), batch()["labels"].view(1, -1)
+    labels[:, : PACKED["position_ids"].shape[1] - 8] = -100  # the last sequence alone trains
+    other = ids.clone()
+    other[:, 3] = ids[:, 3] % 400 + 7
+    assert not torch.equal(other, ids)
+    model = fused(with_lora(family_model(family)), Mode.ALL_BUT_GATE_UP)
+    results = [loss_and_gradients(model, input_ids=row, labels=labels, **PACKED) for row in (ids, other)]
+    assert torch.equal(results[0][0], results[1][0])
+    assert difference(results[0][1], results[1][1]) < 1e-6
+    with torch.no_grad():
+        logits = [model.train()(input_ids=row, **PACKED).logits for row in (ids, other)]
+    assert torch.equal(logits[0][:, 10:], logits[1][:, 10:]) and not torch.equal(logits[0][:, 3:10], logits[1][:, 3:10])
 
 
 @pytest.mark.parametrize("mode", Mode)

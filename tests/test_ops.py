@@ -546,7 +546,9 @@ STRUCTURES = [{}, {"window": 4}, {"bounds": [0, 3, 9]}, {"window": 3, "bounds": 
 SCORES = {"plain": {}, "capped": {"softcap": 1.5}, "sinks": {"sinks": (1.0, -2.0, 0.5, 3.0)}}
 
 
-def attention_case(structure: dict, scores: dict, dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor, dict, dict]:
+def attention_case(
+    structure: dict, scores: dict, dtype: torch.dtype, width: int = 16
+) -> tuple[dict[str, Tensor], Tensor, dict, dict]:
     """(q, k, v; a mask that says what the structure does; the structure; soft cap or sinks)."""
     structure = dict(structure)
     index, bounds = torch.arange(9), structure.pop("bounds", None)
@@ -556,18 +558,18 @@ def attention_case(structure: dict, scores: dict, dtype: torch.dtype) -> tuple[d
         seen &= segment[:, None] == segment
         structure["segments"] = attention_module.Segments(torch.tensor(bounds, dtype=torch.int32, device=DEVICE), 6)
     heads = {"q": 4, "k": 2, "v": 2}
-    inputs = {name: randn(1, n, 9, 16, seed=seed, dtype=dtype) for seed, (name, n) in enumerate(heads.items())}
+    inputs = {name: randn(1, n, 9, width, seed=seed, dtype=dtype) for seed, (name, n) in enumerate(heads.items())}
     scores = {name: torch.tensor(value, device=DEVICE) if name == "sinks" else value for name, value in scores.items()}
     return inputs, seen.to(DEVICE)[None, None], structure, scores
 
 
-def textbook_attention(q, k, v, seen, softcap=None, sinks=None, as_score=False):
+def textbook_attention(q, k, v, seen, softcap=None, sinks=None, as_score=False, scale=0.3):
     """All scores at once, in q's dtype, and a softmax that keeps one number a row, as that of every flash attention.
 
     A sink is one more score (``as_score``), or shrinks the output.
     """
     k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
-    scores = (q @ k.mT) * 0.3
+    scores = (q @ k.mT) * scale
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~seen, float("-inf"))
     scores = scores if q.dtype == torch.float64 else scores.float()
@@ -602,6 +604,14 @@ def test_attention_and_its_gradients(attention_kernel, structure, scores, dtype)
     op = functools.partial(attention, scale=0.3, **scores, **(structure or {"window": 9}))  # no window, but our way through
     textbook = functools.partial(textbook_attention, seen=seen, **scores)
     check(op, textbook, inputs, functools.partial(textbook, as_score=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [20, 136])
+def test_heads_of_odd_widths_and_of_more_than_fits_into_registers(attention_kernel, width, dtype):
+    inputs, seen, structure, scores = attention_case({"window": 4}, SCORES["capped"], dtype, width)
+    op = functools.partial(attention, scale=0.1, **scores, **structure)
+    check(op, functools.partial(textbook_attention, seen=seen, scale=0.1, **scores), inputs)
 
 
 def test_sinks_get_their_gradient(attention_kernel):

@@ -116,7 +116,7 @@ def load_model(
         if dtype is not None:
             raise ValueError(f"dtype={dtype} and torch_dtype={hf_kwargs['torch_dtype']} were given: leave torch_dtype out.")
         dtype = hf_kwargs.pop("torch_dtype")
-    compute_dtype = choose_dtype(dtype)
+    compute_dtype = choose_dtype(dtype, trains_all=precision == "full")
 
     # 2. The files
     hub = {name: hf_kwargs.pop(name) for name in HUB_OPTIONS if name in hf_kwargs}

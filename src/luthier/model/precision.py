@@ -59,10 +59,13 @@ def choose_precision(
     return "nf4"
 
 
-def choose_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
-    """The compute dtype: as given, else bfloat16 where the device has it, else float16; float32 on a CPU."""
+def choose_dtype(dtype: torch.dtype | str | None, trains_all: bool = False) -> torch.dtype:
+    """The compute dtype: as given, else bfloat16 where the device has it, else float16; float32 on a CPU.
+
+    ``trains_all``: the weights themselves train, which in float16 lose most of what they learn; float32 instead.
+    """
     if dtype is None or dtype == "auto":
-        if not torch.cuda.is_available():
+        if not torch.cuda.is_available() or (trains_all and not is_bfloat16_supported()):
             return torch.float32
         return torch.bfloat16 if is_bfloat16_supported() else torch.float16
     if isinstance(dtype, str):

@@ -13,6 +13,7 @@ which a block may keep the last two and compute the others again.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -30,6 +31,7 @@ from luthier.ops.flash_attention import (
 )
 
 aten = torch.ops.aten
+BLOCK = 32  # of the rows of torch's memory-efficient kernel
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,12 @@ class Segments:
 
     bounds: Tensor
     longest: int
-    bands: dict[int | None, Band] = field(
-        default_factory=dict, compare=False, repr=False
-    )  # by window, once they were asked for
+    bands: dict[int | None, Band] = field(default_factory=dict, compare=False, repr=False)  # by window, as they are asked for
+
+    @functools.cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Of the sequences; reading them waits for the device."""
+        return tuple(self.bounds.diff().tolist())
 
 
 @dataclass
@@ -111,12 +116,12 @@ def attention(
 
 # capability -> case -> width of a head (at most) -> the fastest kernel; a card takes the row of the largest not above its own
 FASTEST: dict[tuple[int, int], dict[str, dict[int, str]]] = {
-    (7, 5): {"causal": {256: "efficient"}, "window": {256: "tiles"}, "packed": {256: "tiles"}},
+    (7, 5): {"causal": {256: "efficient"}, "window": {256: "reference"}, "packed": {256: "efficient"}},
     (8, 0): {"causal": {256: "flash"}, "window": {256: "flash, structured"}, "packed": {256: "flash, structured"}},
-    (9, 0): {
-        "causal": {128: "cudnn", 256: "flash"},
-        "window": {256: "flash, structured"},
-        "packed": {256: "flash, structured"},
+    (9, 0): {  # measured on an H200 (torch 2.11): see LOG.md
+        "causal": {256: "cudnn"},
+        "window": {64: "tiles", 96: "flash, structured", 128: "tiles", 256: "flash, structured"},
+        "packed": {64: "tiles", 96: "flash, structured", 128: "tiles", 256: "flash, structured"},
     },
 }
 
@@ -136,15 +141,15 @@ def kernel_for(
     if not q.is_cuda:
         return "cpu" if window is None and softcap is None and q.dtype != torch.float64 else "reference"
     width, sixteen_bits = q.shape[-1], q.dtype in (torch.bfloat16, torch.float16)
-    tiled = triton is not None and sixteen_bits and width <= 256
+    capability = torch.cuda.get_device_capability(q.device)
+    tiled = triton is not None and sixteen_bits and width <= 256 and capability >= (8, 0)
     if softcap is not None:
         return "tiles" if tiled else "reference"
     case = "window" if window is not None else "causal" if segments is None else "packed"
     if not sixteen_bits:
-        return "efficient" if case == "causal" and q.dtype == torch.float32 and width % 4 == 0 else "reference"
+        return "efficient" if case != "window" and q.dtype == torch.float32 and width % 4 == 0 else "reference"
     if width % 8 or width > 256:
         return "tiles" if tiled else "reference"
-    capability = torch.cuda.get_device_capability(q.device)
     row = FASTEST[max(known for known in FASTEST if known <= max(capability, (7, 5)))][case]
     kernel = row[min(most for most in row if width <= most)]
     if kernel == "cudnn" and not torch.backends.cuda.cudnn_sdp_enabled():
@@ -181,8 +186,8 @@ def attend(
         state = AttentionState(kernel, rows, (seen, softcap))
     elif kernel == "flash, structured":
         out, state = _attend_structured(q, k, v, scale, window, segments)
-    elif kernel == "cpu":
-        out, state = _attend_on_cpu(q, k, v, scale, segments)
+    elif kernel in ("cpu", "efficient"):
+        out, state = _attend_in_pieces(kernel, q, k, v, scale, segments)
     else:
         out, state = _attend_causally(kernel, q, k, v, scale)
     if sinks is not None:
@@ -203,8 +208,8 @@ def attend_backward(
         return run(grad, q, k, v, out, state.rows, scale, seen, softcap)
     if state.kernel == "flash, structured":
         return _attend_structured_backward(grad, q, k, v, out, state, scale)
-    if state.kernel == "cpu":
-        return _attend_on_cpu_backward(grad, q, k, v, out, state, scale)
+    if state.kernel in ("cpu", "efficient"):
+        return _attend_in_pieces_backward(grad, q, k, v, out, state, scale)
     return _attend_causally_backward(grad, q, k, v, out, state, scale)
 
 
@@ -261,27 +266,19 @@ def _add_sinks(out: Tensor, rows: Tensor, sinks: Tensor) -> None:
 
 
 def _rows(rows: Tensor, out: Tensor) -> Tensor:
-    """(B, H, T), a view of what a kernel calls its rows: (H, T) of a packed one, (B, H, T, 1), or padded to whole blocks."""
-    return (rows[None] if rows.ndim == 2 else rows.flatten(2))[:, :, : out.shape[2]]
+    """(B, H, T), a view of what a kernel calls its rows: (H, T) of a packed row, or (B, H, T, 1)."""
+    return rows.view(out.shape[:3])
 
 
 def _attend_causally(kernel, q, k, v, scale):
     if kernel == "cudnn":
         results = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, False, scale=scale)
-    elif kernel == "flash":
-        results = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, False, scale=scale)
     else:
-        k, v = _ungrouped(q, k), _ungrouped(q, v)
-        results = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True, scale=scale)
+        results = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, False, scale=scale)
     return results[0], AttentionState(kernel, results[1], results[2:8])
 
 
 def _attend_causally_backward(grad, q, k, v, out, state, scale):
-    if state.kernel == "efficient":
-        wide, backward = (_ungrouped(q, k), _ungrouped(q, v)), aten._scaled_dot_product_efficient_attention_backward
-        wanted = [True, True, True, False]
-        dq, dk, dv, _ = backward(grad, q, *wide, None, out, state.rows, *state.extras, 0.0, wanted, True, scale=scale)
-        return dq, _summed(dk, k), _summed(dv, v)
     cu_q, cu_k, max_q, max_k, seed, offset = state.extras
     if state.kernel == "cudnn":
         return aten._scaled_dot_product_cudnn_attention_backward(
@@ -315,22 +312,37 @@ def _attend_structured_backward(grad, q, k, v, out, state, scale):
     return tuple(t.transpose(1, 2) if bounds is None else t.transpose(0, 1)[None] for t in gradients)
 
 
-def _attend_on_cpu(q, k, v, scale, segments):
-    """Segment by segment: torch's CPU kernel knows no others."""
-    lengths = [q.shape[2]] if segments is None else segments.bounds.diff().tolist()
-    pieces = zip(*(t.split(lengths, dim=2) for t in (q, _ungrouped(q, k), _ungrouped(q, v))), strict=True)
-    results = [aten._scaled_dot_product_flash_attention_for_cpu(*piece, 0.0, True, scale=scale) for piece in pieces]
-    out, rows = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2) for parts in zip(*results, strict=True))
-    return out, AttentionState("cpu", rows, (lengths,))
+def _attend_in_pieces(kernel, q, k, v, scale, segments):
+    """Segment by segment, every head with keys of its own: these kernels of torch's know neither segments nor groups."""
+    lengths = (q.shape[2],) if segments is None else segments.lengths
+    seeds, outputs, rows = (), [], []
+    for piece in zip(*(t.split(lengths, dim=2) for t in (q, _ungrouped(q, k), _ungrouped(q, v))), strict=True):
+        if kernel == "cpu":
+            out, row = aten._scaled_dot_product_flash_attention_for_cpu(*piece, 0.0, True, scale=scale)
+        else:
+            out, row, *seeds = aten._scaled_dot_product_efficient_attention(*piece, None, True, 0.0, True, scale=scale)
+        outputs.append(out)
+        rows.append(row[:, :, : out.shape[2]])  # the second kernel's are longer: whole blocks
+    return _joined(outputs), AttentionState(kernel, _joined(rows), (lengths, seeds))
 
 
-def _attend_on_cpu_backward(grad, q, k, v, out, state, scale):
-    tensors = grad, q, _ungrouped(q, k), _ungrouped(q, v), out, state.rows
-    pieces = zip(*(t.split(state.extras[0], dim=2) for t in tensors), strict=True)
-    backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
-    results = [backward(*piece, 0.0, True, scale=scale) for piece in pieces]
-    dq, dk, dv = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2) for parts in zip(*results, strict=True))
+def _attend_in_pieces_backward(grad, q, k, v, out, state, scale):
+    lengths, seeds = state.extras
+    tensors, gradients = (grad, q, _ungrouped(q, k), _ungrouped(q, v), out, state.rows), []
+    for *piece, rows in zip(*(t.split(lengths, dim=2) for t in tensors), strict=True):
+        if state.kernel == "cpu":
+            backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
+            gradients.append(backward(*piece, rows, 0.0, True, scale=scale))
+        else:
+            backward, rows = aten._scaled_dot_product_efficient_attention_backward, F.pad(rows, (0, -rows.shape[2] % BLOCK))
+            wanted = [True, True, True, False]
+            gradients.append(backward(*piece[:4], None, piece[4], rows, *seeds, 0.0, wanted, True, scale=scale)[:3])
+    dq, dk, dv = (_joined(parts) for parts in zip(*gradients, strict=True))
     return dq, _summed(dk, k), _summed(dv, v)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 def _ungrouped(q: Tensor, k: Tensor) -> Tensor:

@@ -64,7 +64,8 @@ def flash_reference(
     for chunk, keys, hidden in _chunks(q, k, seen):
         scores, _ = _scores(_grouped(q[:, :, chunk], k), k[:, :, keys], scale, hidden, softcap)
         row = scores.logsumexp(-1)
-        out = scores.softmax(-1).masked_fill_((row == float("-inf")).unsqueeze(-1), 0.0) @ _wide(v[:, :, keys])
+        probabilities = scores.softmax(-1).masked_fill_((row == float("-inf")).unsqueeze(-1), 0.0)
+        out = _product(probabilities, v[:, :, keys])
         outputs.append(out.view(*q.shape[:2], -1, v.shape[-1]).to(q.dtype))
         rows.append(row.view(*q.shape[:2], -1))
     return torch.cat(outputs, dim=2), torch.cat(rows, dim=2)
@@ -84,16 +85,16 @@ def flash_backward_reference(
     """The gradients of q, k and v, in their shapes and dtypes, from that of the output."""
     dq, dk, dv = torch.empty_like(q), _wide(torch.zeros_like(k)), _wide(torch.zeros_like(v))
     for chunk, keys, hidden in _chunks(q, k, seen):
-        queries, given = _wide(_grouped(q[:, :, chunk], k)), _wide(_grouped(grad[:, :, chunk], k))
+        queries, given = _grouped(q[:, :, chunk], k), _grouped(grad[:, :, chunk], k)
         scores, slope = _scores(queries, k[:, :, keys], scale, hidden, softcap)
         row = _grouped(rows[:, :, chunk, None], k)
         probabilities = (scores - row.masked_fill(row == float("-inf"), 0.0)).exp_()
-        delta = (given * _grouped(out[:, :, chunk], k)).sum(-1, keepdim=True)
-        dv[:, :, keys] += probabilities.mT @ given
-        of_scores = probabilities * (given @ _wide(v[:, :, keys]).mT - delta) * scale
+        delta = (_wide(given) * _wide(_grouped(out[:, :, chunk], k))).sum(-1, keepdim=True)
+        dv[:, :, keys] += _product(probabilities.mT, given)
+        of_scores = probabilities * (_product(given, v[:, :, keys].mT) - delta) * scale
         of_scores = of_scores if slope is None else of_scores * slope
-        dq[:, :, chunk] = (of_scores @ _wide(k[:, :, keys])).view(*q.shape[:2], -1, q.shape[-1]).to(q.dtype)
-        dk[:, :, keys] += of_scores.mT @ queries
+        dq[:, :, chunk] = _product(of_scores, k[:, :, keys]).view(*q.shape[:2], -1, q.shape[-1]).to(q.dtype)
+        dk[:, :, keys] += _product(of_scores.mT, queries)
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
@@ -113,7 +114,7 @@ def _chunks(q: Tensor, k: Tensor, seen: Band | Tensor) -> Iterator[tuple[slice, 
 
 def _scores(q: Tensor, k: Tensor, scale: float, hidden: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | None]:
     """(scores, the cap's derivative there), with ``-inf`` or what else ``hidden`` adds."""
-    scores = _wide(q) @ _wide(k).mT * scale
+    scores = _product(q, k.mT) * scale
     if softcap is None:
         return scores + hidden, None
     capped = torch.tanh(scores / softcap)
@@ -123,6 +124,13 @@ def _scores(q: Tensor, k: Tensor, scale: float, hidden: Tensor, softcap: float |
 def _grouped(x: Tensor, k: Tensor) -> Tensor:
     """(B, H, t, D) -> (B, Hkv, group * t, D): the queries of all heads that read the same keys, one below the other."""
     return x.reshape(x.shape[0], k.shape[1], -1, x.shape[-1])
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in fp32, or fp64; a GPU multiplies 16 bits as they are, with sums in fp32, so ``a`` is rounded to b's dtype."""
+    if b.is_cuda and b.itemsize == 2:
+        return torch.bmm(a.flatten(0, 1).to(b.dtype), b.flatten(0, 1), out_dtype=torch.float32).unflatten(0, b.shape[:2])
+    return _wide(a) @ _wide(b)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -141,11 +149,6 @@ class Tiles:
 
 # capability -> kernel -> width of a head (at most) -> tiles; a card takes the row of the largest capability not above its own
 TILES: dict[tuple[int, int], dict[str, dict[int, Tiles]]] = {
-    (7, 5): {
-        "forward": {64: Tiles(64, 64, 4, 1), 128: Tiles(64, 32, 4, 1), 256: Tiles(32, 32, 4, 1)},
-        "dq": {64: Tiles(64, 32, 4, 1), 128: Tiles(32, 32, 4, 1), 256: Tiles(16, 16, 4, 1)},
-        "dkdv": {64: Tiles(64, 32, 4, 1), 128: Tiles(32, 32, 4, 1), 256: Tiles(16, 16, 4, 1)},
-    },
     (8, 0): {
         "forward": {64: Tiles(128, 64, 4, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(64, 32, 4, 2)},
         "dq": {64: Tiles(128, 64, 8, 2), 128: Tiles(128, 32, 8, 2), 256: Tiles(64, 32, 8, 1)},
@@ -157,9 +160,9 @@ TILES: dict[tuple[int, int], dict[str, dict[int, Tiles]]] = {
         "dkdv": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 32, 4, 2), 256: Tiles(32, 32, 4, 1)},
     },
     (9, 0): {
-        "forward": {64: Tiles(128, 64, 4, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(128, 64, 8, 2)},
-        "dq": {64: Tiles(128, 64, 8, 2), 128: Tiles(128, 64, 8, 2), 256: Tiles(64, 64, 8, 1)},
-        "dkdv": {64: Tiles(128, 64, 8, 2), 128: Tiles(128, 64, 8, 2), 256: Tiles(64, 64, 8, 1)},
+        "forward": {64: Tiles(128, 64, 4, 3), 128: Tiles(64, 64, 4, 3), 256: Tiles(128, 64, 8, 2)},
+        "dq": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 4, 2), 256: Tiles(128, 32, 8, 2)},
+        "dkdv": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 4, 2), 256: Tiles(64, 64, 8, 1)},
     },
 }
 SMALL_MEMORY = {(8, 7): (8, 0), (12, 0): (8, 6), (12, 1): (8, 6)}  # cards whose shared memory is that of another row
@@ -168,7 +171,7 @@ SMALL_MEMORY = {(8, 7): (8, 0), (12, 0): (8, 6), (12, 1): (8, 6)}  # cards whose
 def tiles(kernel: str, width: int, capability: tuple[int, int]) -> Tiles:
     """From the table; ``width`` is the head's, rounded up to a power of two."""
     capability = SMALL_MEMORY.get(capability, capability)
-    row = TILES[max(known for known in TILES if known <= max(capability, (7, 5)))]
+    row = TILES[max(known for known in TILES if known <= max(capability, (8, 0)))]
     return row[kernel][max(64, width)]
 
 
@@ -209,16 +212,17 @@ def flash_backward(
         _row_stride(band), *factors, OWN=cut.own, WALKED=cut.walked, **constants,
     )  # fmt: skip
     cut, constants = _launch("dkdv", q, softcap)
-    _backward_kv[(triton.cdiv(length, cut.own), batch * k.shape[1])](
-        q, k, v, grad, dk, dv, rows, delta, band.first_query, band.last_query, *_strides(q, k, v, grad, dk, dv), length,
-        heads, group, _row_stride(band), *factors, OWN=cut.own, WALKED=cut.walked, **constants,
-    )  # fmt: skip
+    for of_k, of_v in ((True, True),) if width <= 128 else ((False, True), (True, False)):  # both would not fit into registers
+        _backward_kv[(triton.cdiv(length, cut.own), batch * k.shape[1])](
+            q, k, v, grad, dk, dv, rows, delta, band.first_query, band.last_query, *_strides(q, k, v, grad, dk, dv), length,
+            heads, group, _row_stride(band), *factors, OWN=cut.own, WALKED=cut.walked, OF_K=of_k, OF_V=of_v, **constants,
+        )  # fmt: skip
     return dq, dk, dv
 
 
 def _launch(kernel: str, q: Tensor, softcap: float | None) -> tuple[Tiles, dict]:
     width = max(16, power_of_2(q.shape[-1]))
-    cut = tiles(kernel, width, torch.cuda.get_device_capability(q.device) if q.is_cuda else (7, 5))
+    cut = tiles(kernel, width, torch.cuda.get_device_capability(q.device) if q.is_cuda else (8, 0))
     constants = {"D": q.shape[-1], "WIDTH": width, "CAPPED": softcap is not None}
     return cut, {**constants, "num_warps": cut.warps, "num_stages": cut.stages}
 
@@ -398,7 +402,8 @@ def _backward_q(
 @jit
 def _walk_queries_back(
     dk, dv, k, v, Q, GRAD, ROWS, DELTA, first, last, begin, before, behind, start, stop, q_token, grad_token, length, factor,
-    height, D: tl.constexpr, WIDTH: tl.constexpr, WALKED: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr,
+    height, D: tl.constexpr, WIDTH: tl.constexpr, WALKED: tl.constexpr, OF_K: tl.constexpr, OF_V: tl.constexpr,
+    CAPPED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     for index in range(start, stop):
         block = tl.where(index < before, begin + index, behind + index - before) if MASKED else index
@@ -406,15 +411,16 @@ def _walk_queries_back(
         q = _load(Q, row, q_token, length, D, WIDTH, MASKED)
         grad = _load(GRAD, row, grad_token, length, D, WIDTH, MASKED)
         rows = tl.load(ROWS + row, mask=row < length, other=0.0) * 1.4426950408889634
-        delta = tl.load(DELTA + row, mask=row < length, other=0.0)
         scores, slope = _scored(k, q, factor, height, CAPPED)
         p = tl.exp2(scores - rows[None, :])
         if MASKED:
             p = tl.where((row[None, :] >= first[:, None]) & (row[None, :] <= last[:, None]), p, 0.0)
-        dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision="ieee")
-        of_p = tl.dot(v, tl.trans(grad), input_precision="ieee")
-        of_scores = p * (of_p - delta[None, :]) * slope
-        dk = tl.dot(of_scores.to(q.dtype), q, dk, input_precision="ieee")
+        if OF_V:
+            dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision="ieee")
+        if OF_K:
+            delta = tl.load(DELTA + row, mask=row < length, other=0.0)
+            of_scores = p * (tl.dot(v, tl.trans(grad), input_precision="ieee") - delta[None, :]) * slope
+            dk = tl.dot(of_scores.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
 
 
@@ -422,8 +428,8 @@ def _walk_queries_back(
 def _backward_kv(
     Q, K, V, GRAD, DK, DV, ROWS, DELTA, FIRST, LAST, q_batch, q_head, q_token, k_batch, k_head, k_token,
     v_batch, v_head, v_token, grad_batch, grad_head, grad_token, dk_batch, dk_head, dk_token, dv_batch, dv_head, dv_token,
-    length, heads, group, band_row, factor, height, scale,
-    OWN: tl.constexpr, WALKED: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, CAPPED: tl.constexpr,
+    length, heads, group, band_row, factor, height, scale, OWN: tl.constexpr, WALKED: tl.constexpr, D: tl.constexpr,
+    WIDTH: tl.constexpr, OF_K: tl.constexpr, OF_V: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     kv_heads = heads // group
     batch, kv_head = (tl.program_id(1) // kv_heads).to(tl.int64), (tl.program_id(1) % kv_heads).to(tl.int64)
@@ -440,11 +446,13 @@ def _backward_kv(
         offset = (batch * heads + head) * length
         dk, dv = _walk_queries_back(
             dk, dv, k, v, queries, grads, ROWS + offset, DELTA + offset, first, last, begin, before, behind, whole, behind,
-            q_token, grad_token, length, factor, height, D, WIDTH, WALKED, CAPPED, False,
+            q_token, grad_token, length, factor, height, D, WIDTH, WALKED, OF_K, OF_V, CAPPED, False,
         )  # fmt: skip
         dk, dv = _walk_queries_back(
             dk, dv, k, v, queries, grads, ROWS + offset, DELTA + offset, first, last, begin, before, behind, 0, rest,
-            q_token, grad_token, length, factor, height, D, WIDTH, WALKED, CAPPED, True,
+            q_token, grad_token, length, factor, height, D, WIDTH, WALKED, OF_K, OF_V, CAPPED, True,
         )  # fmt: skip
-    _store(DK + batch * dk_batch + kv_head * dk_head, dk * scale, key, dk_token, length, D, WIDTH)
-    _store(DV + batch * dv_batch + kv_head * dv_head, dv, key, dv_token, length, D, WIDTH)
+    if OF_K:
+        _store(DK + batch * dk_batch + kv_head * dk_head, dk * scale, key, dk_token, length, D, WIDTH)
+    if OF_V:
+        _store(DV + batch * dv_batch + kv_head * dv_head, dv, key, dv_token, length, D, WIDTH)

@@ -99,11 +99,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
         return (
-            None if grad_hidden is None else grad_hidden * grad_loss.to(grad_hidden.dtype),
+            None if grad_hidden is None else _scaled(grad_hidden, grad_loss),
             None if grad_weight is None else (grad_weight * grad_loss).to(weight_dtype),
             None if grad_bias is None else (grad_bias * grad_loss).to(bias_dtype),
             *(None,) * 5,
         )
+
+
+def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
+    """In fp32 where the factor, which a gradient scaler makes large, may be above what grad's dtype holds."""
+    if grad.dtype != torch.float16:
+        return grad * factor.to(grad.dtype)
+    return (grad.float() * factor).to(grad.dtype)
 
 
 def loss_and_grad_(raw: Tensor, target: Tensor, softcap: float | None, scale: float) -> tuple[Tensor, Tensor]:

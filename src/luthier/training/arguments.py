@@ -99,7 +99,7 @@ class SharedArguments:
             self.use_cpu = True
         self.precision_is_automatic = self.bf16 is None and not self.fp16
         if self.bf16 is None:
-            self.bf16 = not self.fp16 and not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            self.bf16 = not self.fp16 and not self.use_cpu and torch.cuda.is_available() and is_bfloat16_supported()
         super().__post_init__()
 
     def _settle_warmup(self) -> None:
@@ -158,7 +158,12 @@ def fit_arguments(args: SharedArguments, model: PreTrainedModel) -> SharedArgume
     if args.precision_is_automatic and not args.use_cpu:
         trained = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
         args.bf16 = args.bf16 and model.dtype == torch.bfloat16
-        args.fp16 = model.dtype == torch.float16 and torch.float16 not in trained  # a scaler cannot scale fp16 gradients
+        args.fp16 = model.dtype == torch.float16
+        if torch.float16 in trained:
+            raise ValueError(
+                "The weights that train are in float16, where most of what they learn is rounded away and a gradient scaler "
+                "cannot work. Train an adapter, whose weights are float32, or load with dtype='float32' or 'bfloat16'."
+            )
         args.mixed_precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
     if args.gradient_checkpointing is None:
         args.gradient_checkpointing = False  # for transformers: leave the model alone
