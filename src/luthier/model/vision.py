@@ -88,7 +88,7 @@ def load_vision_model(model_name: str | Path, *args: object, **kwargs: object) -
             "base_name": source.base_name,
             "base_path": source.base,
             "precision": precision,
-            "dtype": choose_dtype(dtype),
+            "dtype": choose_dtype(dtype, trains_all=precision == "full"),
             "dtype_given": dtype not in (None, "auto"),
             "use_gradient_checkpointing": checkpointing_mode(given.use_gradient_checkpointing),
         }

@@ -24,6 +24,7 @@ from trl import SFTConfig
 from luthier.data.prepare import TOO_LONG_POLICIES, TRAIN_ON
 from luthier.errors import missing_extra, unknown
 from luthier.files import require_writable
+from luthier.model.precision import is_bfloat16_supported
 
 # field: (type, what is allowed in words, test); None is allowed where it is the field's default
 NUMBERS: dict[str, tuple[type, str, Callable[[float], bool]]] = {
