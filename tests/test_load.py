@@ -46,9 +46,12 @@ def broken(checkpoints, tmp_path):
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_a_16bit_load_is_the_stock_model(checkpoints, family):
     model, tokenizer = load_model(checkpoints(family), load_in_16bit=True)
-    stock = AutoModelForCausalLM.from_pretrained(checkpoints(family))
+    ours = family in ("gemma2", "gpt_oss")  # whose soft caps and sinks transformers has in eager alone
+    stock = AutoModelForCausalLM.from_pretrained(checkpoints(family), attn_implementation="eager" if ours else None)
     assert model.luthier.precision == "16bit" and model.dtype == torch.float32
-    assert torch.equal(model(IDS).logits, stock(IDS).logits)
+    assert model.config._attn_implementation == ("luthier" if ours else stock.config._attn_implementation)
+    difference = (model(IDS).logits - stock(IDS).logits).abs().max()
+    assert difference == 0 or (ours and difference < 1e-5)
     assert tokenizer("Hello").input_ids == tiny.tiny_tokenizer()("Hello").input_ids
 
 
