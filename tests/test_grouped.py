@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from bitsandbytes.nn import Params4bit
 from test_ops import DEVICE, DTYPES, GPU, RUNS_KERNELS, assert_as_good, randn, unwritten
 from torch import Tensor
 
 from luthier.ops import expert_gate, experts, grouped
 from luthier.ops.expert_gate import Gate
 from luthier.ops.experts import ExpertLinear
+from luthier.ops.nf4 import Quantised, dequantise_reference, quantised
 
 if RUNS_KERNELS.marks:
     from triton_interpreter import repaired
@@ -166,6 +168,41 @@ def test_gate(path, gate, kind, dtype):
     ours = results(expert_gate.gated, expert_gate.gated_backward_, dtype)
     plain, truth = (results(expert_gate.gated_reference, autograd, wide) for wide in (dtype, torch.float64))
     assert_as_good(ours, plain, truth)
+
+
+def nf4_stack(*shape: int, seed: int = 0) -> Quantised:
+    weight = Params4bit(randn(*shape, seed=seed), requires_grad=False, quant_type="nf4", compress_statistics=True)
+    weight.data = weight.data.cpu()  # it quantises when it moves
+    return quantised(weight.to(DEVICE))
+
+
+@pytest.mark.parametrize("shape", [(5, 24, 64), (3, 256, 64)], ids=["shared scales", "whole scales"])
+def test_some_experts_of_a_stack(shape):
+    """256 scales share a scale of their own, which a stack may be cut in the middle of."""
+    stack = nf4_stack(*shape)
+    whole = dequantise_reference(stack)
+    for first, last in ((0, 2), (1, 2), (1, shape[0]), (2, 3)):
+        assert torch.equal(dequantise_reference(stack.experts(first, last)), whole[first:last])
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["(N, K)", "(K, N)"])
+def test_4bit_experts_are_expanded_a_few_at_a_time(path, transposed, monkeypatch):
+    """The same, bit for bit, as experts that are there in 16 bits."""
+    index, inner, hidden = choices("mixed", tokens=12), 64, 64
+    monkeypatch.setattr(experts, "WRITTEN_BYTES", 2 * 4 * inner * hidden * 2)  # two experts of the first layer, in fp32
+    inputs = inputs_of(index, transposed, torch.float32, hidden, inner)
+    stacks = {f"{name}_weight": nf4_stack(*inputs[f"{name}_weight"].shape) for name in ("up", "down")}
+    expanded = {name: dequantise_reference(stack, torch.float32) for name, stack in stacks.items()}
+
+    def ours(weights_of):
+        def function(x, weights, **tensors):
+            return experts.experts(x, index, weights, *layers_of(transposed, tensors | weights_of), GATES["silu"])
+
+        return function
+
+    small = {name: value for name, value in inputs.items() if name not in stacks}
+    found, expected = outcome(ours(stacks), small), outcome(ours(expanded), small)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def plain_experts(index, gate, transposed, x, weights, **tensors) -> Tensor:

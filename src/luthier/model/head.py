@@ -92,7 +92,9 @@ def training_forward(model: PreTrainedModel, stock: type[PreTrainedModel], spec:
     ignore_index, return_dict = call.pop("ignore_index", -100), call.pop("return_dict", None)
     call.setdefault("use_cache", False)  # a cache would keep every key and value alive, and turn packed rows into one
     call["logits_to_keep"] = torch.empty(0, dtype=torch.long, device=labels.device)
-    causal_text = spec.vision is None and spec.mlp != "experts" and call.get("past_key_values") is None
+    router = call.get("output_router_logits")
+    counts_tokens = model.config.output_router_logits if spec.mlp == "experts" and router is None else router
+    causal_text = spec.vision is None and not counts_tokens and call.get("past_key_values") is None
     if causal_text and loss_arguments["shift_labels"] is None:
         call["attention_mask"] = needed_mask(call.get("attention_mask"), labels, ignore_index)
     with _caught_output(model.base_model) as caught:

@@ -120,7 +120,8 @@ def _through_bitsandbytes(weight: Quantised, dtype: torch.dtype) -> Tensor:
 
 
 def launch(weight: Quantised, out: Tensor) -> Tensor:
-    total, columns, size = weight.shape.numel(), weight.shape[-1], weight.blocksize
+    total, size = weight.shape.numel(), weight.blocksize
+    columns = total if out.is_contiguous() else weight.shape[-1]  # without gaps it is one long row
     whole = columns % size == 0
     nested = weight.nested_absmax is not None
     scales = (weight.nested_absmax, weight.nested_code, weight.offset) if nested else (weight.absmax,) * 3
