@@ -9,7 +9,7 @@ import pytest
 import yaml
 from transformers import AutoConfig
 
-from luthier.config import GRPORecipe, SFTRecipe, VisionRecipe, load_recipe, make_recipe, schema
+from luthier.config import GRPORecipe, SFTRecipe, VisionRecipe, load_options, load_recipe, make_recipe, schema
 from luthier.errors import UnsupportedError
 from luthier.model.memory import estimate
 
@@ -85,6 +85,20 @@ def test_values_are_read_as_their_types(tmp_path):
     recipe = load_recipe(write(tmp_path, text), SFTRecipe)
     assert (recipe.r, recipe.learning_rate, recipe.gguf, recipe.load_in_8bit) == (8, 1e-4, ["q8_0"], True)
     assert recipe.checkpointing() is True
+
+
+def test_names_in_one_text_are_a_list_of_names(tmp_path):
+    recipe = load_recipe(write(tmp_path, "gguf: q8_0, q4_k_m\ntarget_modules: q_proj\nreport_to: tensorboard"), SFTRecipe)
+    assert (recipe.gguf, recipe.target_modules, recipe.report_to) == (["q8_0", "q4_k_m"], ["q_proj"], ["tensorboard"])
+    recipe = load_recipe(write(tmp_path, "target_modules: all-linear\nreport_to: none"), SFTRecipe)
+    assert (recipe.target_modules, recipe.report_to) == ("all-linear", "none")
+
+    def export(model: str, quant: list[str] | None = None) -> None: ...
+
+    assert load_options(write(tmp_path, "model: a, b\nquant: q8_0 q6_k"), export) == {
+        "model": "a, b",
+        "quant": ["q8_0", "q6_k"],
+    }
 
 
 @pytest.mark.parametrize(

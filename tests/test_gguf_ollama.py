@@ -135,6 +135,14 @@ def test_the_gguf_file_names_every_stop_token(tmp_path):
     assert metadata["tokenizer.ggml.eos_token_id"] == 2 and metadata["tokenizer.ggml.eot_token_id"] == 4
 
 
+@pytest.mark.parametrize("content", ['{"eos_token_id": 4', "[]", '{"eos_token_id": [4, 99999]}', '{"eos_token_id": "<s>"}'])
+def test_a_broken_generation_config_is_named(content, tmp_path):
+    directory = tiny.save_tiny("qwen3", tmp_path / "model")
+    (directory / "generation_config.json").write_text(content)
+    with pytest.raises(ValueError, match="generation_config.json is damaged"):
+        convert_to_gguf(directory, tmp_path / "x.gguf", "q8_0")
+
+
 def test_missing_files_are_named(tokenizer, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="nothing.gguf does not exist"):
         create_ollama_modelfile(tokenizer, tmp_path / "nothing.gguf")

@@ -315,6 +315,12 @@ def test_a_directory_without_a_model(tmp_path, broken):
         load_model(broken)
 
 
+def test_a_broken_generation_config_is_named(broken):
+    (broken / "generation_config.json").write_text('{"eos_token_id": 4')
+    with pytest.raises(ValueError, match="generation_config.json is not valid JSON"):
+        load_model(broken)
+
+
 @pytest.mark.parametrize("keep", [0, 5, 100, -1])
 def test_truncated_safetensors(broken, keep):
     weights = broken / "model.safetensors"

@@ -10,7 +10,8 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
+from types import UnionType
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import docstring_parser
 import pydantic
@@ -305,13 +306,24 @@ def load_options(path: str | Path, function: Callable) -> dict[str, Any]:
             raise unknown(f"key in {path}:", key, known - {"return"})
     options = {}
     for key in keys.keys() & hints.keys():
-        value = str(keys[key]).lower() if key == "use_gradient_checkpointing" else keys[key]
+        value = _as_meant(key, keys[key], hints[key])
         try:
             options[key] = pydantic.TypeAdapter(hints[key]).validate_python(value)
         except pydantic.ValidationError as error:
             reason = error.errors()[0]["msg"]
             raise ValueError(f"{path} has a value that cannot be used: {key} = {value!r}: {reason}") from error
     return options
+
+
+def _as_meant(key: str, value: Any, hint: Any) -> Any:
+    """A value of YAML as its key takes it: true and false by name, names in one text as a list of names."""
+    if key == "use_gradient_checkpointing":
+        return str(value).lower()
+    parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    named = [name for part in parts if get_origin(part) is Literal for name in get_args(part)]
+    if isinstance(value, str) and list[str] in parts and value not in named:
+        return value.replace(",", " ").split()
+    return value
 
 
 def _read_keys(path: Path) -> dict[str, Any]:
@@ -345,7 +357,8 @@ def make_recipe(keys: dict[str, Any], kind: type[Recipe], where: str = "recipe")
     for key in keys:
         if key not in allowed:
             raise unknown(f"key in {where}:", key, allowed)
-    keys = {key: str(value).lower() if key == "use_gradient_checkpointing" else value for key, value in keys.items()}
+    hints = get_type_hints(kind)
+    keys = {key: _as_meant(key, value, hints[key]) for key, value in keys.items()}
     try:
         return pydantic.TypeAdapter(kind).validate_python(keys)
     except pydantic.ValidationError as error:

@@ -84,8 +84,14 @@ def _generation_stops(directory: Path, tokenizer: Any) -> list[str]:
     path = directory / "generation_config.json"
     if not path.is_file():
         return []
-    ids = json.loads(path.read_text("utf8")).get("eos_token_id")
-    return [tokenizer.convert_ids_to_tokens(i) for i in (ids if isinstance(ids, list) else [ids]) if i is not None]
+    try:
+        ids = json.loads(path.read_text("utf8")).get("eos_token_id")
+        ids = [i for i in (ids if isinstance(ids, list) else [ids]) if i is not None]
+        if not all(isinstance(i, int) and 0 <= i < len(tokenizer) for i in ids):
+            raise ValueError(f"eos_token_id is {ids}, where the tokenizer has {len(tokenizer)} tokens")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error}). Copy or download the file again.") from error
+    return tokenizer.convert_ids_to_tokens(ids)
 
 
 def stop_tokens(tokenizer: Any) -> tuple[str, ...]:

@@ -241,6 +241,9 @@ def find_files(name: str | Path, subfolder: str | None = None, **hub: object) ->
 def read_config(directory: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The config of a checkpoint directory; broken JSON and an unknown architecture are ``ValueError``."""
     raw = checkpoint.read_json(directory / "config.json")
+    generation = directory / "generation_config.json"
+    if generation.is_file():  # transformers passes over a broken one without a word
+        checkpoint.read_json(generation)
     model_type = raw.get("model_type")
     if model_type not in CONFIG_MAPPING_NAMES and not (trust_remote_code and "auto_map" in raw):
         own_code = "auto_map" in raw
