@@ -117,9 +117,17 @@ MIXTURES = {
     ),
     "the weight under an adapter": lambda: one_weight_trains(with_lora(tiny_model("llama3"))),
     "biases": lambda: with_lora(tiny_model("qwen2"), bias="all"),
+    "biases of the adapters": lambda: with_biases(with_lora(tiny_model("qwen2"), lora_bias=True)),
     "one layer": lambda: with_lora(tiny_model("llama3"), target_modules=["q_proj", "down_proj"], layers_to_transform=[1]),
     "only A": lambda: only_a(with_lora(tiny_model("llama3"))),
 }
+
+
+def with_biases(model):
+    for number, (name, parameter) in enumerate(model.named_parameters()):
+        if "lora_B" in name and name.endswith("bias"):
+            nn.init.normal_(parameter, generator=torch.Generator().manual_seed(number))
+    return model
 
 
 def only_a(model):
@@ -260,3 +268,14 @@ def test_a_whole_step_through_the_kernels(monkeypatch, kind):
     torch.manual_seed(1)
     with repaired():
         assert_same(model, truth, inputs)
+
+
+def test_the_trainer_trains_every_weight_as_with_stock_layers(tmp_path):
+    from runs import losses, trainer
+
+    runs = [trainer(make(tiny_model("qwen2")), tmp_path, max_steps=3) for make in (lambda model: model, accelerate)]
+    for run in runs:
+        run.train()
+    assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=1e-4)
+    start = dict(tiny_model("qwen2").named_parameters())
+    assert not any(torch.equal(parameter, start[name]) for name, parameter in runs[1].model.named_parameters())

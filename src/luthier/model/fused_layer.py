@@ -288,9 +288,11 @@ def read_part(module: nn.Module) -> Part:
     if not active:
         return Part(weight, bias)
     found = [(adapters[name], module.lora_B[name], module.scaling[name], _dropped(module, name)) for name in active]
-    for a, b, _, _ in found:
+    for a, b, scale, _ in found:
         _check_hooks(a)
         _check_hooks(b)
+        if b.bias is not None:
+            bias = scale * b.bias if bias is None else bias + scale * b.bias
     a, b, scale, p = found[0]
     if len(found) == 1:
         return Part(weight, bias, a.weight, b.weight, scale / (1 - p), Dropout.draw(p) if p else None)
@@ -302,11 +304,9 @@ def read_part(module: nn.Module) -> Part:
 
 
 def _dropped(module: LoraLayer, name: str) -> float:
-    """The share of its input that an adapter drops; Unfused if it is more than A and B."""
+    """The share of its input that an adapter drops; Unfused if it is no plain LoRA."""
     if name in module.lora_variant:
         raise Unfused(f"the adapter {name!r} is a variant of LoRA (DoRA or another)")
-    if module.lora_bias.get(name):
-        raise Unfused("the adapter has a bias of its own")
     dropout = module.lora_dropout[name]
     return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
