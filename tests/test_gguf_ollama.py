@@ -2,6 +2,9 @@
 
 import datetime
 import json
+import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import gotpl
@@ -30,16 +33,25 @@ def tokenizer():
     return tokenizer
 
 
-def ollama(template, messages):
-    """What Ollama sends to the model, less the BOS that it adds: consecutive messages of one role are one to it."""
+def turns_of(messages):
+    """Messages as Ollama gives them to a template: consecutive ones of one role are one to it."""
     turns = []
     for message in messages:
         if turns and turns[-1]["Role"] == message["role"]:
             turns[-1]["Content"] += "\n\n" + message["content"]
         else:
             turns.append({"Role": message["role"], "Content": message["content"]})
+    return turns
+
+
+def rendering(template, turns):
     today = {"currentDate": lambda: datetime.date.today().isoformat()}
     return gotpl.render(template, {"Messages": turns, "Response": ""}, functions=today)
+
+
+def ollama(template, messages):
+    """What Ollama sends to the model, less the BOS that it adds."""
+    return rendering(template, turns_of(messages))
 
 
 def plain_conversations():
@@ -69,6 +81,43 @@ def test_go_templates_say_what_the_jinja_templates_say(template, tokenizer):
         assert ollama(OLLAMA_TEMPLATES[template.name], messages) == expected.removeprefix("<s>"), name
         compared += 1
     assert compared >= 6
+
+
+GO_PROGRAM = """package main
+import ("encoding/json"; "os"; "strings"; "text/template"; "time")
+type Case struct { Template string; Data map[string]any }
+func main() {
+    var cases []Case
+    if err := json.NewDecoder(os.Stdin).Decode(&cases); err != nil { panic(err) }
+    functions := template.FuncMap{"currentDate": func() string { return time.Now().Format("2006-01-02") }}
+    results := []string{}
+    for _, one := range cases {
+        var out strings.Builder
+        parsed := template.Must(template.New("").Funcs(functions).Parse(one.Template))
+        if err := parsed.Execute(&out, one.Data); err != nil { panic(err) }
+        results = append(results, out.String())
+    }
+    json.NewEncoder(os.Stdout).Encode(results)
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("go") is None, reason="Go is not installed")
+def test_the_engine_of_these_tests_renders_as_go_does(tmp_path):
+    """Every template with every conversation that Ollama can show, and one that is to be continued, in real Go."""
+    conversations = [messages for _, messages in plain_conversations()]
+    conversations.append([{"role": "user", "content": '<Hi> & "you"'}, {"role": "assistant", "content": "He\u00e9"}])
+    cases = [
+        (template, turns_of(messages)) for template in sorted(set(OLLAMA_TEMPLATES.values())) for messages in conversations
+    ]
+    (tmp_path / "main.go").write_text(GO_PROGRAM)
+    given = json.dumps([{"Template": template, "Data": {"Messages": turns, "Response": ""}} for template, turns in cases])
+    cache = {"GOCACHE": str(tmp_path / "cache"), "GOFLAGS": "-mod=mod", "GO111MODULE": "off"}
+    command = ["go", "run", str(tmp_path / "main.go")]
+    found = subprocess.run(command, input=given, capture_output=True, text=True, env={**os.environ, **cache}, check=True).stdout
+    assert len(cases) > 200
+    different = [case for case, rendered in zip(cases, json.loads(found), strict=True) if rendered != rendering(*case)]
+    assert different == []
 
 
 def test_an_answer_that_has_begun_is_continued():
