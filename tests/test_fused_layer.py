@@ -88,6 +88,17 @@ def test_long_batches_train_as_stock(family, host, monkeypatch):
         assert_same(fused(model, mode, host), inputs, truth)
 
 
+@pytest.mark.parametrize(("rows", "length", "times"), [(1, 60, 2), (1, 30, 1), (2, 30, 1)])
+def test_only_one_long_row_goes_back_by_heads(rows, length, times, monkeypatch):
+    """Each of two key heads with its queries; several rows, or short ones, at once."""
+    monkeypatch.setattr(blocks, "LONG", 48)
+    heads = []
+    original = blocks.attend_backward
+    monkeypatch.setattr(blocks, "attend_backward", lambda *args: heads.append(args[1].shape[1]) or original(*args))
+    loss_and_gradients(fused(with_lora(tiny_model("llama3"))), **batch(rows, length))
+    assert len(heads) == 2 * times and len(set(heads)) == 1
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bf16_gradients_are_as_good_as_stock_ones(family):
     """With experts over several batches: a last bit may send a token to another expert, in stock as in ours."""

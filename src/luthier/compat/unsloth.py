@@ -66,7 +66,7 @@ LOADING = {
     "fullgraph": NOT_NEEDED,
     "return_logits": "logits are computed when they are read",
     "float32_mixed_precision": "weights that train are in float32 anyway",
-    "offload_embedding": "the embeddings stay on the device",
+    "offload_embedding": "the memory dial moves the embeddings to host memory where that pays",
     "auto_model": "the class of the model follows from its config",
     "auto_config": "the config is the checkpoint's",
     "tokenizer_name": "the tokenizer is the checkpoint's",

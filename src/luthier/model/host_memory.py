@@ -41,6 +41,7 @@ def anonymous(size: int) -> Tensor:
     if sys.platform != "linux":
         return torch.empty(size, dtype=torch.uint8)
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages.madvise(mmap.MADV_DONTFORK)  # a fork would move the pages that we write to away from where devices see them
     with contextlib.suppress(OSError):  # a kernel may have none
         pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=torch.uint8)
