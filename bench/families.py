@@ -22,7 +22,10 @@ from pathlib import Path
 
 LAYERS = {"gemma3-4b": 6, "gemma3-12b": 6}  # every sixth layer sees the whole row
 VOCABULARY = 32768  # the head would outweigh so few layers
-FAMILIES = "llama-3.1-8b,qwen3-8b,gemma3-4b,mistral-7b,qwen2.5-7b,phi-4,gemma3-12b,granite-8b,phi-3-mini"
+FAMILIES = (
+    "llama-3.1-8b,qwen3-8b,gemma3-4b,mistral-7b,qwen2.5-7b,phi-4,gemma3-12b,granite-8b,phi-3-mini,"
+    "gemma2-9b,qwen3-4b,llama-3.2-1b,smollm3-3b,olmo2-7b"
+)
 KINDS = {  # what trains -> arguments of FastLanguageModel.from_pretrained
     "qlora": {"load_in_4bit": True},
     "lora": {"load_in_16bit": True},
