@@ -178,14 +178,13 @@ def features(model: nn.Module, picture: torch.Tensor, mean: list[float], std: li
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
     pixels = ((picture / 255 - mean) / std).to(parameter.device)
     pixels = pixels if not parameter.is_floating_point() else pixels.to(parameter.dtype)
+    inputs = {"pixel_values": pixels[None]}
     if config.model_type.startswith("qwen"):
-        patches, grid = _patches(pixels, config.vision_config.patch_size, _merged(config))
-        found = model.get_image_features(pixel_values=patches, image_grid_thw=grid)
-    elif config.model_type == "gemma3":
-        found = model.get_image_features(pixel_values=pixels[None])
-    else:
-        sizes = torch.tensor([picture.shape[1:]], device=pixels.device)
-        found = model.get_image_features(pixel_values=pixels[None], image_sizes=sizes)
+        inputs["pixel_values"], inputs["image_grid_thw"] = _patches(pixels, config.vision_config.patch_size, _merged(config))
+    elif config.model_type != "gemma3":
+        inputs["image_sizes"] = torch.tensor([picture.shape[1:]], device=pixels.device)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # convolutions in 32 bits are in 19 otherwise
+        found = model.get_image_features(**inputs)
     parts = [found.pooler_output, *(getattr(found, "deepstack_features", None) or ())]
     parts = [torch.cat(list(part)) if isinstance(part, list | tuple) else part for part in parts]
     width = config.get_text_config().hidden_size
