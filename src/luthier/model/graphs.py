@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch._utils import _unflatten_dense_tensors  # hundreds of views in one call
 from torch.autograd.function import once_differentiable
 
 from luthier.model.dial import Cost, Dial
@@ -174,19 +175,20 @@ class Gradients:
 
     def __init__(self, parameters: list[Tensor]) -> None:
         self.layout = [(parameter.shape, parameter.dtype) for parameter in parameters]
-        dtypes = {dtype for _, dtype in self.layout}
-        sizes = {of: [shape.numel() for shape, dtype in self.layout if dtype == of] for of in dtypes}
-        self.sizes, device = sizes, parameters[0].device if parameters else None
-        self.flat = {dtype: torch.zeros(sum(sizes[dtype]), dtype=dtype, device=device) for dtype in dtypes}
-        self.views = self._views(self.flat)
+        like = {dtype: [p.detach() for p in parameters if p.dtype == dtype] for _, dtype in self.layout}
+        self.flat = {dtype: torch.cat([t.flatten() for t in tensors]).zero_() for dtype, tensors in like.items()}
+        self.views = self._views(self.flat, parameters)
 
     def copied(self) -> list[Tensor]:
         """The gradients in memory of their own, which whoever accumulates them may keep."""
-        return self._views({dtype: values.clone() for dtype, values in self.flat.items()})
+        return self._views({dtype: values.clone() for dtype, values in self.flat.items()}, self.views)
 
-    def _views(self, flat: dict[torch.dtype, Tensor]) -> list[Tensor]:
-        pieces = {dtype: iter(values.split(self.sizes[dtype])) for dtype, values in flat.items()}
-        return [next(pieces[dtype]).view(shape) for shape, dtype in self.layout]
+    def _views(self, flat: dict[torch.dtype, Tensor], like: list[Tensor]) -> list[Tensor]:
+        pieces = {
+            dtype: iter(_unflatten_dense_tensors(values, [tensor for tensor in like if tensor.dtype == dtype]))
+            for dtype, values in flat.items()
+        }
+        return [next(pieces[dtype]) for _, dtype in self.layout]
 
 
 @dataclass
