@@ -91,7 +91,7 @@ def _compare(file: GGUFFile, piece: Piece, values: torch.Tensor, importance: tor
         if differing[0]:
             exact = values[row : row + len(wanted)].float()
             for i, data in enumerate((found, wanted)):
-                errors[i] += float((dequantize(data, info.type) - exact).square().sum())
+                errors[i] += float((dequantize(data.to(exact.device), info.type) - exact).square().sum())
     if not differing[0]:
         return ""
     if differing[0] < DAMAGE * blocks:
