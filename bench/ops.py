@@ -15,8 +15,11 @@ import torch
 from bitsandbytes.nn import Params4bit
 
 from luthier.ops.dropout import Dropout, drop
+from luthier.ops.expert_gate import Gate
+from luthier.ops.expert_gate import gated_backward_ as gated_backward_of_experts_
 from luthier.ops.fp8 import E4M3, quantise_rows, quantise_rows_reference, scales_of, weight_bounds, write_weight
 from luthier.ops.gated_mlp import gated_activation_reference, gated_backward_, gated_backward_reference, gated_forward
+from luthier.ops.grouped import combine, combine_reference, gradient, product, route
 from luthier.ops.linear_cross_entropy import loss_and_grad_, loss_and_grad_reference
 from luthier.ops.nf4 import dequantise, dequantise_reference, quantised
 from luthier.ops.rms_norm import (
@@ -29,6 +32,7 @@ from luthier.ops.rms_norm import (
 from luthier.ops.rotary import rotary_reference, rotate
 
 WIDTH, MLP, VOCABULARY = 4096, 14336, 128256
+EXPERTS, TOP_K, HIDDEN, INNER = 128, 8, 2048, 768
 
 
 def main() -> None:
@@ -39,7 +43,7 @@ def main() -> None:
     bandwidth = 2 * copied.numel() * 2 / seconds(copied.clone)
     print(f"{torch.cuda.get_device_name()}, {rows} tokens, copy {bandwidth / 1e12:.2f} TB/s")
     print(f"{'':22}{'kernel':>10}{'reference':>12}{'compiled':>12}{'of copy':>10}")
-    for name, (kernel, reference, moved) in cases(rows).items():
+    for name, (kernel, reference, moved) in {**cases(rows), **cases_of_experts(rows)}.items():
         ours, plain = seconds(kernel), seconds(reference)
         compiled = seconds(torch.compile(reference, dynamic=False))
         print(f"{name:22}{ours * 1e6:8.0f}us{plain * 1e6:10.0f}us{compiled * 1e6:10.0f}us{moved / ours / bandwidth:10.0%}")
@@ -106,6 +110,39 @@ def cases(rows: int) -> dict[str, tuple[Callable, Callable, float]]:
             lambda: loss_and_grad_(logits, targets, None, 1.0),
             lambda: loss_and_grad_reference(logits, targets, None, 1.0),
             size(logits, logits, logits),
+        ),
+    }
+
+
+def cases_of_experts(rows: int) -> dict[str, tuple[Callable, Callable, float]]:
+    """The same for a mixture of Qwen3-30B-A3B's widths, beside torch's own grouped product. (The first is bound by FLOPs.)"""
+    choices = torch.rand(rows, EXPERTS, device="cuda").topk(TOP_K).indices
+    routing = route(choices, EXPERTS)
+    token, ends = routing.token.long(), routing.offsets[1:].contiguous()
+    x, weight, low = randn(rows, HIDDEN), randn(EXPERTS, 2 * INNER, HIDDEN), randn(rows * TOP_K, 16)
+    both, u, y = randn(rows * TOP_K, 2 * INNER), randn(rows * TOP_K, INNER), randn(rows * TOP_K, HIDDEN)
+    router, gate = torch.rand(rows, TOP_K, device="cuda").bfloat16(), Gate("silu")
+    grouped_mm = torch.nn.functional.grouped_mm
+    return {
+        "experts' product": (
+            lambda: product(x, weight.mT, routing, both, gather=True),
+            lambda: grouped_mm(x[token], weight.mT, offs=ends),
+            size(x, weight, both),
+        ),
+        "experts' gradient": (
+            lambda: gradient(x, low, routing, gather=True),
+            lambda: grouped_mm(x[token].mT, low, offs=ends).float(),
+            size(y, low),
+        ),
+        "combine": (
+            lambda: combine(y, routing, router),
+            lambda: combine_reference(y, routing, router),
+            size(y, x),
+        ),
+        "experts' silu backward": (
+            lambda: gated_backward_of_experts_(u, both, router, routing, gate),
+            lambda: gated_backward_reference(u, *both.chunk(2, dim=1), "silu"),
+            size(u, both, u, both),
         ),
     }
 

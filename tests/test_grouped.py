@@ -46,7 +46,7 @@ def choices(kind: str, tokens: int = 140, top_k: int = 2) -> Tensor:
         "one takes all": torch.full((tokens, 1), 2),
         "every expert": torch.rand(tokens, EXPERTS, generator=generator).argsort(1),
         "of another device": torch.where(ranks[:, :top_k] == 1, EXPERTS, ranks[:, :top_k]),
-        "few": ranks[:3, :top_k],
+        "few": torch.where(ranks[:1, :top_k] == 1, EXPERTS, ranks[:1, :top_k]),
     }[kind]
     return index.to(DEVICE)
 
@@ -183,6 +183,8 @@ def test_some_experts_of_a_stack(shape):
     whole = dequantise_reference(stack)
     for first, last in ((0, 2), (1, 2), (1, shape[0]), (2, 3)):
         assert torch.equal(dequantise_reference(stack.experts(first, last)), whole[first:last])
+    chosen = torch.tensor([2, 0, 2], device=DEVICE)
+    assert torch.equal(dequantise_reference(stack.chosen(chosen)), whole[chosen])
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["(N, K)", "(K, N)"])
@@ -251,6 +253,7 @@ def layers_of(transposed: bool, tensors: dict[str, Tensor]) -> list[ExpertLinear
 
 
 CASES = {
+    "a few tokens": ("clamped", "few", True),
     **{gate: (gate, "mixed", True) for gate in GATES},
     "recompute": ("clamped", "mixed", False),
     **{kind: ("clamped", kind, True) for kind in ("one takes all", "every expert", "of another device")},
@@ -272,6 +275,6 @@ def test_experts(path, gate, kind, keeps, dtype):
         return plain_experts(index, gate, transposed, x, weights, **{name: t.to(x.dtype) for name, t in tensors.items()})
 
     inputs = inputs_of(index, transposed, dtype)
-    if kind == "of another device":
+    if kind in ("few", "of another device"):
         inputs["weights"] = torch.where(index < EXPERTS, inputs["weights"], 0.0)
     assert_as_good(outcome(ours, inputs), outcome(in_one_dtype, inputs), outcome(in_one_dtype, inputs, torch.float64))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,6 +41,12 @@ class ExpertLinear:
     b: Tensor | None = None
     scale: float = 1.0
 
+    def chosen(self, index: Tensor) -> ExpertLinear:
+        """The layer of the experts (n,) alone; A and B stay differentiable."""
+        parts = {name: value[index] for name in ("bias", "a", "b") if (value := getattr(self, name)) is not None}
+        weight = self.weight.chosen(index) if isinstance(self.weight, Quantised) else self.weight[index]
+        return replace(self, weight=weight, **parts)
+
     @property
     def experts(self) -> int:
         return self.weight.shape[0]
@@ -59,7 +65,17 @@ def experts(x: Tensor, index: Tensor, weights: Tensor, up: ExpertLinear, down: E
 
     Differentiable, once, in x, the weights and the adapters.
     """
+    if has_kernels(x) and 2 * index.numel() <= up.experts:
+        index, up, down = _only_chosen(index, up, down)
     return _Experts.apply(x.contiguous(), index, weights.contiguous(), up, down, gate, up.a, up.b, down.a, down.b)
+
+
+def _only_chosen(index: Tensor, up: ExpertLinear, down: ExpertLinear) -> tuple[Tensor, ExpertLinear, ExpertLinear]:
+    """A few tokens, as in generation: stacks of their experts alone, one for every choice, so that no other is expanded."""
+    chosen = index.reshape(-1)
+    numbers = torch.arange(len(chosen), device=index.device)
+    numbers = torch.where(chosen < up.experts, numbers, len(chosen)).view(index.shape)
+    return numbers, *(layer.chosen(chosen.clamp(max=up.experts - 1)) for layer in (up, down))
 
 
 def checkpoint_experts(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

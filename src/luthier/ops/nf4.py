@@ -46,17 +46,28 @@ class Quantised:
 
     def experts(self, first: int, last: int) -> Quantised:
         """Those from ``first`` to ``last`` of a stack (experts, rows, columns), each of whole blocks."""
-        shape = torch.Size((last - first, *self.shape[1:]))
-        size = shape[1:].numel()
+        size = self.shape[1:].numel()
         start, stop = first * size // self.blocksize, last * size // self.blocksize
         packed, absmax = self.packed[first * size // 2 : last * size // 2], self.absmax[start:stop]
-        part = replace(self, packed=packed, absmax=absmax, shape=shape)
+        part = replace(self, packed=packed, absmax=absmax, shape=torch.Size((last - first, *self.shape[1:])))
         if self.nested_absmax is None:
             return part
         if start % self.nested_blocksize == 0:
             return replace(part, nested_absmax=self.nested_absmax[start // self.nested_blocksize :])
-        outer = torch.arange(start, stop, device=self.absmax.device) // self.nested_blocksize
-        absmax = self.nested_code[absmax.int()] * self.nested_absmax[outer] + self.offset
+        return self._plain(part, torch.arange(start, stop, device=absmax.device))
+
+    def chosen(self, index: Tensor) -> Quantised:
+        """The experts (n,) of a stack, copied: a stack of n."""
+        blocks = self.shape[1:].numel() // self.blocksize
+        packed, absmax = (t.view(self.shape[0], -1).index_select(0, index).view(-1) for t in (self.packed, self.absmax))
+        part = replace(self, packed=packed, absmax=absmax, shape=torch.Size((len(index), *self.shape[1:])))
+        if self.nested_absmax is None:
+            return part
+        return self._plain(part, (index[:, None] * blocks + torch.arange(blocks, device=index.device)).view(-1))
+
+    def _plain(self, part: Quantised, blocks: Tensor) -> Quantised:
+        """A part that holds these blocks, with their scales in fp32."""
+        absmax = self.nested_code[part.absmax.int()] * self.nested_absmax[blocks // self.nested_blocksize] + self.offset
         return replace(part, absmax=absmax, nested_absmax=None)
 
 
