@@ -30,6 +30,9 @@ def test_a_control_group_bounds_what_is_free(tmp_path, monkeypatch):
     assert free_host_memory() == pytest.approx(everything, rel=0.2)
     limit.write_text("5000\n")
     assert free_host_memory() == 4000
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert free_host_memory() == 1000
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
     limit.write_text("500\n")
     assert free_host_memory() == 0
 

@@ -25,7 +25,7 @@ from luthier.ops.rotary import rotate
 ROWS = 4096  # rows that products and what is element-wise handle at a time: bounds their transients
 TRAINED_ROWS = 1 << 14  # where the weights train: over several chunks their gradients are summed in fp32
 BY_HEAD = ("cudnn", "flash", "cpu")  # kernels whose heads may come a few at a time
-LONG = 1 << 17  # tokens from which on memory is dearer than a product, and a copy is shorter than a layer by far
+LONG = 1 << 17  # tokens of a sequence from which on memory is dearer than a product, and attention longer than any copy
 
 
 class Mode(IntEnum):
@@ -81,12 +81,17 @@ class Call:
     window: int | None = None
     segments: Segments | None = None
 
+    @property
+    def is_long(self) -> bool:
+        return (self.cos.shape[1] if self.segments is None else self.segments.longest) >= LONG
+
 
 @dataclass
 class Kept:
     """What one layer keeps between its forward and its backward; None: given up, to be computed again."""
 
     x: Tensor
+    is_long: bool = False  # a long sequence: see ``LONG``
     low_qkv: Tensor | None = None
     low_o: Tensor | None = None
     low_gate_up: Tensor | None = None
@@ -150,7 +155,7 @@ class AttentionBlock:
         """Fill in what the mode gave up; gives x2, unless nobody wants it and no post-norm needs its branch."""
         if kept.attention is None:
             kept.qkv, kept.out, kept.attention = self._attend(kept.x, call, kept)
-            if kept.x.shape[0] >= LONG and kept.attention.kernel != "autograd":
+            if kept.is_long and kept.attention.kernel != "autograd":
                 kept.qkv = None  # and once more when its turn comes
         if kept.x2 is None and (wants_output or self.post_norm):
             kept.x2, kept.branch = self._output(kept.x, kept.out, self.o.written(kept.x), kept.low_o)
@@ -187,7 +192,7 @@ class AttentionBlock:
 
     def _attention_backward_(self, out_grad: Tensor, call: Call, kept: Kept, gradients: Gradients) -> None:
         """``kept.qkv`` becomes its gradient, from that of the attention's output (n, H * W); a few heads at a time if long."""
-        apart = kept.qkv.shape[0] >= LONG and call.batch == 1 and kept.attention.kernel in BY_HEAD and not self.norm_is_wide
+        apart = kept.is_long and call.batch == 1 and kept.attention.kernel in BY_HEAD and not self.norm_is_wide
         groups = self.kv_heads if apart else 1
         columns = *self._split(kept.qkv), kept.out, out_grad
         states = [kept.attention]

@@ -78,9 +78,8 @@ class Shape:
             width += 2 * self.mlp + self.extra
         return width * self.size + rows
 
-    def transient(self, tokens: int, mode: Mode) -> int:
-        """Bytes that one layer's backward needs at its peak beside what the layer keeps."""
-        is_long = tokens >= LONG
+    def transient(self, tokens: int, mode: Mode, is_long: bool = False) -> int:
+        """Bytes that one layer's backward needs at its peak beside what the layer keeps; less for long sequences."""
         groups = (self.attention - self.heads) // (2 * self.head_width) if is_long else 1
         out = self.heads if mode == Mode.RECOMPUTE else 0
         in_attention = 2 * self.hidden + self.heads + out + 2 * (self.attention + self.heads) // groups  # the last: its kernel
@@ -293,14 +292,14 @@ class Cost:
 
     def device(self, plan: Sequence[LayerPlan]) -> int:
         """The peak on the device: of the forward, of the head, or of one layer's backward."""
-        shape, tokens = self.shape, self.tokens
+        shape, tokens, is_long = self.shape, self.tokens, (self.length or self.tokens) >= LONG
         kinds, last = Counter(plan[:-1]), shape.kept(plan[-1].mode) - shape.parked(plan[-1])
         stays = sum(count * (shape.kept(layer.mode) - shape.parked(layer)) for layer, count in kinds.items())
         parked = max(map(shape.parked, {*plan}))
-        under_way, ahead = (0, 0) if tokens >= LONG else (Offload.DEPTH, 1)  # layers whose copies go out, or come back early
+        under_way, ahead = (0, 0) if is_long else (Offload.DEPTH, 1)  # layers whose copies go out, or come back early
         forward = tokens * (1 + under_way) * parked + shape.forward(tokens)
         backward = tokens * (max(last, parked) + ahead * parked)
-        backward += max(shape.transient(tokens, mode) for mode in {layer.mode for layer in plan})
+        backward += max(shape.transient(tokens, mode, is_long) for mode in {layer.mode for layer in plan})
         return SCRATCH + tokens * stays + max(forward, tokens * last + shape.head(tokens), backward)
 
     def extra_seconds(self, plan: Sequence[LayerPlan]) -> float:

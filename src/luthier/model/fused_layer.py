@@ -74,7 +74,7 @@ class Blocks:
 
     def forward(self, x: Tensor, call: Call, mode: Mode) -> tuple[Tensor, Kept]:
         """x (n, D) -> (the layer's output (n, D), what its backward needs)."""
-        kept = Kept(x)
+        kept = Kept(x, call.is_long)
         x2 = x3 = self.attention.forward(x, call, kept, mode)
         if self.mlp is not None:
             x3 = self.mlp.forward(x if self.parallel else x2, x2, kept, mode)

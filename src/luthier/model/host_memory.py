@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import os
 import sys
 import threading
 import warnings
@@ -28,12 +29,15 @@ PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
 
 
 def free_host_memory() -> int:
-    """Bytes that this process may still take: what the machine has, and no more than its control group allows."""
+    """Bytes that this process may still take: what the machine has, and no more than its control group allows.
+
+    Processes that a launcher started together, one a device, share it.
+    """
     free = psutil.virtual_memory().available
     for limit, used in GROUPS:
         if Path(limit).exists() and (most := Path(limit).read_text().strip()).isdigit():
             free = min(free, max(0, int(most) - int(Path(used).read_text())))
-    return free
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # set by torchrun and accelerate
 
 
 def anonymous(size: int) -> Tensor:

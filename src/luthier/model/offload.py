@@ -8,7 +8,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from luthier.model.blocks import LONG, Kept
+from luthier.model.blocks import Kept
 from luthier.model.host_memory import Slab, SlabPool
 
 ALIGNMENT = 256  # bytes
@@ -46,7 +46,7 @@ class Parked:
 class Offload:
     """Moves what layers keep to host memory in the forward, and back one layer before it is needed in the backward.
 
-    Long batches wait for every copy: they have no memory for two layers, and their layers take much longer than a copy.
+    Long sequences wait for every copy: they have no memory for two layers, and their layers take much longer than a copy.
     """
 
     DEPTH = 2  # layers whose copies may be under way before the forward waits for the oldest
@@ -80,7 +80,7 @@ class Offload:
         slab = self.pool.take(sum(_aligned(value.nbytes) for value in tensors.values()))
         kept.parked = Parked(tensors, slab)
         weakref.finalize(kept.parked, self.pool.give, slab).atexit = False
-        self._copy_out(tensors, kept.parked)
+        self._copy_out(tensors, kept.parked, 0 if kept.is_long else self.DEPTH)
         for name in tensors:
             setattr(kept, name, None)
 
@@ -100,10 +100,10 @@ class Offload:
             for name, value in parked.back.items():
                 setattr(kept, name, value)
         before = kept.before and kept.before()
-        if before is not None and kept.x.shape[0] < LONG:
+        if before is not None and not kept.is_long:
             self._start(before)
 
-    def _copy_out(self, tensors: dict[str, Tensor], parked: Parked) -> None:
+    def _copy_out(self, tensors: dict[str, Tensor], parked: Parked, depth: int) -> None:
         if parked.device.type != "cuda":
             for name, value in tensors.items():
                 parked.host[name].copy_(value)
@@ -118,7 +118,6 @@ class Offload:
             for name, value in tensors.items():
                 parked.host[name].copy_(value, non_blocking=True)
             self.under_way.append((up.record_event(), list(tensors.values())))
-        depth = self.DEPTH if tensors["x"].shape[0] < LONG else 0
         while len(self.under_way) > depth:
             current.wait_event(self.under_way.pop(0)[0])
 
