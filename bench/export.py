@@ -25,10 +25,10 @@ from models import random_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from luthier import FastLanguageModel
-from luthier.gguf import convert, quantize, writer
+from luthier import FastLanguageModel, files
+from luthier.gguf import convert, quantize, reader, writer
 from luthier.gguf.types import TENSOR_TYPES
-from luthier.model import merge
+from luthier.model import gguf_export, merge
 from luthier.proof import export, gguf_model
 
 SPECIAL = ("<|pad|>", "<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>")
@@ -78,7 +78,14 @@ PHASES = {  # phase -> the functions that it is spent in
     "trained model's logits": [(export, "reference_of")],
     "file's checksums": [(export, "checksums")],
     "file's logits": [(gguf_model.GGUFModel, "logits")],
-    "tokens, template": [(export, "_compare_tokens"), (export, "_compare_chat")],
+    "proof's tokens, template": [(export, "_compare_tokens"), (export, "_compare_chat"), (reader.GGUFFile, "__init__")],
+    "tokenizer, template": [
+        (convert, "tokenizer_metadata"),
+        (convert, "chat_metadata"),
+        (gguf_export, "create_ollama_modelfile"),
+        (PreTrainedTokenizerFast, "save_pretrained"),
+    ],
+    "to the disk": [(files, "_fsync")],
 }
 
 
@@ -125,6 +132,7 @@ def export_model(arguments: argparse.Namespace, place: Path) -> None:
 def random_checkpoint(shape: str, layers: int | None, directory: Path) -> PreTrainedTokenizerFast:
     """Write a random bf16 checkpoint with a tokenizer of nearly as many tokens as it has rows."""
     model = random_model(shape, DEVICE, four_bit=False, layers=layers)
+    model.get_output_embeddings().weight.data.mul_(0.5)  # rounding changes what a random model says more than a trained one's
     tokenizer = large_tokenizer(model.config.vocab_size - 256)
     model.config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(directory, max_shard_size="5GB")
