@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -67,6 +67,7 @@ def estimate(
     memory_budget: float | None = None,
     optim: str = "adamw_torch",
     dtype: torch.dtype = torch.bfloat16,
+    compute: str = "bf16",
 ) -> Estimate:
     """The memory of one training step on ``batch_tokens`` tokens (rows times length) of a model with this config.
 
@@ -89,7 +90,9 @@ def estimate(
         parts["one expanded layer"] = _largest_layer(model, dtype)
 
     text = config.get_text_config()
-    shape = _shape(text, r if precision != "full" else 0, dtype)
+    shape = replace(_shape(text, r if precision != "full" else 0, dtype), compute=compute)
+    if "one expanded layer" in parts:
+        parts["one expanded layer"] *= shape.written() / replace(shape, compute="bf16").written()
     layers, host = text.num_hidden_layers, free_host_memory() * HOST_SHARE
     taken = sum(parts.values())
     if checkpointing_mode(use_gradient_checkpointing) == "offload" and precision != "full" and not text.tie_word_embeddings:

@@ -61,6 +61,7 @@ def dry_run(recipe: TrainRecipe) -> dict[str, Any]:
         use_gradient_checkpointing=recipe.checkpointing(),
         memory_budget=recipe.memory_budget,
         optim=recipe.optim,
+        compute=recipe.compute,
     )
     table("Memory on the device", ("what", "size"), estimate.rows())
     result["memory"] = estimate.to_dict()

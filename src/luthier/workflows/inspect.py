@@ -70,6 +70,7 @@ def estimate(
     use_gradient_checkpointing: Literal["auto", "offload", "true", "false"] = "auto",
     memory_budget: float | None = None,
     optim: str = "adamw_torch",
+    compute: Literal["bf16", "fp8-backward", "fp8"] = "bf16",
     json: bool = False,
 ) -> None:
     """Memory that a training run will take on the device, from the model's config alone.
@@ -85,6 +86,7 @@ def estimate(
         use_gradient_checkpointing: What the backward recomputes.
         memory_budget: GiB that "auto" may fill.
         optim: Optimizer, by its name in transformers.
+        compute: How frozen weights multiply.
         json: Print the result as JSON on standard output.
     """
     asked = [name for name, on in (("full", full_finetuning), ("16bit", load_in_16bit), ("int8", load_in_8bit)) if on]
@@ -102,6 +104,7 @@ def estimate(
         use_gradient_checkpointing=use_gradient_checkpointing,
         memory_budget=memory_budget,
         optim=optim,
+        compute=compute,
     )
     if json:
         print(json_format.dumps(found.to_dict(), indent=1))
