@@ -171,7 +171,7 @@ def gradients(projection: lora_linear.Projection) -> dict[str, Tensor]:
     projection.extend(again, written)
     wide, low = projection.extended_gradient(grad, written, 0.5)
     return {
-        "backward": projection.backward(wide, written),
+        "backward": projection.backward(wide, low, written),
         "low": low,
         "input": projection.input_gradient(grad, written)[0],
         "again": projection.forward_again(again, written),

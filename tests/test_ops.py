@@ -422,7 +422,7 @@ def computed(projection: lora_linear.Projection, x: Tensor, grad: Tensor, chunk:
         torch.testing.assert_close(projection.apply(own, low, written), ys[-1], rtol=0.02, atol=0.02)
         extended, low_grad = projection.extended_gradient(own_grad, written)
         dx, again = projection.input_gradient(own_grad, written, row)
-        torch.testing.assert_close(projection.backward(extended, written, row), dx, rtol=0.02, atol=0.02)
+        torch.testing.assert_close(projection.backward(extended, low_grad, written, row), dx, rtol=0.02, atol=0.02)
         assert (low_grad is None and again is None) or torch.allclose(low_grad, again, rtol=0.02, atol=0.02)
         dxs.append(dx)
         found = projection.gradients(own_grad, own, low_grad, low, row, whole=chunk == x.shape[0])

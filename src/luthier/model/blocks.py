@@ -167,7 +167,7 @@ class AttentionBlock:
         kept.branch = None
         written = self.o.written(grad)
         wide, low = self.o.extended_gradient(branch_grad, written, self.residual_scale)
-        out_grad = self.o.backward(wide, written)
+        out_grad = self.o.backward(wide, low, written)
         gradients.add(self.o.gradients(wide[:, : self.o.width_out], kept.out, low, kept.low_o))
         del wide, branch_grad
         if kept.qkv is None:
@@ -329,7 +329,7 @@ class MlpBlock:
                 branch_grad = self.post_norm.backward(branch_grad, branch, gradients)
                 del branch
             wide, low_grad = self.down.extended_gradient(branch_grad, down, self.residual_scale)
-            act = self.down.backward(wide, down, chunk.start)
+            act = self.down.backward(wide, low_grad, down, chunk.start)
             gated_backward_(act, *both.chunk(2, dim=1), self.activation)
             gradients.add(self.down.gradients(wide[:, : self.down.width_out], act, low_grad, low_down, **own))
             del act, wide

@@ -65,9 +65,13 @@ class Fp8Projection(Projection):
         low = self.low_gradient(grad, written)
         return self._input_gradient(grad, low, written, row), low
 
-    def backward(self, wide: Tensor, written: Written, row: int = 0) -> Tensor:
-        low = wide[:, self.width_out : self.width_out + self.rank] if self.rank else None
-        return self._input_gradient(wide[:, : self.width_out], low, written, row)
+    def extended_gradient(self, grad: Tensor, written: Written, alpha: float = 1.0) -> tuple[Tensor, Tensor | None]:
+        """Without the extension, which is rounded apart."""
+        grad = grad if alpha == 1.0 else grad * alpha
+        return grad, self.low_gradient(grad, written)
+
+    def backward(self, wide: Tensor, low: Tensor | None, written: Written, row: int = 0) -> Tensor:
+        return self._input_gradient(wide, low, written, row)
 
     def a(self, written: Written) -> Tensor:
         return super().a(written.exact) if self.is_exact else written.adapters[1]

@@ -253,14 +253,14 @@ class Projection:
             wide[:, self.width_out : self.width_out + self.rank].copy_(low)
         return wide, low
 
-    def backward(self, wide: Tensor, buffer: Tensor | None, row: int = 0) -> Tensor:
-        """dx (n, K) from ``extended_gradient``'s wide (n, N + R), or some rows of it, from number ``row`` on."""
+    def backward(self, wide: Tensor, low: Tensor | None, buffer: Tensor | None, row: int = 0) -> Tensor:
+        """dx (n, K) from what ``extended_gradient`` gave, for rows from number ``row`` on."""
         if buffer is None:
             return self._plain_input_gradient(wide)
         if not self.drops:
             return wide @ buffer[:, : self.width_in]
         dx = wide[:, : self.width_out] @ buffer[: self.width_out, : self.width_in]
-        return self.add_adapters_(dx, wide[:, self.width_out : self.width_out + self.rank], buffer, row)
+        return self.add_adapters_(dx, low, buffer, row)
 
     def gradients(
         self, grad: Tensor, x: Tensor, low_grad: Tensor | None, low: Tensor | None, row: int = 0, whole: bool = True
