@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--full", default="24x98304", help="cap x tokens of whole steps, comma separated; empty for none")
     parser.add_argument("--layers", type=int, default=1, help="layers that run where the step is projected")
     parser.add_argument("--r", type=int, default=32)
-    parser.add_argument("--host", type=float, default=0.8, help="share of the free host memory that may be pinned")
+    parser.add_argument("--host", type=float, default=0.5, help="share of the free host memory that may be pinned")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
