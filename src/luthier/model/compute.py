@@ -38,7 +38,7 @@ def set_compute(model: nn.Module, compute: str = "bf16") -> nn.Module:
 
     "bf16": in the dtype of the activations, exactly. "fp8-backward": the loss stays the same, the backward multiplies in
     8 bits. "fp8": the forward too. The head, embeddings, trained weights and layers that run stock are never touched,
-    and evaluation is exact. Anything but "bf16" warns, once a model, of what it costs.
+    and evaluation is exact. Turning on anything but "bf16" warns of what it costs.
     """
     require_compute(compute)
     state = state_of(model)
