@@ -93,8 +93,8 @@ def quantising_kernels() -> dict[str, tuple]:
         "largest_of": {},
         "fit_with_offset": {"ABSOLUTE": False},
         "fit_symmetric": {},
-        "start_exchange": {},
-        "exchange": {"NEED_REST": True},
+        "fit_by_exchange": {"N": 16},
+        "exchange": {"NEED_REST": True, "N": 16},
         "search_scales": {"N": 8},
         "round": {"HAS_OFFSET": True},
     }

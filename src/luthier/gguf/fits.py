@@ -163,8 +163,6 @@ def first_codes(x: torch.Tensor, grid: torch.Tensor, levels: int) -> torch.Tenso
 
 def start_exchange(x: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """First codes -levels..levels-1 (float32 ``[n, G]``) and the two sums of `exchange`, errors weighted by squared weights."""
-    if faster := loops(x):
-        return faster.start_exchange(x, levels, SMALLEST)
     magnitude, value = largest(x)
     value = torch.where(magnitude < SMALLEST, torch.ones_like(value), value)
     codes = torch.mul(divided(-float(levels), value), x).round_().clamp_(-levels, levels - 1)

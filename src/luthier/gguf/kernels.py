@@ -49,11 +49,11 @@ def fit_symmetric(x: Tensor, weights: Tensor, levels: int, numerators: list[floa
     return scale, grid
 
 
-def start_exchange(x: Tensor, levels: int, smallest: float) -> tuple[Tensor, Tensor, Tensor]:
-    """codes, sum_xl, sum_l2 that ``fits.start_exchange`` gives."""
-    codes, sum_xl, sum_l2 = torch.empty_like(x), _of_groups(x), _of_groups(x)
-    _launch(_start_exchange, sum_xl, *_strided(x, codes), sum_xl, sum_l2, float(levels), smallest, N=len(x))
-    return codes, sum_xl, sum_l2
+def fit_by_exchange(x: Tensor, levels: int, smallest: float, rounds: int) -> tuple[Tensor, Tensor]:
+    """scale and codes of ``fits.fit_by_exchange``."""
+    scale, codes = torch.empty(len(x), device=x.device), torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+    _launch(_fit_by_exchange, scale, *_strided(x.t()), scale, codes, float(levels), smallest, rounds, N=x.shape[1])
+    return scale, codes
 
 
 def exchange(
@@ -68,8 +68,8 @@ def exchange(
     sum_l2: Tensor,
 ) -> None:
     """The rounds of ``fits.exchange``, in place."""
-    numbers = sum_xl, sum_l2, float(lowest), float(highest), rounds, len(x)
-    _launch(_exchange, sum_xl, *_strided(x, weights, codes), *numbers, NEED_REST=need_rest)
+    numbers = sum_xl, sum_l2, float(lowest), float(highest), rounds
+    _launch(_exchange, sum_xl, *_strided(x, weights, codes), *numbers, N=len(x), NEED_REST=need_rest)
 
 
 def search_scales(x: Tensor, weights: Tensor, levels: int, tops: list[float], smallest: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,6 +146,22 @@ def _load_groups(GROUPS, apart, groups_apart, lane, inside, N: tl.constexpr, LAN
     for i in tl.static_range(N):
         weights = weights + (tl.reshape(parts[i], (LANES,)),)
     return weights
+
+
+@jit
+def _store_groups(weights, GROUPS, apart, groups_apart, lane, inside, N: tl.constexpr, LANES: tl.constexpr):
+    """What `_load_groups` made, written back the same way."""
+    parts = ()
+    for i in tl.static_range(N):
+        parts = parts + (tl.reshape(weights[i], (LANES, 1)),)
+    for level in tl.static_range(N.bit_length() - 1):
+        wholes = ()
+        for i in tl.static_range(N >> (level + 1)):
+            pair = tl.permute(tl.join(parts[2 * i], parts[2 * i + 1]), (0, 2, 1))
+            wholes = wholes + (tl.reshape(pair, (LANES, 2 << level)),)
+        parts = wholes
+    place = _places(GROUPS, apart, groups_apart, lane, N)
+    tl.store(place, parts[0].to(GROUPS.dtype.element_ty), mask=inside[:, None])
 
 
 @jit
@@ -299,49 +315,63 @@ def _fit_symmetric(
 
 
 @jit
-def _start_exchange(
-    X, x_apart, x_groups, CODES, apart, groups_apart, SUM_XL, SUM_L2, levels, smallest, count,
-    N: tl.constexpr, LANES: tl.constexpr,
+def _exchanged(x, weights, codes, sum_xl, sum_l2, lowest, highest, N: tl.constexpr, NEED_REST: tl.constexpr):
+    """One round of ``fits.exchange``."""
+    new_codes = ()
+    for i in tl.static_range(N):
+        rest_xl = sum_xl - (weights[i] * x[i]) * codes[i]
+        rest_l2 = sum_l2 - (weights[i] * codes[i]) * codes[i]
+        new = _code(tl.div_rn(x[i] * rest_l2, rest_xl), lowest, highest)
+        new_xl, new_l2 = rest_xl + (weights[i] * x[i]) * new, rest_l2 + (weights[i] * new) * new
+        positive = rest_l2 > 0 if NEED_REST else new_l2 > 0
+        better = (rest_xl > 0) & (new != codes[i]) & positive
+        better = better & ((new_xl * new_xl) * sum_l2 > (sum_xl * sum_xl) * new_l2)
+        new_codes = new_codes + (tl.where(better, new, codes[i]),)
+        sum_xl, sum_l2 = tl.where(better, new_xl, sum_xl), tl.where(better, new_l2, sum_l2)
+    return new_codes, sum_xl, sum_l2
+
+
+@jit
+def _exchange(
+    X, x_apart, x_groups, WEIGHTS, w_apart, w_groups, CODES, apart, groups_apart, SUM_XL, SUM_L2, lowest, highest, rounds,
+    count, N: tl.constexpr, NEED_REST: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     lane, inside = _lanes(count, LANES)
     x = _load_groups(X, x_apart, x_groups, lane, inside, N, LANES)
-    magnitude, value = _largest(x, N)
-    grid = tl.div_rn(-levels, tl.where(magnitude < smallest, 1.0, value))
-    sum_xl, sum_l2 = tl.zeros_like(grid), tl.zeros_like(grid)
-    for i in tl.static_range(N):
-        code = _code(grid * x[i], -levels, levels - 1.0)
-        sum_xl += ((x[i] * x[i]) * x[i]) * code
-        sum_l2 += ((x[i] * x[i]) * code) * code
-        tl.store(CODES + i * apart + lane * groups_apart, code, mask=inside)
+    weights = _load_groups(WEIGHTS, w_apart, w_groups, lane, inside, N, LANES)
+    codes = _load_groups(CODES, apart, groups_apart, lane, inside, N, LANES)
+    sum_xl = tl.load(SUM_XL + lane, mask=inside, other=0.0)
+    sum_l2 = tl.load(SUM_L2 + lane, mask=inside, other=0.0)
+    for _ in range(rounds):
+        codes, sum_xl, sum_l2 = _exchanged(x, weights, codes, sum_xl, sum_l2, lowest, highest, N, NEED_REST)
+    _store_groups(codes, CODES, apart, groups_apart, lane, inside, N, LANES)
     tl.store(SUM_XL + lane, sum_xl, mask=inside)
     tl.store(SUM_L2 + lane, sum_l2, mask=inside)
 
 
 @jit
-def _exchange(
-    X, x_apart, x_groups, WEIGHTS, w_apart, w_groups, CODES, apart, groups_apart, SUM_XL, SUM_L2, lowest, highest, rounds, n,
-    count, NEED_REST: tl.constexpr, LANES: tl.constexpr,
+def _fit_by_exchange(
+    X, x_apart, x_groups, SCALE, CODES, levels, smallest, rounds, count, N: tl.constexpr, LANES: tl.constexpr
 ):  # fmt: skip
     lane, inside = _lanes(count, LANES)
-    sum_xl = tl.load(SUM_XL + lane, mask=inside, other=0.0)
-    sum_l2 = tl.load(SUM_L2 + lane, mask=inside, other=0.0)
+    x = _load_groups(X, x_apart, x_groups, lane, inside, N, LANES)
+    magnitude, value = _largest(x, N)
+    zero = magnitude < smallest
+    grid = tl.div_rn(-levels, tl.where(zero, 1.0, value))
+    weights, codes = (), ()
+    sum_xl, sum_l2 = tl.zeros_like(grid), tl.zeros_like(grid)
+    for i in tl.static_range(N):
+        weight, code = x[i] * x[i], _code(grid * x[i], -levels, levels - 1.0)
+        sum_xl += (weight * x[i]) * code
+        sum_l2 += (weight * code) * code
+        weights, codes = weights + (weight,), codes + (code,)
     for _ in range(rounds):
-        for i in range(n):
-            place = CODES + i * apart + lane * groups_apart
-            x = tl.load(X + i * x_apart + lane * x_groups, mask=inside, other=0.0)
-            weight = tl.load(WEIGHTS + i * w_apart + lane * w_groups, mask=inside, other=0.0)
-            code = tl.load(place, mask=inside, other=0.0)
-            rest_xl = sum_xl - (weight * x) * code
-            rest_l2 = sum_l2 - (weight * code) * code
-            new = _code(tl.div_rn(x * rest_l2, rest_xl), lowest, highest)
-            new_xl, new_l2 = rest_xl + (weight * x) * new, rest_l2 + (weight * new) * new
-            positive = rest_l2 > 0 if NEED_REST else new_l2 > 0
-            better = (rest_xl > 0) & (new != code) & positive
-            better = better & ((new_xl * new_xl) * sum_l2 > (sum_xl * sum_xl) * new_l2)
-            tl.store(place, new, mask=inside & better)
-            sum_xl, sum_l2 = tl.where(better, new_xl, sum_xl), tl.where(better, new_l2, sum_l2)
-    tl.store(SUM_XL + lane, sum_xl, mask=inside)
-    tl.store(SUM_L2 + lane, sum_l2, mask=inside)
+        codes, sum_xl, sum_l2 = _exchanged(x, weights, codes, sum_xl, sum_l2, -levels, levels - 1.0, N, False)
+    stored = ()
+    for i in tl.static_range(N):
+        stored = stored + (tl.where(zero, 0.0, codes[i] + levels),)
+    _store_groups(stored, CODES, 1, N, lane, inside, N, LANES)
+    tl.store(SCALE + lane, tl.where((sum_l2 > 0) & ~zero, tl.div_rn(sum_xl, sum_l2), 0.0), mask=inside)
 
 
 @jit
@@ -380,11 +410,12 @@ def _search_scales(
         error = _scale_error(x, weights, other, levels, N)
         better = error < best
         best, grid = tl.where(better, error, best), tl.where(better, other, grid)
-    sum_xl, sum_l2 = tl.zeros_like(grid), tl.zeros_like(grid)
+    sum_xl, sum_l2, codes = tl.zeros_like(grid), tl.zeros_like(grid), ()
     for i in tl.static_range(N):
         code = tl.minimum(_nearest(grid * x[i]), levels)
         sum_xl += (weights[i] * x[i]) * code
         sum_l2 += (weights[i] * code) * code
-        tl.store(CODES + i * apart + lane * groups_apart, _lowest_byte(code), mask=inside)
+        codes = codes + (_lowest_byte(code),)
+    _store_groups(codes, CODES, apart, groups_apart, lane, inside, N, LANES)
     tl.store(SUM_XL + lane, sum_xl, mask=inside)
     tl.store(SUM_L2 + lane, sum_l2, mask=inside)
