@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from llama_oracle import Llama
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from luthier.errors import UnsupportedError
 from luthier.gguf import ALLOWED_QUANTS, GGUFFile, convert_to_gguf, print_quantization_methods
@@ -157,6 +159,33 @@ def test_a_ramp_that_llama_cpp_rounds_is_said(tmp_path):
     directory = tiny.save_tiny("gpt_oss", tmp_path / "model")
     with pytest.warns(UserWarning, match="rounds YaRN's ramp"):
         convert_to_gguf(directory, tmp_path / "x.gguf", "f32")
+
+
+@pytest.mark.filterwarnings("ignore:.*YaRN")
+def test_experts_stored_in_mxfp4_are_expanded(tmp_path, monkeypatch):
+    """As gpt-oss is published, and as transformers reads it."""
+    directory = save(monkeypatch, tmp_path / "model", "gpt_oss", {"intermediate_size": 96})
+    weights, generator = load_file(directory / "model.safetensors"), torch.Generator().manual_seed(0)
+    expanded = {}
+    for name in [name for name in weights if name.endswith("_proj") and "experts" in name]:
+        experts, columns, rows = weights.pop(name).shape
+        blocks = torch.randint(0, 256, (experts, rows, columns // 32, 16), generator=generator, dtype=torch.uint8)
+        scales = torch.randint(118, 124, (experts, rows, columns // 32), generator=generator, dtype=torch.uint8)
+        weights |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        expanded[name] = convert_moe_packed_tensors(blocks, scales)
+    (tmp_path / "stored").mkdir()
+    for file in directory.iterdir():
+        shutil.copy(file, tmp_path / "stored")
+    save_file(weights, tmp_path / "stored" / "model.safetensors", {"format": "pt"})
+    others = {name: weight for name, weight in weights.items() if not name.endswith(("_blocks", "_scales"))}
+    save_file({**others, **{n: w.contiguous() for n, w in expanded.items()}}, directory / "model.safetensors", {"format": "pt"})
+    source = CheckpointSource(tmp_path / "stored")
+    found = dict(source)
+    assert {name: tuple(tensor.shape) for name, tensor in found.items()} == source.shapes and expanded
+    assert all(torch.equal(found[name], weight) and found[name].dtype == weight.dtype for name, weight in expanded.items())
+    files = [convert_to_gguf(place, tmp_path / f"{place.name}.gguf", "q8_0")[0] for place in (tmp_path / "stored", directory)]
+    first, second = map(GGUFFile, files)
+    assert all(np.array_equal(first.data(name), second.data(name)) for name in first.tensors)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ from typing import Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 
+from luthier.gguf import mxfp4
+
 PIECE = 1 << 25  # bytes that a thread reads at a time for a GPU
 THREADS = min(8, os.cpu_count() or 1)
 DTYPES = {
@@ -86,22 +88,34 @@ class MemorySource:
 
 class CheckpointSource:
     """The safetensors of a directory, read one tensor at a time and not through a memory map, so that no more than that
-    tensor is in memory; to the GPU where there is one.
+    tensor is in memory; to the GPU where there is one. Experts that are stored in MXFP4 come as what they stand for.
 
     Raises ``FileNotFoundError`` where weights or a shard are missing, ``ValueError`` for a file that is damaged.
     """
 
     def __init__(self, directory: str | Path) -> None:
-        self._files = {file: _read_header(file) for file in _weight_files(Path(directory))}
-        self.shapes = {name: entry.shape for entries in self._files.values() for name, entry in entries.items()}
+        files = {file: _read_header(file) for file in _weight_files(Path(directory))}
+        self._stored = {name: (file, entry) for file, entries in files.items() for name, entry in entries.items()}
+        shapes = {name: entry.shape for name, (_, entry) in self._stored.items()}
+        self._stacks = mxfp4.stacks(shapes)
+        for name, (blocks, scales) in self._stacks.items():
+            shapes[name] = mxfp4.shape_of(shapes.pop(blocks))
+            del shapes[scales]
+        self.shapes = shapes
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name in self.shapes:
+            if name in self._stacks:
+                data = mxfp4.expand(*map(self._read, self._stacks[name]))
+            else:
+                data = self._read(name)
+            yield name, data
+            del data  # before there is the next one
+
+    def _read(self, name: str) -> torch.Tensor:
+        file, entry = self._stored[name]
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        for file, entries in self._files.items():
-            for name, entry in entries.items():
-                data = read_bytes(file, entry.start, entry.size, device)
-                yield name, data.view(entry.dtype).view(entry.shape)
-                del data  # before there is the next one
+        return read_bytes(file, entry.start, entry.size, device).view(entry.dtype).view(entry.shape)
 
 
 @dataclass(frozen=True)
