@@ -71,10 +71,10 @@ def unpin(memory: Tensor) -> None:
 
 
 class Slab:
-    """Pinned memory on loan. ``read``: the event behind which what it held has been copied out."""
+    """Pinned memory on loan. ``read``: the event behind which what it held has been copied out; ``views``: by their layout."""
 
     def __init__(self, capacity: int, device: torch.device, maker: ThreadPoolExecutor | None = None) -> None:
-        self.capacity, self.read = capacity, None
+        self.capacity, self.read, self.views = capacity, None, {}
         self._made: Future[Tensor] = Future()
         maker.submit(self._make, device) if maker else self._make(device)
 

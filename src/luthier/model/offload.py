@@ -33,12 +33,11 @@ class Parked:
     """Tensors of one layer in a slab of host memory; ``ready`` is the event behind which they are ``back``."""
 
     def __init__(self, tensors: dict[str, Tensor], slab: Slab) -> None:
-        self.slab, self.host, start = slab, {}, 0
-        for name, value in tensors.items():
-            place = slab.memory[start : start + value.nbytes]
-            self.host[name] = place.view(value.dtype).view(value.shape)
-            start += _aligned(value.nbytes)
-        self.device = next(iter(tensors.values())).device
+        self.slab, self.device = slab, next(iter(tensors.values())).device
+        layout = tuple((name, value.shape, value.dtype) for name, value in tensors.items())
+        if layout not in slab.views:  # the same ones in every step
+            slab.views = {layout: _views(tensors, slab.memory)}
+        self.host = slab.views[layout]
         self.back: dict[str, Tensor] | None = None
         self.ready: torch.cuda.Event | None = None
 
@@ -138,6 +137,15 @@ class Offload:
             for name, value in parked.back.items():
                 value.copy_(parked.host[name], non_blocking=True)
             parked.ready = parked.slab.read = down.record_event()
+
+
+def _views(tensors: dict[str, Tensor], memory: Tensor) -> dict[str, Tensor]:
+    """Tensors like these, one after the other in ``memory`` (uint8)."""
+    views, start = {}, 0
+    for name, value in tensors.items():
+        views[name] = memory[start : start + value.nbytes].view(value.dtype).view(value.shape)
+        start += _aligned(value.nbytes)
+    return views
 
 
 def _aligned(size: int) -> int:
