@@ -376,22 +376,26 @@ def test_restore_takes_everything_back():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there the kernels run anyway")
-@pytest.mark.parametrize("family", ["llama3", "qwen3", "gemma3", "phi3", "olmo2", "nf4"])
+@pytest.mark.parametrize("family", ["llama3", "qwen3", "gemma2", "gemma3", "gpt_oss", "phi3", "olmo2", "nf4"])
 def test_a_whole_step_through_the_kernels(tmp_path, monkeypatch, family):
     """Every Triton kernel in its place in a training step, interpreted."""
     pytest.importorskip("triton")
     from triton_interpreter import interprets, repaired
 
     from luthier.model import fused_layer
-    from luthier.ops import gated_mlp, linear_cross_entropy, lora_linear, nf4, rms_norm, rotary
+    from luthier.ops import attention, gated_mlp, linear_cross_entropy, lora_linear, nf4, rms_norm, rotary
 
     if not interprets():
         pytest.skip("TRITON_INTERPRET=1 was not set when Luthier's kernels were imported")
     inputs = {name: value[:, :9] for name, value in batch().items()}
-    model = with_lora(nf4_model(tmp_path, intermediate_size=128) if family == "nf4" else tiny_model(family))
+    inputs["attention_mask"] = (inputs["input_ids"] > 0).int()
+    inputs["attention_mask"][1, :2] = 0  # on the left, where it cannot be left out
+    inputs["labels"][1, :3] = -100
+    model = with_lora(nf4_model(tmp_path, intermediate_size=128) if family == "nf4" else family_model(family))
     truth = loss_and_gradients(model, **inputs)
     fused(model, Mode.ALL_BUT_GATE_UP)
     for module in (rms_norm, rotary, gated_mlp, nf4, linear_cross_entropy, lora_linear, fused_layer):
         monkeypatch.setattr(module, "has_kernels", lambda x: True)
+    monkeypatch.setattr(attention, "_has_tiles", lambda q: True)
     with repaired():
         assert_same(model, inputs, truth)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -647,3 +648,48 @@ def test_a_query_that_sees_nothing_gets_nothing():
         torch.testing.assert_close(out[0], attention(q[:1], k[:1], v[:1], 0.3)[0])
         dq, dk, dv = backward(torch.ones_like(out), q, k, v, out, rows, 0.3, band)
         assert not dq[1, :, :4].any() and not dk[1, :, :4].any() and not dv[1, :, :4].any() and dv[1, :, 4:].any()
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_padding_as_a_band_is_padding_as_a_mask(attention_kernel, window):
+    """What is no padding, and its gradients, under a gradient that is zero at the padding."""
+    inputs = {name: randn(2, heads, 9, 16, seed=heads) for name, heads in (("q", 4), ("k", 2), ("v", 2))}
+    index = torch.arange(9, device=DEVICE)
+    real = torch.stack(((index >= 3) & (index < 8), index < 9))
+    seen = (index[:, None] >= index) & (index[:, None] - index < (window or 9)) & real[:, None, :]
+    first, last = (torch.tensor(ends, dtype=torch.int32, device=DEVICE) for ends in ([3, 0], [7, 8]))
+    padding = attention_module.Padding(first, last)
+    grad = randn(2, 4, 9, 16, seed=9) * real[:, None, :, None]
+    out, state = attention_module.attend(*inputs.values(), 0.3, None, window, padding)
+    gradients = attention_module.attend_backward(grad, *inputs.values(), out, state, 0.3)
+    leaves = [t.double().requires_grad_() for t in inputs.values()]
+    truth = attention(*leaves, 0.3, mask=seen[:, None] | ~real[:, None, :, None])  # padding sees all, so that it is a number
+    torch.testing.assert_close(out.transpose(1, 2)[real].double(), truth.transpose(1, 2)[real], rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(gradients, torch.autograd.grad(truth, leaves, grad.double()), strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
+
+
+class OnACard:
+    """Of a tensor on a GPU that is not there, what the choice of a kernel looks at."""
+
+    is_cuda, device = True, "cuda"
+
+    def __init__(self, width: int, dtype: torch.dtype) -> None:
+        self.shape, self.dtype = (1, 8, 64, width), dtype
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
+@pytest.mark.parametrize("capability", [(7, 0), (7, 5), (8, 0), (8, 6), (9, 0), (10, 0), (12, 0)])
+def test_every_card_has_a_kernel_that_knows_the_case(monkeypatch, capability):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    segments = attention_module.Segments(torch.tensor([0, 3, 64]), 61)
+    knows = {"window": {"tiles", "flash, structured", "reference"}, "softcap": {"tiles", "reference"}}
+    knows |= {"packed": knows["window"] | {"efficient"}, "causal": knows["window"] | {"efficient", "cudnn", "flash"}}
+    cases = {"causal": {}, "window": {"window": 5}, "packed": {"segments": segments}, "softcap": {"softcap": 2.0}}
+    cases |= {"window of packed": {"window": 5, "segments": segments}}
+    for (case, arguments), width in itertools.product(cases.items(), (40, 64, 80, 128, 192, 256, 320)):
+        for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            kernel = attention_module.kernel_for(OnACard(width, dtype), **arguments)
+            assert kernel in knows[case.split(" of")[0]]
+            if "flash" in kernel or kernel in ("cudnn", "tiles"):
+                assert capability >= (8, 0) and dtype.itemsize == 2 and width <= 256

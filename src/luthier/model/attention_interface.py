@@ -19,14 +19,12 @@ NAME = "luthier"
 
 
 def implementation_for(config: PreTrainedConfig) -> str | None:
-    """``attn_implementation`` of a model whose attention has soft caps or sinks, made known to transformers; else None."""
-    spec = adapters.find(config)
-    capped = spec is not None and spec.softcap is not None and getattr(config.get_text_config(), spec.softcap) is not None
-    if not capped and (spec is None or spec.sinks is None):
-        return None
+    """``attn_implementation`` of a model whose attention has soft caps or sinks; None for others. Makes the name known."""
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-    return NAME
+    spec = adapters.find(config)
+    capped = spec is not None and spec.softcap is not None and getattr(config.get_text_config(), spec.softcap) is not None
+    return NAME if capped or (spec is not None and spec.sinks is not None) else None
 
 
 def attention_forward(
@@ -43,14 +41,16 @@ def attention_forward(
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """query (B, H, T, D), key and value (B, Hkv, S, D) -> ((B, T, H, D), None)."""
-    if softcap is None and s_aux is None:
+    packed = kwargs.get("cu_seq_lens_q") is not None and query.shape[0] == 1 and query.shape[2] == key.shape[2]
+    packed = packed and module.is_causal and not dropout
+    if softcap is None and s_aux is None and not packed:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     if dropout:
         raise ValueError(f"attention_dropout is {dropout}: Luthier's attention with soft caps or sinks has none. Set it to 0.")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window, segments = None, None
-    if kwargs.get("cu_seq_lens_q") is not None and query.shape[0] == 1 and query.shape[2] == key.shape[2]:
-        attention_mask, window = None, sliding_window  # gpt_oss' mask does not know of packed sequences
+    if packed:  # without the dense mask; that of gpt_oss does not know of packed sequences at all
+        attention_mask, window = None, sliding_window
         segments = Segments(kwargs["cu_seq_lens_q"].int(), int(kwargs["max_length_q"]))
     causal = query.shape[2] == key.shape[2]  # without a mask; one new token sees all
     out = attention(query, key, value, scale, causal, attention_mask, window, segments, softcap, s_aux)

@@ -18,7 +18,7 @@ from luthier.model.clock import Clock
 from luthier.model.dial import Dial
 from luthier.model.graphs import Graphs
 from luthier.model.host_memory import movable
-from luthier.ops.attention import Segments
+from luthier.ops.attention import Padding, Segments
 from luthier.ops.lora_linear import Workspace
 
 
@@ -27,6 +27,7 @@ class Structure:
     """Every row is causal, within its layer's window, and within ``segments`` if it holds several sequences."""
 
     segments: Segments | None = None
+    padding: Padding | None = None  # what the mask says too
 
 
 @dataclass
@@ -62,7 +63,7 @@ def backbone_class_members(stock: type[nn.Module]) -> dict:
         state.dial.embedding = movable(self.get_input_embeddings(), state.tied)
         try:
             structure = state.structure = find_structure({**call, **extra})
-            is_plain = structure is not None and structure.segments is None
+            is_plain = structure is not None and structure.segments is None and structure.padding is None
             return state.graphs.around(functools.partial(stock.forward, self, *args, **kwargs), self.layers, is_plain)
         finally:
             state.structure = None
@@ -77,7 +78,7 @@ def backbone_class_members(stock: type[nn.Module]) -> dict:
 
 
 def find_structure(call: dict) -> Structure | None:
-    """The structure that a backbone's arguments describe, or None where only a mask can say it (padding, images).
+    """The structure that a backbone's arguments describe, or None where only a mask can say it (images).
 
     As transformers does, positions that start again mean a new sequence only where there is no attention mask.
     """
@@ -85,8 +86,7 @@ def find_structure(call: dict) -> Structure | None:
     if call.get("past_key_values") is not None:
         return None
     if mask is not None:
-        whole = isinstance(mask, Tensor) and mask.ndim == 2 and bool(mask.all())
-        return Structure() if whole else None
+        return _padded(mask.bool()) if isinstance(mask, Tensor) and mask.ndim == 2 else None
     if call.get("cu_seq_lens_q") is not None:
         return Structure(Segments(call["cu_seq_lens_q"].int(), int(call["max_length_q"])))
     if positions is None or (positions.ndim == 3 and positions.shape[0] == 3):
@@ -97,6 +97,16 @@ def find_structure(call: dict) -> Structure | None:
     if not bool(starts.any()):
         return Structure()
     return Structure(_segments(starts[0])) if positions.shape[0] == 1 else None
+
+
+def _padded(mask: Tensor) -> Structure | None:
+    """From an attention mask (B, T): whole rows, or padding at their ends; None if there are holes."""
+    first, after = mask.int().argmax(1), mask.shape[1] - mask.flip(1).int().argmax(1)
+    width = mask.sum(1)
+    is_whole, has_holes = torch.stack((mask.all(), (after - first != width).any())).tolist()
+    if is_whole:
+        return Structure()
+    return None if has_holes else Structure(padding=Padding(first.int(), after.int() - 1))
 
 
 def _segments(starts: Tensor) -> Segments:

@@ -16,7 +16,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from luthier.ops.attention import AttentionState, Segments, attend, attend_backward
+from luthier.ops.attention import AttentionState, Padding, Segments, attend, attend_backward
 from luthier.ops.gated_mlp import gated_backward_, gated_forward
 from luthier.ops.lora_linear import Projection
 from luthier.ops.rms_norm import rms_norm_backward, rms_norm_forward, rms_norm_gradients
@@ -79,11 +79,11 @@ class Call:
     sin: Tensor
     mask: Tensor | None = None  # decides alone if given
     window: int | None = None
-    segments: Segments | None = None
+    segments: Segments | Padding | None = None  # padding: the mask says it too
 
     @property
     def is_long(self) -> bool:
-        return (self.cos.shape[1] if self.segments is None else self.segments.longest) >= LONG
+        return (self.segments.longest if isinstance(self.segments, Segments) else self.cos.shape[1]) >= LONG
 
 
 @dataclass

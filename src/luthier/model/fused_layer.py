@@ -179,10 +179,10 @@ def run(layer: nn.Module, blocks: Blocks, spec: Spec, hidden_states: Tensor, kwa
     tables = kwargs["position_embeddings"]
     cos, sin = half_tables(*tables, spec.rotary) if blocks.attention.rotates else tables
     call = Call(hidden_states.shape[0], cos, sin)
-    if structure is None:
+    if structure is None or structure.padding is not None:
         call.mask = kwargs.get("attention_mask")
-    else:
-        call.window, call.segments = _window(layer.self_attn, spec), structure.segments
+    if structure is not None:
+        call.window, call.segments = _window(layer.self_attn, spec), structure.padding or structure.segments
     layer_run = LayerRun(state, blocks, call, plan)
     if blocks.mlp is not None:
         return state.model.graphs.run(layer_run, hidden_states)

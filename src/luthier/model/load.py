@@ -324,8 +324,7 @@ def load_weights(
     info.stored_dtype = checkpoint.open_checkpoint(info.base_path).dtype
     settings = {name: value for name, value in options.items() if value is not None}
     settings["device_map"] = settings.get("device_map", default_device_map())
-    attention = settings.get("attn_implementation") or implementation_for(config)
-    settings |= {"attn_implementation": attention} if attention else {}
+    settings = {"attn_implementation": implementation_for(config)} | settings
     settings["quantization_config"] = _quantisation_of(config, info, precision_given, settings.pop("quantization_config", None))
     if settings["quantization_config"] is None:
         del settings["quantization_config"]

@@ -48,6 +48,15 @@ class Segments:
         return tuple(self.bounds.diff().tolist())
 
 
+@dataclass(frozen=True)
+class Padding:
+    """Rows with padding at their ends: the first and the last token of each that is none, (B,) int32."""
+
+    first: Tensor
+    last: Tensor
+    bands: dict[int | None, Band] = field(default_factory=dict, compare=False, repr=False)
+
+
 @dataclass
 class AttentionState:
     """What a backward needs besides q, k, v and the output."""
@@ -130,31 +139,40 @@ def kernel_for(
     q: Tensor,
     mask: Tensor | None = None,
     window: int | None = None,
-    segments: Segments | None = None,
+    segments: Segments | Padding | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> str:
     """The kernel for queries like ``q`` (B, H, T, D): "cpu", one of ``FASTEST``, "reference" (ours, in plain torch), or
     "autograd": whatever torch chooses, for what only a mask can say."""
+    tiled = _has_tiles(q)
+    if isinstance(segments, Padding) and (tiled or mask is None):
+        return "tiles" if tiled else "reference"
     if mask is not None:
         return "autograd" if softcap is None and sinks is None else "reference"
-    if not q.is_cuda:
-        return "cpu" if window is None and softcap is None and q.dtype != torch.float64 else "reference"
-    width, sixteen_bits = q.shape[-1], q.dtype in (torch.bfloat16, torch.float16)
-    capability = torch.cuda.get_device_capability(q.device)
-    tiled = triton is not None and sixteen_bits and width <= 256 and capability >= (8, 0)
     if softcap is not None:
         return "tiles" if tiled else "reference"
+    if not q.is_cuda:
+        return "cpu" if window is None and q.dtype != torch.float64 else "reference"
+    width, sixteen_bits = q.shape[-1], q.dtype in (torch.bfloat16, torch.float16)
     case = "window" if window is not None else "causal" if segments is None else "packed"
     if not sixteen_bits:
         return "efficient" if case != "window" and q.dtype == torch.float32 and width % 4 == 0 else "reference"
     if width % 8 or width > 256:
         return "tiles" if tiled else "reference"
-    row = FASTEST[max(known for known in FASTEST if known <= max(capability, (7, 5)))][case]
+    capability = max(torch.cuda.get_device_capability(q.device), (7, 5))
+    row = FASTEST[max(known for known in FASTEST if known <= capability)][case]
     kernel = row[min(most for most in row if width <= most)]
     if kernel == "cudnn" and not torch.backends.cuda.cudnn_sdp_enabled():
         return "flash"
     return "reference" if kernel == "tiles" and not tiled else kernel
+
+
+def _has_tiles(q: Tensor) -> bool:
+    """Whether ours in Triton takes ``q``; Turing's tensor cores are beyond Triton's reach."""
+    if triton is None or not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] > 256:
+        return False
+    return torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
 def attend(
@@ -164,13 +182,14 @@ def attend(
     scale: float,
     mask: Tensor | None = None,
     window: int | None = None,
-    segments: Segments | None = None,
+    segments: Segments | Padding | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, AttentionState]:
     """(out (B, H, T, D), what its backward needs), of causal attention within ``window`` and ``segments`` if given.
 
-    With ``mask`` (see ``attention``) the mask alone decides. ``sinks`` (H,) get no gradient.
+    With ``mask`` (see ``attention``) the mask alone decides; it may stand beside ``Padding``, for kernels that know only
+    masks. ``sinks`` (H,) get no gradient.
     """
     window = None if window is None or window >= q.shape[2] else window
     kernel = kernel_for(q, mask, window, segments, softcap, sinks)
@@ -180,7 +199,7 @@ def attend(
             out = attention(*leaves, scale, mask=mask)
         return out.detach(), AttentionState(kernel, graph=(*leaves, out))
     if kernel in ("tiles", "reference"):
-        seen = band(q.shape[2], window, segments, q.device) if mask is None else mask
+        seen = band(q.shape[2], window, segments, q.device) if mask is None or kernel == "tiles" else mask
         run = flash_forward if kernel == "tiles" else flash_reference
         out, rows = run(q, k, v, scale, seen, softcap)
         state = AttentionState(kernel, rows, (seen, softcap))
@@ -233,28 +252,32 @@ class _Attention(torch.autograd.Function):
         return *gradients, of_sinks, None, None, None, None, None
 
 
-def band(length: int, window: int | None, segments: Segments | None, device: torch.device) -> Band:
-    """What each token sees, causally, within its window and its segment; computed once for a structure."""
+def band(length: int, window: int | None, segments: Segments | Padding | None, device: torch.device) -> Band:
+    """What each token sees, causally, within its window and its segment or row; computed once for a structure."""
     if segments is None:
         return _band_of_window(power_of_2(length), window, device).cut(length)
     if window not in segments.bands:
         token = torch.arange(length, device=device, dtype=torch.int32)
-        bounds = segments.bounds.to(torch.int32)
-        first = bounds[torch.searchsorted(bounds, token, right=True) - 1]
-        segments.bands[window] = _causal_band(first, window)
+        if isinstance(segments, Padding):
+            first, last = segments.first[:, None].repeat(1, length), torch.minimum(token, segments.last[:, None])
+        else:
+            bounds = segments.bounds.to(torch.int32)
+            first, last = bounds[torch.searchsorted(bounds, token, right=True) - 1][None], token[None]
+        segments.bands[window] = _causal_band(first, last, window)
     return segments.bands[window]
 
 
 @functools.cache  # of few lengths, and for good: CUDA graphs read where a band lies
 def _band_of_window(length: int, window: int | None, device: torch.device) -> Band:
-    return _causal_band(torch.zeros(length, device=device, dtype=torch.int32), window)
+    token = torch.arange(length, device=device, dtype=torch.int32)[None]
+    return _causal_band(torch.zeros_like(token), token, window)
 
 
-def _causal_band(first: Tensor, window: int | None) -> Band:
-    token = torch.arange(first.shape[0], device=first.device, dtype=torch.int32)
+def _causal_band(first: Tensor, last: Tensor, window: int | None) -> Band:
     if window is not None:
+        token = torch.arange(first.shape[1], device=first.device, dtype=torch.int32)
         first = torch.maximum(first, token - window + 1)
-    return Band.of(first[None], token[None])
+    return Band.of(first, last)
 
 
 def _add_sinks(out: Tensor, rows: Tensor, sinks: Tensor) -> None:
