@@ -81,7 +81,7 @@ def test_16_bit_experts_train_as_stock_ones(family, changes, mode, calls):
 @pytest.mark.parametrize("family", MIXTURES)
 def test_bf16_gradients_are_as_good_as_stock_ones(family):
     """Over several batches: a last bit may send a token to another expert, in stock as in ours."""
-    batches = [batch(rows=3, length=40, seed=seed) for seed in range(6)]
+    batches = [batch(rows=3, length=40, seed=seed) for seed in range(4)]
     exact_model = adapted(tiny_model(family, dtype=torch.bfloat16)).float()
     exact = [loss_and_gradients(exact_model, **inputs)[1] for inputs in batches]
     model = adapted(tiny_model(family, dtype=torch.bfloat16))

@@ -71,7 +71,7 @@ def test_a_routing_sorts_the_choices(path, kind):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("transposed", [False, True], ids=["(N, K)", "(K, N)"])
-@pytest.mark.parametrize("kind", ["mixed", "one takes all", "of another device", "few"])
+@pytest.mark.parametrize("kind", ["one takes all", "of another device", "few"])
 def test_product(path, kind, transposed, dtype):
     """Gathered or sorted inputs, a thin product and a bias on top, in two launches of some experts each."""
     routing = grouped.route(choices(kind), EXPERTS)
@@ -103,7 +103,7 @@ def test_product(path, kind, transposed, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradient_and_combine(path, kind, dtype):
-    routing = grouped.route(choices(kind, tokens=70), EXPERTS)
+    routing = grouped.route(choices(kind, tokens=20 if kind == "every expert" else 70), EXPERTS)
     rows, tokens = routing.order.shape[0], routing.position.shape[0]
     valid = int(routing.offsets[-1])
     x, by_token, y = randn(rows, 72, dtype=dtype), randn(tokens, 72, dtype=dtype), randn(rows, 16, seed=1, dtype=dtype)
@@ -263,7 +263,8 @@ CASES = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("gate", "kind", "keeps"), CASES.values(), ids=CASES)
 def test_experts(path, gate, kind, keeps, dtype):
-    index, transposed, gate = choices(kind, tokens=32), gate == "clamped", GATES[gate]
+    index = choices(kind, tokens={"one takes all": 40, "every expert": 12}.get(kind, 24))  # of about as many choices
+    transposed, gate = gate == "clamped", GATES[gate]
 
     def ours(x, weights, **tensors):
         layers = layers_of(transposed, tensors)
