@@ -52,7 +52,7 @@ class Offload:
 
     def __init__(self) -> None:
         self.pool: SlabPool | None = None
-        self.streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None
+        self.streams: dict[torch.device, tuple[torch.cuda.Stream, torch.cuda.Stream]] = {}  # out and back
         self.under_way: list[tuple[torch.cuda.Event, list[Tensor]]] = []
         self.chain: list[tuple[int, weakref.ref[Kept]]] = []  # this forward's layers, in order
 
@@ -83,11 +83,11 @@ class Offload:
         for name in tensors:
             setattr(kept, name, None)
 
-    def settle(self) -> None:
-        """The forward is over: the device's memory of what was parked is free as soon as the copies are done."""
-        for done, tensors in self.under_way:
+    def settle(self, depth: int = 0) -> None:
+        """All copies out but the last ``depth`` are waited for, before what comes next: then their memory is free."""
+        while len(self.under_way) > depth:
+            done, tensors = self.under_way.pop(0)
             torch.cuda.current_stream(tensors[0].device).wait_event(done)
-        self.under_way.clear()
 
     def fetch(self, kept: Kept) -> None:
         """Called at the start of a layer's backward: its tensors are there, and those of the layer before are started."""
@@ -107,9 +107,9 @@ class Offload:
             for name, value in tensors.items():
                 parked.host[name].copy_(value)
             return
-        if self.streams is None:
-            self.streams = torch.cuda.Stream(parked.device), torch.cuda.Stream(parked.device)
-        current, up = torch.cuda.current_stream(parked.device), self.streams[0]
+        if parked.device not in self.streams:
+            self.streams[parked.device] = torch.cuda.Stream(parked.device), torch.cuda.Stream(parked.device)
+        current, up = torch.cuda.current_stream(parked.device), self.streams[parked.device][0]
         up.wait_event(current.record_event())
         if parked.slab.read is not None:
             up.wait_event(parked.slab.read)
@@ -117,8 +117,7 @@ class Offload:
             for name, value in tensors.items():
                 parked.host[name].copy_(value, non_blocking=True)
             self.under_way.append((up.record_event(), list(tensors.values())))
-        while len(self.under_way) > depth:
-            current.wait_event(self.under_way.pop(0)[0])
+        self.settle(depth)
 
     def _start(self, kept: Kept) -> None:
         """Start the copies of one layer back to the device."""
@@ -131,7 +130,7 @@ class Offload:
             for name, value in parked.back.items():
                 value.copy_(parked.host[name])
             return
-        current, down = torch.cuda.current_stream(parked.device), self.streams[1]
+        current, down = torch.cuda.current_stream(parked.device), self.streams[parked.device][1]
         down.wait_event(current.record_event())
         with torch.cuda.stream(down):
             for name, value in parked.back.items():
