@@ -27,12 +27,13 @@ BUDGETS = {  # row -> memory_budget by shape
     "luthier small": defaultdict(lambda: 10, PEER),
     "luthier fp8-backward": defaultdict(lambda: 11, {shape: gib + 1 for shape, gib in PEER.items()}),
 }
-LUTHIER = {  # row -> arguments of set_checkpointing, and of set_compute
+LUTHIER = {  # row -> arguments of set_checkpointing, of set_compute, and whether short batches run from graphs
     "luthier offload": {"mode": "offload"},
     "luthier small": {"mode": "auto"},
     "luthier recompute": {"mode": True},
     "luthier 40 GiB": {"mode": "auto", "memory_budget": 40},
     "luthier keep": {"mode": False},
+    "luthier without graphs": {"mode": False, "graphs": False},  # only on request: the same as "keep" but in short shapes
     "luthier fp8-backward": {"mode": "auto", "compute": "fp8-backward"},
     "luthier fp8": {"mode": False, "compute": "fp8"},
 }
@@ -54,7 +55,8 @@ def main() -> None:
     parser.add_argument("--model", default="llama-8b", help="a shape of bench/models.py")
     parser.add_argument("--shapes", default="2x2048,8x2048,1x8192", help="batch x tokens, comma separated")
     parser.add_argument("--peers", default="hf,liger,luthier")
-    parser.add_argument("--rows", default=",".join(LUTHIER), help="which of Luthier's rows to time")
+    rows = ",".join(row for row in LUTHIER if row != "luthier without graphs")
+    parser.add_argument("--rows", default=rows, help="which of Luthier's rows to time")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has, for a quick look")
@@ -125,12 +127,13 @@ def prepared(name: str, model):
     """The model as a user of that library would train it."""
     model.train()
     if name in LUTHIER:
-        from luthier.model.accelerate import accelerate
+        from luthier.model.accelerate import accelerate, graphs_of
         from luthier.model.checkpointing import set_checkpointing
         from luthier.model.compute import set_compute
 
         settings = dict(LUTHIER[name])
         set_compute(accelerate(model), settings.pop("compute", "bf16"))
+        graphs_of(model).enabled = settings.pop("graphs", True)
         return model if name in BUDGETS else set_checkpointing(model, **settings)
     if name == "liger":
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
@@ -223,10 +226,11 @@ def correctness(shape: str) -> dict:
     import torch
     from models import dequantised, emulating_8_bits, random_model, with_lora
 
-    from luthier.model.accelerate import accelerate, dial_of
+    from luthier.model.accelerate import accelerate, dial_of, graphs_of
     from luthier.model.blocks import Mode
     from luthier.model.compute import set_compute
     from luthier.model.dial import LayerPlan
+    from luthier.model.graphs import REPEATS
     from luthier.model.offload import Host
 
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -257,6 +261,13 @@ def correctness(shape: str) -> dict:
     for layer in [*kinds, LayerPlan(Mode.KEEP, Host.INPUT), LayerPlan(Mode.KEEP, Host.EVERYTHING)]:
         place = f", {layer.host.name.lower()} in host memory" if layer.host else ""
         rows[f"luthier {layer.mode.name.lower()}{place}"] = row(layer, allowed)
+    if not mixture:
+        graphs = graphs_of(model)
+        graphs.enabled = True
+        last = [row(LayerPlan(Mode.KEEP), allowed) for _ in range(REPEATS + 1)][-1]
+        if graphs.recordings:
+            rows["luthier keep, from graphs"] = last
+        graphs.enabled = False
     for kind, loss_allowed in () if mixture else (("fp8-backward", 0.01), ("fp8", 0.05)):
         set_compute(model, kind)
         for mode in (Mode.ALL_BUT_GATE_UP, Mode.KEEP):
