@@ -193,6 +193,15 @@ def _on_grid(x):
 
 
 @jit
+def _bytes_of(x):
+    """fp32 -> the bytes of the nearest values of e4m3 as int32, by integers: ptxas 12.8 loses conversions whose bytes are packed."""
+    bits = tl.abs(_on_grid(x)).to(tl.int32, bitcast=True)
+    small = (tl.abs(_on_grid(x)) * 512.0).to(tl.int32)  # below 2^-6: steps of 2^-9
+    code = tl.where(bits < 121 << 23, small, (bits >> 20) - (120 << 3))
+    return tl.minimum(code, 126) | ((x.to(tl.int32, bitcast=True) >> 24) & 128)
+
+
+@jit
 def _riding(x, column, RANK: tl.constexpr, WIDTH: tl.constexpr, LOW: tl.constexpr):
     """What stands in ``column`` of riders: x, scaled and in fp32, is that of ``column % RANK``."""
     high = _on_grid(x)
@@ -291,10 +300,10 @@ def _nf4_rows_kernel(
     at = block[:, None] * (SIZE // 2) + byte[None, :]
     pair = tl.load(PACKED + at, mask=inside[:, None], other=0).to(tl.int32)
     inverse = tl.div_rn(1.0, tl.load(SCALES + row))
-    high = (tl.load(CODE + (pair >> 4)) * scale * inverse).to(OUT.dtype.element_ty).to(tl.uint8, bitcast=True)
-    low = (tl.load(CODE + (pair & 15)) * scale * inverse).to(OUT.dtype.element_ty).to(tl.uint8, bitcast=True)
-    words = OUT.to(tl.pointer_type(tl.uint16)) + (row * stride_out + within * SIZE)[:, None] // 2 + byte[None, :]
-    tl.store(words, high.to(tl.uint16) | (low.to(tl.uint16) << 8), mask=inside[:, None])
+    high = _bytes_of(tl.load(CODE + (pair >> 4)) * scale * inverse)
+    low = _bytes_of(tl.load(CODE + (pair & 15)) * scale * inverse)
+    words = OUT.to(tl.pointer_type(tl.int16)) + (row * stride_out + within * SIZE)[:, None] // 2 + byte[None, :]
+    tl.store(words, (high | (low << 8)).to(tl.int16), mask=inside[:, None])
 
 
 @jit
@@ -309,16 +318,14 @@ def _nf4_columns_kernel(
     inside = (4 * word < rows)[:, None] & exists[None, :]
     of_high = tl.div_rn(1.0, tl.load(SCALES + 2 * byte, mask=exists, other=1.0))[None, :]
     of_low = tl.div_rn(1.0, tl.load(SCALES + 2 * byte + 1, mask=exists, other=1.0))[None, :]
-    high, low = tl.zeros((ROWS, BYTES), tl.uint32), tl.zeros((ROWS, BYTES), tl.uint32)
+    high, low = tl.zeros((ROWS, BYTES), tl.int32), tl.zeros((ROWS, BYTES), tl.int32)
     for index in tl.static_range(4):
         row = (4 * word + index).to(tl.int64)[:, None]
         block = row * (columns // SIZE) + (byte // (SIZE // 2))[None, :]
         scale = _block_scale(ABSMAX, NESTED_ABSMAX, NESTED_CODE, OFFSET, block, inside, NESTED)
         pair = tl.load(PACKED + row * (columns // 2) + byte[None, :], mask=inside, other=0).to(tl.int32)
-        first = (tl.load(CODE + (pair >> 4)) * scale * of_high).to(OUT.dtype.element_ty)
-        second = (tl.load(CODE + (pair & 15)) * scale * of_low).to(OUT.dtype.element_ty)
-        high |= first.to(tl.uint8, bitcast=True).to(tl.uint32) << (8 * index)
-        low |= second.to(tl.uint8, bitcast=True).to(tl.uint32) << (8 * index)
-    target = OUT.to(tl.pointer_type(tl.uint32)) + (2 * byte).to(tl.int64)[:, None] * (stride_out // 4) + word[None, :]
+        high |= _bytes_of(tl.load(CODE + (pair >> 4)) * scale * of_high) << (8 * index)
+        low |= _bytes_of(tl.load(CODE + (pair & 15)) * scale * of_low) << (8 * index)
+    target = OUT.to(tl.pointer_type(tl.int32)) + (2 * byte).to(tl.int64)[:, None] * (stride_out // 4) + word[None, :]
     tl.store(target, tl.trans(high), mask=tl.trans(inside))
     tl.store(target + stride_out // 4, tl.trans(low), mask=tl.trans(inside))
