@@ -207,6 +207,25 @@ def test_4bit_experts_are_expanded_a_few_at_a_time(path, transposed, monkeypatch
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_a_few_tokens_expand_only_their_experts(path, monkeypatch):
+    """The same, bit for bit, as with all of them; one choice is of another device."""
+    index, sizes = torch.tensor([[3, EXPERTS]], device=DEVICE), []
+    inputs = inputs_of(index, False, torch.float32, 64, 64)
+    stacks = {f"{name}_weight": nf4_stack(*inputs[f"{name}_weight"].shape) for name in ("up", "down")}
+    small = {name: value for name, value in inputs.items() if name not in stacks}
+    expand = experts._expand
+    monkeypatch.setattr(experts, "_expand", lambda *a: sizes.append(a[2] - a[1]) or expand(*a))
+
+    def ours(x, weights, **tensors):
+        return experts.experts(x, index, weights, *layers_of(False, tensors | stacks), GATES["silu"])
+
+    found = outcome(ours, small)
+    assert max(sizes) <= index.numel()
+    monkeypatch.setattr(experts, "_only_chosen", lambda *arguments: arguments)
+    expected = outcome(ours, small)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def plain_experts(index, gate, transposed, x, weights, **tensors) -> Tensor:
     """The definition of ``experts``, for autograd: every expert over every token."""
     out = torch.zeros_like(x)
@@ -253,7 +272,6 @@ def layers_of(transposed: bool, tensors: dict[str, Tensor]) -> list[ExpertLinear
 
 
 CASES = {
-    "a few tokens": ("clamped", "few", True),
     **{gate: (gate, "mixed", True) for gate in GATES},
     "recompute": ("clamped", "mixed", False),
     **{kind: ("clamped", kind, True) for kind in ("one takes all", "every expert", "of another device")},
@@ -276,6 +294,6 @@ def test_experts(path, gate, kind, keeps, dtype):
         return plain_experts(index, gate, transposed, x, weights, **{name: t.to(x.dtype) for name, t in tensors.items()})
 
     inputs = inputs_of(index, transposed, dtype)
-    if kind in ("few", "of another device"):
+    if kind == "of another device":
         inputs["weights"] = torch.where(index < EXPERTS, inputs["weights"], 0.0)
     assert_as_good(outcome(ours, inputs), outcome(in_one_dtype, inputs), outcome(in_one_dtype, inputs, torch.float64))

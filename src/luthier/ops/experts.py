@@ -111,36 +111,33 @@ class _Experts(torch.autograd.Function):
         low_up = up.low(x, gather=True)
         gate_up = up.forward(x, low_up, gather=True)
         act = gated(gate_up, gate)
-        low_down = down.low(act)
-        kept = (gate_up, low_up, low_down, *routing.tensors()) if _keeps.get() else ()
+        kept = (gate_up, low_up, *routing.tensors()) if _keeps.get() else ()
         ctx.save_for_backward(x, index, weights, *kept)
-        return combine(down.forward(act, low_down), routing, weights)
+        return combine(down.forward(act, down.low(act)), routing, weights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         x, index, weights, *kept = ctx.saved_tensors
         grad, number = grad.contiguous(), ctx.layers[0].experts
-        routing = Routing(*kept[3:], number, index.shape[1]) if kept else route(index, number)
+        gate_up, low_up, *routed = kept or (None, None)
+        routing = Routing(*routed, number, index.shape[1]) if kept else route(index, number)
         up, down = (_Products(layer, routing, x.dtype) for layer in ctx.layers)
-        if kept:
-            gate_up, low_up, low_down = kept[:3]
-        else:
+        if not kept:
             low_up = up.low(x, gather=True)
             gate_up = up.forward(x, low_up, gather=True)
-            low_down = None if down.layer.a is None else down.low(gated(gate_up, ctx.gate))
         low_grad = down.low_gradient(grad, gather=True)
         u = down.input_gradient(grad, low_grad, gather=True)
-        grad_weights = gated_backward_(u, gate_up, weights, routing, ctx.gate)  # u is the weighted activation from here on
+        grad_weights = gated_backward_(u, gate_up, weights, routing, ctx.gate)
+        weighted = u  # it is the activation times the router's weight from here on, where the gradients of down's A and B begin
         torch.autograd.graph.increment_version(gate_up)  # a second backward over it is an error
         if down.layer.bias is not None:
             grad_weights += down.router_gradient(grad, index)
         of_down = of_up = (None, None)
         if down.layer.a is not None:
-            scales = weights.reshape(-1)[routing.order.long()][:, None]
-            of_b = down.gradient_of_b(grad, low_down * scales.to(low_down.dtype), gather=True)
-            of_down = down.gradient_of_a(u, low_grad), of_b
-        del u, low_down
+            of_b = down.gradient_of_b(grad, down.low(weighted), gather=True)
+            of_down = down.gradient_of_a(weighted, low_grad), of_b
+        del u, weighted
         low_grad = up.low_gradient(gate_up)
         if up.layer.a is not None:
             of_up = up.gradient_of_a(x, low_grad, gather=True), up.gradient_of_b(gate_up, low_up)
