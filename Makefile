@@ -3,7 +3,7 @@ PYTHON ?= python3
 SETUP ?= 1
 export SETUP
 
-demo test test-newest lint bench:
+demo test test-newest test-llama-cpp lint bench:
 	$(PYTHON) run.py $@ $(ARGS)
 
-.PHONY: demo test test-newest lint bench
+.PHONY: demo test test-newest test-llama-cpp lint bench

@@ -25,6 +25,7 @@ JOBS = {
     "demo": ["-m", "luthier", "demo"],
     "test": TESTS,
     "test-newest": TESTS,
+    "test-llama-cpp": [*TESTS[:-4], "tests/test_llama_cpp.py"],
     "lint": ["-m", "ruff", "check", "src", "tests", "run.py"],
     "bench": ["bench/step.py"],
 }
@@ -35,7 +36,12 @@ def main(arguments: list[str]) -> int:
         print(f"usage: python3 run.py {'|'.join(JOBS)} [arguments of the job]", file=sys.stderr)
         return 2
     job, rest = arguments[0], arguments[1:]
-    python = sys.executable if os.environ.get("SETUP") == "0" else str(set_up(newest=job == "test-newest"))
+    prepared = os.environ.get("SETUP") == "0"
+    python = sys.executable if prepared else str(set_up(newest=job == "test-newest"))
+    if job == "test-llama-cpp" and not prepared:  # compiles llama.cpp, once
+        print("Compiling llama.cpp (many minutes, once) ...", flush=True)
+        pinned = ["-c", str(ROOT / "constraints.txt")]
+        subprocess.run([python, "-m", "pip", "install", "-q", *pinned, "llama-cpp-python"], check=True)
     return subprocess.run([python, *JOBS[job], *rest], cwd=ROOT, env=environment(job), check=False).returncode
 
 
