@@ -194,7 +194,7 @@ def _on_grid(x):
 
 @jit
 def _bytes_of(x):
-    """fp32 -> the bytes of the nearest values of e4m3 as int32, by integers: ptxas 12.8 loses converted bytes that are packed."""
+    """fp32 -> the bytes of the nearest values of e4m3 as int32, by integers: ptxas 12.8 loses converted bytes when packed."""
     bits = tl.abs(_on_grid(x)).to(tl.int32, bitcast=True)
     small = (tl.abs(_on_grid(x)) * 512.0).to(tl.int32)  # below 2^-6: steps of 2^-9
     code = tl.where(bits < 121 << 23, small, (bits >> 20) - (120 << 3))
