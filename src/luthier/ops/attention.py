@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from luthier.ops.backend import power_of_2, triton
 from luthier.ops.flash_attention import (
+    ALIKE,
     Band,
     flash_backward,
     flash_backward_reference,
@@ -160,7 +161,8 @@ def kernel_for(
         return "efficient" if case != "window" and q.dtype == torch.float32 and width % 4 == 0 else "reference"
     if width % 8 or width > 256:
         return "tiles" if tiled else "reference"
-    capability = max(torch.cuda.get_device_capability(q.device), (7, 5))
+    capability = torch.cuda.get_device_capability(q.device)
+    capability = max(ALIKE.get(capability, capability), (7, 5))
     row = FASTEST[max(known for known in FASTEST if known <= capability)][case]
     kernel = row[min(most for most in row if width <= most)]
     if kernel == "cudnn" and not torch.backends.cuda.cudnn_sdp_enabled():

@@ -165,12 +165,12 @@ TILES: dict[tuple[int, int], dict[str, dict[int, Tiles]]] = {
         "dkdv": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 4, 2), 256: Tiles(64, 64, 8, 1)},
     },
 }
-SMALL_MEMORY = {(8, 7): (8, 0), (12, 0): (8, 6), (12, 1): (8, 6)}  # cards whose shared memory is that of another row
+ALIKE = {(8, 7): (8, 0), (12, 0): (8, 6), (12, 1): (8, 6)}  # cards whose shared memory and products are those of older ones
 
 
 def tiles(kernel: str, width: int, capability: tuple[int, int]) -> Tiles:
     """From the table; ``width`` is the head's, rounded up to a power of two."""
-    capability = SMALL_MEMORY.get(capability, capability)
+    capability = ALIKE.get(capability, capability)
     row = TILES[max(known for known in TILES if known <= max(capability, (8, 0)))]
     return row[kernel][max(64, width)]
 
