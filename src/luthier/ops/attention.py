@@ -32,6 +32,7 @@ from luthier.ops.flash_attention import (
 )
 
 aten = torch.ops.aten
+WIDE_CUDNN = 91000  # the version from which it knows heads of 256, backward too, on Hopper
 BLOCK = 32  # of the rows of torch's memory-efficient kernel
 
 
@@ -133,6 +134,11 @@ FASTEST: dict[tuple[int, int], dict[str, dict[int, str]]] = {
         "window": {64: "tiles", 96: "flash, structured", 128: "tiles", 256: "flash, structured"},
         "packed": {64: "tiles", 96: "flash, structured", 128: "tiles", 256: "flash, structured"},
     },
+    (10, 0): {  # not measured
+        "causal": {128: "cudnn", 256: "flash"},
+        "window": {256: "flash, structured"},
+        "packed": {256: "flash, structured"},
+    },
 }
 
 
@@ -165,9 +171,14 @@ def kernel_for(
     capability = max(ALIKE.get(capability, capability), (7, 5))
     row = FASTEST[max(known for known in FASTEST if known <= capability)][case]
     kernel = row[min(most for most in row if width <= most)]
-    if kernel == "cudnn" and not torch.backends.cuda.cudnn_sdp_enabled():
+    if kernel == "cudnn" and not _has_cudnn(width):
         return "flash"
     return "reference" if kernel == "tiles" and not tiled else kernel
+
+
+def _has_cudnn(width: int) -> bool:
+    """Whether cuDNN may be used, and is new enough for heads of more than 128."""
+    return torch.backends.cuda.cudnn_sdp_enabled() and (width <= 128 or (torch.backends.cudnn.version() or 0) >= WIDE_CUDNN)
 
 
 def _has_tiles(q: Tensor) -> bool:
