@@ -214,12 +214,11 @@ def _quantised_layout(source: GGUFFile, target: FileType, importance: Importance
 
 
 def _requantise(source: GGUFFile, info: TensorInfo, importance: Importance, writer: GGUFWriter) -> None:
-    stored = source.read(info.name)
     before = source.tensors[info.name].type
     if before == info.type:
-        writer.write(info.name, stored)
+        writer.write(info.name, source.read(info.name))
         return
-    values = stored.view(PLAIN_DTYPES[before.name])
+    values = source.read(info.name, "cuda" if torch.cuda.is_available() else "cpu").view(PLAIN_DTYPES[before.name])
     for row, encoded in encode_in_chunks(info.name, values, info.type, importance.get(info.name)):
         writer.write(info.name, encoded, row)
 
