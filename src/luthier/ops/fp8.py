@@ -144,6 +144,7 @@ def launch_quantise(x: Tensor, riders: Tensor | None) -> Rows8:
     _quantise_kernel[(n,)](
         x, x if riders is None else riders, values, scales, width, x.stride(0), stride, RANK=rank, WIDTH=rider_width(rank),
         RIDERS=power_of_2(rider_width(rank)), STEPS=triton.cdiv(width, block), BLOCK=block, num_warps=warps_for(block),
+        enable_fp_fusion=False,
     )  # fmt: skip
     return Rows8(values, scales)
 
@@ -155,6 +156,7 @@ def launch_riders(bounds: Tensor, riders: Tensor | None, out: Tensor) -> Tensor:
     _riders_kernel[(triton.cdiv(rows, RIDER_ROWS),)](
         bounds, bounds if riders is None else riders, scales, columns, rows, *strides, out.stride(0),
         RANK=rank, WIDTH=rider_width(rank), RIDERS=power_of_2(rider_width(rank)), ROWS=RIDER_ROWS, num_warps=4,
+        enable_fp_fusion=False,
     )  # fmt: skip
     return scales
 
