@@ -322,7 +322,7 @@ class Graphs:
 
     def __init__(self, dial: Dial, workspace: Workspace, new_graph: type = CudaGraph) -> None:
         self.dial, self.workspace, self.new_graph = dial, workspace, new_graph
-        self.enabled = False  # until it has run on a GPU
+        self.enabled = True
         self.taken: Pass | None = None
         self.loop: Iterable[nn.Module] | None = None  # the layers of the backbone that runs, if its batch is simple
         self.chains: set[tuple] = set()  # shapes that went from layer to layer, untouched between them
