@@ -25,7 +25,7 @@ from models import random_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from luthier import FastLanguageModel, files
+from luthier import ExportProofError, FastLanguageModel, files
 from luthier.gguf import convert, quantize, reader, writer
 from luthier.gguf.types import TENSOR_TYPES
 from luthier.model import gguf_export, merge
@@ -118,11 +118,16 @@ def export_model(arguments: argparse.Namespace, place: Path) -> None:
     phases, resident = Phases(), gpu_memory(reset=True)
     with timing(phases), host_memory() as peak:
         start = time.perf_counter()
-        (file,) = export.save_pretrained_gguf(model, place / "out", tokenizer, arguments.quant, base=arguments.base)
+        try:
+            (file,) = export.save_pretrained_gguf(model, place / "out", tokenizer, arguments.quant, base=arguments.base)
+        except ExportProofError as error:
+            print(error)
+            file = None
         total = time.perf_counter() - start
         phases.switch(lambda: None)
     size = sum(entry.stat().st_size for entry in (place / "base").glob("*.safetensors"))
-    print(f"export of {size / 2e9:.2f}e9 weights to {file.stat().st_size / 1e9:.2f} GB: {total:.1f} s")
+    written = f"{file.stat().st_size / 1e9:.2f} GB" if file else "nothing, for its proof failed"
+    print(f"export of {size / 2e9:.2f}e9 weights to {written}: {total:.1f} s")
     for name, seconds in sorted(phases.seconds.items(), key=lambda item: -item[1]):
         print(f"  {name:24}{seconds:7.2f} s")
     gpu = (gpu_memory() - resident) / 2**30
@@ -132,7 +137,8 @@ def export_model(arguments: argparse.Namespace, place: Path) -> None:
 def random_checkpoint(shape: str, layers: int | None, directory: Path) -> PreTrainedTokenizerFast:
     """Write a random bf16 checkpoint with a tokenizer of nearly as many tokens as it has rows."""
     model = random_model(shape, DEVICE, four_bit=False, layers=layers)
-    model.get_output_embeddings().weight.data.mul_(0.5)  # rounding changes what a random model says more than a trained one's
+    # rounding changes what a random model of many layers says far more than what a trained one does: less for smaller logits
+    model.get_output_embeddings().weight.data.mul_(0.125)
     tokenizer = large_tokenizer(model.config.vocab_size - 256)
     model.config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(directory, max_shard_size="5GB")
