@@ -48,8 +48,11 @@ def main() -> None:
     print(f"{model.num_parameters() / 1e6:.0f} M parameters, source code {history[-1]}, {time.perf_counter() - started:.0f} s")
     base = in_nf4(model.to(torch.bfloat16))
     rows, held_out = (encoded(tokenizer, chat_rows(held, limit=2000 if not held else 300)) for held in (False, True))
-    curves = {name: tuned(base, name, rows, held_out, arguments.steps, arguments.device) for name in RUNS}
-    show(curves)
+    print(f"loss every {EVERY} steps (their mean)")
+    curves = {}
+    for name in RUNS:
+        curves[name] = tuned(base, name, rows, held_out, arguments.steps, arguments.device)
+        show(name, curves[name])
     if arguments.out:
         arguments.out.write_text(json.dumps({"pretraining": history, "curves": curves}, indent=1) + "\n")
 
@@ -108,12 +111,9 @@ def padded(rows: list[tuple[list[int], list[int]]], device: str) -> dict[str, to
     return {"input_ids": ids, "labels": labels}
 
 
-def show(curves: dict[str, dict]) -> None:
-    print(f"{'steps':10}" + "".join(f"{name:>14}" for name in curves))
-    for index in range(len(next(iter(curves.values()))["training"])):
-        losses = "".join(f"{curve['training'][index]:14.4f}" for curve in curves.values())
-        print(f"{index * EVERY + 1:4}-{(index + 1) * EVERY:<5}{losses}")
-    print(f"{'held out':10}" + "".join(f"{curve['held out']:14.4f}" for curve in curves.values()), flush=True)
+def show(name: str, curve: dict) -> None:
+    losses = "".join(f"{loss:8.4f}" for loss in curve["training"])
+    print(f"{name:13}{losses}   held out {curve['held out']:.4f}", flush=True)
 
 
 if __name__ == "__main__":
