@@ -19,6 +19,7 @@ from luthier.gguf.writer import GGUFWriter, TensorInfo, plan
 from luthier.model.load import load_model
 from luthier.model.lora import get_peft_model
 from luthier.proof.export import (
+    THRESHOLDS,
     ExportProofError,
     prove,
     push_to_hub_gguf,
@@ -201,6 +202,22 @@ def test_what_no_file_can_say_is_named_and_measured(tmp_path):
     trained = model(torch.tensor(reference.sequences)).logits[0].detach()
     assert (found - reference.logits[0]).abs().max() < 1e-4 < 10 * (found - trained).abs().max()
     wrong = rewrite(file, tmp_path / "y.gguf", metadata={"gpt-oss.rope.scaling.original_context_length": 64})
+    assert any("its logits diverge" in failure for failure in prove(wrong, reference).failures)
+
+
+def test_a_model_that_rounding_disturbs_more_than_others_is_allowed_it(tmp_path, monkeypatch):
+    """Random weights in many layers: every layer doubles the error. What is wrong is still found."""
+    changes = {"num_hidden_layers": 24, "hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "initializer_range": 0.08}
+    directory = save(monkeypatch, tmp_path / "model", "llama3", changes)
+    reference = reference_of(AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32), directory)
+    for quant, file in zip(("q8_0", "q4_k_m"), convert_to_gguf(directory, tmp_path, ["q8_0", "q4_k_m"]), strict=True):
+        proof = prove(file, reference)
+        assert proof.failures == [] and proof.divergence > THRESHOLDS[quant], quant
+        assert any("this model is sensitive" in note for note in proof.notes)
+    (file,) = convert_to_gguf(directory, tmp_path / "y.gguf", "q8_0")
+    wrong = rewrite(
+        file, tmp_path / "z.gguf", tensors={"blk.3.attn_q.weight": unpermuted(GGUFFile(file), "blk.3.attn_q.weight")}
+    )
     assert any("its logits diverge" in failure for failure in prove(wrong, reference).failures)
 
 

@@ -73,6 +73,7 @@ THRESHOLDS = {
     "q2_k": 2.2, "q2_k_s": 3.0,
 }  # fmt: skip
 F32_GAP = 1e-4  # largest difference of a logit, as a share of the largest logit, in an F32 file
+ROUNDINGS = 3  # times what noise of the size of the rounding costs, where that is more than the table allows
 ROUGH_REFERENCE = 5e-3  # what a reference in 16 bits adds to the divergence
 SPACES = "llama.cpp puts a space behind special tokens where the tokenizer puts none"
 
@@ -280,9 +281,23 @@ def _compare_logits(file: GGUFFile, reference: Reference, proof: Proof) -> None:
         proof.allowed_divergence += ROUGH_REFERENCE
         proof.notes.append("the model was computed in 16 bits")
     if not proof.divergence <= proof.allowed_divergence:
+        _allow_for_rounding(file, reference, found, proof)
+    if not proof.divergence <= proof.allowed_divergence:
         proof.failures.append(f"its logits diverge by {proof.divergence:.2e}, allowed {proof.allowed_divergence:.0e}")
     if proof.file_type == "f32" and reference.exact and not proof.largest_gap <= F32_GAP * largest:
         proof.failures.append(f"a logit is off by {proof.largest_gap:.2e}")
+
+
+def _allow_for_rounding(file: GGUFFile, reference: Reference, found: list[torch.Tensor], proof: Proof) -> None:
+    """Some models lose more than others, one of random weights most: measure what rounding of this size costs this one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    again = GGUFModel(file, device, rounded_again=True).logits(reference.sequences)
+    usual = (
+        sum(_divergence(one.to(device), other.to(device)) for one, other in zip(found, again, strict=True)) / proof.positions
+    )
+    if ROUNDINGS * usual > proof.allowed_divergence:
+        proof.allowed_divergence = ROUNDINGS * usual
+        proof.notes.append(f"this model is sensitive: noise of the size of the rounding makes it diverge by {usual:.1e}")
 
 
 def _divergence(wanted: torch.Tensor, found: torch.Tensor) -> float:
