@@ -420,3 +420,18 @@ def test_packed_rows_of_gpt_oss_do_not_see_each_other_under_our_attention():
     packed |= {name: torch.tensor([0, 24, 48], dtype=torch.int32) for name in ("cu_seq_lens_q", "cu_seq_lens_k")}
     together = model(input_ids=ids.view(1, -1), **packed).logits.view(2, 24, -1)
     torch.testing.assert_close(together, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("family", ["llama3", "mistral"])
+def test_our_attention_packs_any_model_without_a_dense_mask(family):
+    """By name, for layers that stay stock: rows with bounds, padding, and no mask at all are what sdpa computes."""
+    from luthier.model.attention_interface import NAME, implementation_for
+
+    stock, ours = tiny_model(family), tiny_model(family)
+    assert implementation_for(ours.config) is None  # not by itself
+    ours.set_attn_implementation(NAME)
+    row = {"input_ids": batch()["input_ids"].view(1, -1), "position_ids": torch.arange(24).repeat(2)[None], "use_cache": False}
+    bounds = {f"cu_seq_lens_{side}": torch.tensor([0, 24, 48], dtype=torch.int32) for side in "qk"}
+    bounds |= {"max_length_q": 24, "max_length_k": 24}
+    torch.testing.assert_close(ours(**row, **bounds).logits, stock(**row).logits)
+    assert torch.equal(ours(**batch()).logits, stock(**batch()).logits)
