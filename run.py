@@ -26,7 +26,7 @@ JOBS = {
     "test": TESTS,
     "test-newest": TESTS,
     "test-llama-cpp": [*TESTS[:-4], "tests/test_llama_cpp.py"],
-    "lint": ["-m", "ruff", "check", "src", "tests", "run.py"],
+    "lint": ["-m", "ruff", "check", "src", "tests", "bench", "run.py"],
     "bench": ["bench/step.py"],
 }
 
