@@ -12,6 +12,7 @@ from tiny import FAMILIES, tiny_model
 
 from luthier.model import blocks, offload
 from luthier.model.accelerate import accelerate, dial_of, restore
+from luthier.model.backbone import find_structure
 from luthier.model.blocks import Mode
 from luthier.model.dial import LayerPlan
 from luthier.model.fused_layer import LayerState
@@ -190,6 +191,14 @@ def test_batches_of_all_kinds(kind, mode):
     expected = {name: value for name, value in inputs.items() if name not in SEGMENTS}
     truth = loss_and_gradients(with_lora(tiny_model(family)), **expected)
     assert_same(fused(with_lora(tiny_model(family)), mode), inputs, truth)
+
+
+def test_rows_that_share_positions_are_not_one_packed_row():
+    """transformers expands one row of positions to all rows of tokens; segments are those of one row."""
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2]])
+    assert find_structure({"input_ids": torch.ones(1, 7), "position_ids": positions}).segments.longest == 4
+    assert find_structure({"input_ids": torch.ones(2, 7), "position_ids": positions}) is None
+    assert find_structure({"inputs_embeds": torch.ones(2, 7, 64), "position_ids": positions}) is None
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import psutil
 import pytest
@@ -10,12 +11,13 @@ import torch
 from stock_pairs import batch, difference, loss_and_gradients, with_lora
 from tiny import tiny_model
 
-from luthier.model import host_memory
+from luthier.model import host_memory, offload
 from luthier.model.accelerate import accelerate, dial_of, restore
 from luthier.model.blocks import Mode
 from luthier.model.checkpointing import set_checkpointing
 from luthier.model.dial import LayerPlan
-from luthier.model.host_memory import SlabPool, anonymous, free_host_memory, movable
+from luthier.model.host_memory import Slab, SlabPool, anonymous, free_host_memory, movable
+from luthier.model.offload import Host
 
 CPU = torch.device("cpu")
 
@@ -67,15 +69,39 @@ class TestSlabs:
         pool.prepare([100] * 3)
         assert [slab.capacity for slab in pool.free] == [200] * 3
 
-    def test_memory_that_is_not_there_is_an_error_where_it_is_needed(self, monkeypatch):
+    @pytest.mark.parametrize("error", [OSError, UserWarning])  # the second: a warning about pinning, where those are errors
+    def test_memory_that_is_not_there_is_an_error_where_it_is_needed(self, error, monkeypatch):
         def short(size):
-            raise OSError("Cannot allocate memory")
+            raise error("Cannot allocate memory")
 
         monkeypatch.setattr(host_memory, "anonymous", short)
         pool = SlabPool(CPU)
         pool.prepare([100])
-        with pytest.raises(OSError, match="Cannot allocate"):
-            pool.take(100).memory  # noqa: B018
+        with pytest.raises(error, match="Cannot allocate"):
+            pool.take(100)._made.result(timeout=10)
+
+    def test_garbage_collected_while_one_is_taken_comes_back(self):
+        pool = SlabPool(CPU)
+
+        def collected():
+            with pool.lock:
+                pool.give(Slab(100, CPU))
+
+        thread = threading.Thread(target=collected, daemon=True)
+        thread.start()
+        thread.join(timeout=10)
+        assert not thread.is_alive() and pool.held == 100
+
+
+def test_without_gradients_nothing_is_parked(monkeypatch):
+    monkeypatch.setattr(offload, "SMALL", 0)
+    model = accelerate(with_lora(tiny_model("llama3"))).train()
+    dial = dial_of(model)
+    dial.set_plan([LayerPlan(Mode.KEEP, Host.EVERYTHING)] * dial.layers)
+    with torch.no_grad():
+        model(**batch())
+    pool = dial.offload.pool
+    assert pool.free and not any(slab.views for slab in pool.free)
 
 
 class TestEmbedding:

@@ -174,6 +174,16 @@ class TestRMSNorm:
             differing = {name: int((out != reference).sum()) for name, reference in references.items()}
             assert dtype == torch.float32 or differing.pop(flavour) < min(differing.values())
 
+    def test_what_does_not_lie_row_by_row(self, path, dtype):
+        """A transposed input, and the gradient of a sum: one element, seen from everywhere."""
+        inputs = {"x": randn(1, 40, 6, dtype=dtype), "weight": randn(40, seed=1, dtype=dtype)}
+        outcomes = []
+        for norm in (rms_norm.rms_norm, rms_norm.rms_norm_reference):
+            leaves = [value.clone().requires_grad_() for value in inputs.values()]
+            out = norm(leaves[0].transpose(1, 2), leaves[1], 1e-5, "scale_then_cast")
+            outcomes.append((out.detach(), *torch.autograd.grad(out.sum(), leaves)))
+        torch.testing.assert_close(*outcomes)
+
     def test_into_longer_rows_with_a_residual(self, path, dtype):
         x, weight, grad, residual = (randn(*s, seed=n, dtype=dtype) for n, s in enumerate([(6, 40), (40,), (6, 40), (6, 40)]))
         out = unwritten(6, 56, dtype=dtype)

@@ -96,7 +96,8 @@ def find_structure(call: dict) -> Structure | None:
     starts = positions.diff(dim=-1) != 1
     if not bool(starts.any()):
         return Structure()
-    return Structure(_segments(starts[0])) if positions.shape[0] == 1 else None
+    rows = next((len(call[name]) for name in ("input_ids", "inputs_embeds") if call.get(name) is not None), 1)
+    return Structure(_segments(starts[0])) if rows == 1 else None  # one row of positions may be that of several rows of tokens
 
 
 def _padded(mask: Tensor) -> Structure | None:

@@ -25,7 +25,7 @@ from luthier.model.backbone import ModelState
 from luthier.model.blocks import AttentionBlock, Call, Gradients, Kept, MlpBlock, Mode, Norm
 from luthier.model.dial import LayerPlan, Shape
 from luthier.model.experts import routed
-from luthier.ops.backend import has_kernels
+from luthier.ops.backend import has_kernels, rows_of
 from luthier.ops.dropout import Dropout
 from luthier.ops.experts import checkpoint_experts
 from luthier.ops.fp8_linear import Fp8Projection
@@ -133,8 +133,9 @@ class LayerRun:
         return self.state.index
 
     def __call__(self, x: Tensor) -> Tensor:
+        plan = self.plan if torch.is_grad_enabled() else LayerPlan(Mode.RECOMPUTE)  # no backward: nothing to keep, or to park
         with torch.autocast(x.device.type, enabled=False):
-            return _Layer.apply(x, self.blocks, self.call, self.state, self.plan, *self.blocks.trained())
+            return _Layer.apply(x, self.blocks, self.call, self.state, plan, *self.blocks.trained())
 
 
 def layer_class_members(stock: type[nn.Module], spec: Spec) -> dict:
@@ -172,7 +173,7 @@ def norm_class_members(stock: type[nn.Module], spec: Spec) -> dict:
 
 def run(layer: nn.Module, blocks: Blocks, spec: Spec, hidden_states: Tensor, kwargs: dict) -> Tensor:
     state = layer.luthier_state
-    rows, structure = hidden_states.reshape(-1, hidden_states.shape[-1]), state.model.structure
+    rows, structure = hidden_states.flatten(0, -2), state.model.structure
     longest = hidden_states.shape[1] if structure is None or structure.segments is None else structure.segments.longest
     shape = blocks.shape(hidden_states, state.model.compute)
     plan = state.model.dial.of_layer(state.index, shape, rows, longest, layer.gradient_checkpointing)
@@ -200,7 +201,7 @@ def _experts(layer: nn.Module, spec: Spec, x2: Tensor) -> Tensor:
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, blocks, call, state, plan, *trained):
-        x3, kept = blocks.forward(x.reshape(-1, x.shape[-1]), call, plan.mode)
+        x3, kept = blocks.forward(rows_of(x), call, plan.mode)
         ctx.blocks, ctx.call, ctx.kept, ctx.offload = blocks, call, kept, state.model.dial.offload
         if ctx.offload is not None and any(ctx.needs_input_grad):
             ctx.offload.park(state.index, kept, plan.host)
@@ -217,7 +218,7 @@ class _Layer(torch.autograd.Function):
         blocks, call, kept, ctx.kept = ctx.blocks, ctx.call, ctx.kept, None
         if ctx.offload is not None:
             ctx.offload.fetch(kept)
-        grad_x, gradients = blocks.backward(grad.reshape(-1, grad.shape[-1]), call, kept, ctx.needs_input_grad[0])
+        grad_x, gradients = blocks.backward(rows_of(grad), call, kept, ctx.needs_input_grad[0])
         return (None if grad_x is None else grad_x.view(grad.shape)), None, None, None, None, *gradients
 
 

@@ -89,7 +89,7 @@ class Slab:
             if device.type == "cuda" and pin(memory, device):
                 weakref.finalize(self, unpin, memory).atexit = False
             self._made.set_result(memory)
-        except (OSError, RuntimeError) as error:  # raised where the memory is asked for
+        except (OSError, RuntimeError, Warning) as error:  # raised where the memory is asked for
             self._made.set_exception(error)
 
 
@@ -99,7 +99,7 @@ class SlabPool:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.free: list[Slab] = []
-        self.lock = threading.Lock()  # autograd's thread gives back
+        self.lock = threading.RLock()  # autograd's thread gives back; so may a garbage collection in the middle of ``take``
 
     @property
     def held(self) -> int:

@@ -23,6 +23,13 @@ def has_kernels(x: Tensor) -> bool:
     return triton is not None and x.is_cuda
 
 
+def rows_of(x: Tensor) -> Tensor:
+    """x (..., D) -> (n, D), a view where a row's elements lie side by side, as kernels want them; of a sum's gradient or
+    a transposed x they do not."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
 def power_of_2(n: int) -> int:
     """The smallest power of two that is not below ``n``."""
     return 1 << (n - 1).bit_length()

@@ -8,7 +8,6 @@ and the routing, and unless memory is short, gate and up. Everything is on the d
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -84,17 +83,21 @@ def checkpoint_experts(function: Callable[[Tensor], Tensor], x: Tensor) -> Tenso
     The second run gives ``experts`` its inputs again and no more than that: its backward computes what it needs itself, so
     nothing may read the values of its output but sums, products with constants and views.
     """
-    contexts = _setting(_keeps, False), _setting(_computes, False)
+    contexts = _Setting(_keeps, False), _Setting(_computes, False)
     return checkpoint(function, x, use_reentrant=False, context_fn=lambda: contexts)
 
 
-@contextlib.contextmanager
-def _setting(variable: ContextVar, value: bool) -> Iterator[None]:
-    token = variable.set(value)
-    try:
-        yield
-    finally:
-        variable.reset(token)
+class _Setting:
+    """Inside, ``variable`` is ``value``. Every backward through one graph enters it again."""
+
+    def __init__(self, variable: ContextVar, value: bool) -> None:
+        self.variable, self.value = variable, value
+
+    def __enter__(self) -> None:
+        self.token = self.variable.set(self.value)
+
+    def __exit__(self, *error: object) -> None:
+        self.variable.reset(self.token)
 
 
 class _Experts(torch.autograd.Function):

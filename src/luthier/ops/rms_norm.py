@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from luthier.ops.backend import has_kernels, jit, power_of_2, tl, triton, warps_for
+from luthier.ops.backend import has_kernels, jit, power_of_2, rows_of, tl, triton, warps_for
 
 FLAVOURS = ("cast_then_scale", "scale_then_cast", "one_plus_scale", "layer_norm")
 TILE = 4096  # elements that one program normalises at a time: one long row or several short ones
@@ -180,7 +180,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx, x, weight, eps, flavour):
         ctx.save_for_backward(x, weight)
         ctx.eps, ctx.flavour = eps, flavour
-        rows = x.reshape(-1, x.shape[-1])
+        rows = rows_of(x)
         dtype = torch.promote_types(x.dtype, weight.dtype) if flavour == "cast_then_scale" else x.dtype
         out = torch.empty(rows.shape, dtype=dtype, device=x.device)
         return launch_forward(rows, weight, eps, flavour, out).view(x.shape)
@@ -189,7 +189,7 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        rows, grad_rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1])
+        rows, grad_rows = rows_of(x), rows_of(grad)
         out = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
         if not ctx.needs_input_grad[1]:
             return launch_backward(grad_rows, rows, weight, ctx.eps, ctx.flavour, None, out).view(x.shape), None, None, None
