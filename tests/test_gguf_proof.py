@@ -9,6 +9,7 @@ import tiny
 import torch
 from gguf_tokenizers import byte_level, difficult_lines, sentencepiece
 from llama_oracle import Llama
+from safetensors.torch import load_file, save_file
 from test_gguf_convert import IDS, MODELS, save
 from test_gguf_tokenizer import export as export  # noqa: PLC0414  (a fixture)
 from transformers import AutoModelForCausalLM
@@ -118,6 +119,14 @@ FAULTS = {
         lambda file: {"tensors": {"rope_freqs.weight": np.ones(8, np.float32).view(np.uint8)[None]}},
         "rope_freqs.weight is not the model's",
     ),
+    "no rotary base": (
+        lambda file: {"metadata": {"llama.rope.freq_base": None}},
+        "llama.rope.freq_base is 10000.0 in the file",
+    ),
+    "rotary scaling that is not the model's": (
+        lambda file: {"metadata": {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0}},
+        "llama.rope.scaling.factor is 2.0 in the file and 1.0 in the model",
+    ),
     "lost stop token": (lambda file: {"metadata": {"tokenizer.ggml.eot_token_id": None}}, "does not stop at <|im_end|>"),
     "shifted vocabulary": (lambda file: {"metadata": {"tokenizer.ggml.tokens": shifted(file)}}, "token 300 is"),
     "other pre-tokenizer": (lambda file: {"metadata": {"tokenizer.ggml.pre": "llama-bpe"}}, "token .* of .* is .* instead of"),
@@ -186,6 +195,24 @@ def test_a_file_made_from_unrounded_weights_is_no_failure(models, tmp_path):
         assert verify(file, directory).failures == []
 
 
+@pytest.mark.parametrize("quant, size", [("q2_k", 2e-3), ("q4_k_m", 2e-3), ("q8_0", 3e-4), ("q4_0", 2e-3)])
+def test_a_lost_adapter_is_found(quant, size, tmp_path, monkeypatch):
+    """It moves weights by less than rounding does; but not every weight lies nearest to its code then. With any scales."""
+    monkeypatch.setitem(tiny.FAMILIES, "llama3.1", ("llama", {**tiny.FAMILIES["llama3.1"][1], "hidden_size": 256}))
+    base = tiny.save_tiny("llama3.1", tmp_path / "base")
+    generator = torch.Generator().manual_seed(0)
+    weighted = {f"blk.0.ffn_{name}.weight": torch.rand(256, generator=generator) ** 4 + 1e-4 for name in ("gate", "up")}
+    files = [convert_to_gguf(base, tmp_path / f"{i}.gguf", quant, weights)[0] for i, weights in enumerate((None, weighted))]
+    assert [verify(file, base).failures for file in files] == [[], []]
+    tensors = load_file(base / "model.safetensors")
+    b, a = torch.randn(128, 1, generator=generator), torch.randn(1, 256, generator=generator)
+    tensors["model.layers.0.mlp.up_proj.weight"] += size * b @ a
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    for file in files:
+        (failure,) = verify(file, base).failures
+        assert failure.startswith("blk.0.ffn_up.weight was rounded from other weights")
+
+
 def test_what_no_file_can_say_is_named_and_measured(tmp_path):
     """gpt-oss as it is published: llama.cpp rounds the ramp of its rotary embedding, whatever the file says."""
     directory = tiny.save_tiny("gpt_oss", tmp_path / "model")
@@ -219,6 +246,18 @@ def test_a_model_that_rounding_disturbs_more_than_others_is_allowed_it(tmp_path,
         file, tmp_path / "z.gguf", tensors={"blk.3.attn_q.weight": unpermuted(GGUFFile(file), "blk.3.attn_q.weight")}
     )
     assert any("its logits diverge" in failure for failure in prove(wrong, reference).failures)
+    loud = (GGUFFile(file).data("output_norm.weight").view(np.float32) * 10).view(np.uint8)  # noise costs such a file more
+    wrong = rewrite(file, tmp_path / "z.gguf", {"general.file_type": 9999}, {"output_norm.weight": loud})
+    assert any("its logits diverge" in failure for failure in prove(wrong, reference).failures)
+
+
+def test_a_mixture_without_a_name_is_measured(models, tmp_path):
+    directory, files = models
+    reference = reference_of(AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32), directory)
+    for quant, fault, fails in (("q4_0", {}, False), ("bf16", {}, False), ("q4_0", FAULTS["swapped tensors"][0], True)):
+        changes = fault(GGUFFile(files[quant])) if fault else {}
+        file = rewrite(files[quant], tmp_path / "x.gguf", metadata={"general.file_type": 9999}, **changes)
+        assert bool(prove(file, reference).failures) == fails, quant
 
 
 def test_another_model_is_no_match(models, tmp_path):

@@ -59,7 +59,7 @@ GRAPHS = {
 # tensor type -> what rounding normal weights to it costs, root mean square as a share of theirs
 ROUNDING = {
     "Q8_0": 0.0054, "Q6_K": 0.018, "Q5_K": 0.036, "Q5_1": 0.038, "Q5_0": 0.043, "Q4_K": 0.072, "Q4_1": 0.079, "Q4_0": 0.086,
-    "Q3_K": 0.15, "Q2_K": 0.30,
+    "Q3_K": 0.15, "Q2_K": 0.30, "BF16": 0.0017, "F16": 0.0002,
 }  # fmt: skip
 
 

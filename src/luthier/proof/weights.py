@@ -17,11 +17,20 @@ from luthier.gguf.plan import Piece, Plan
 from luthier.gguf.quantize import encode_in_chunks
 from luthier.gguf.reader import GGUFFile
 from luthier.gguf.source import TensorSource
+from luthier.gguf.types import TensorType
 from luthier.gguf.writer import THREADS
 
 DAMAGE = 0.05  # fewer blocks than this differ: not another rounding of the weights, but damage
 WORSE = 1.5  # times the error of a plain quantisation
 BF16_STEP = 2.0**-8  # relative rounding of a model that was in 16 bits on the way
+# tensor type -> bytes of a block with the lowest bits of its codes, which bits of each those are, and the share of weights
+# that may lie nearer to the code beside their own: none, but where an importance matrix moves scales after rounding
+LOWEST_BITS = {
+    "Q8_0": (slice(2, 34), 0x01, 2e-4), "Q6_K": (slice(0, 128), 0x11, 2e-4), "Q5_K": (slice(48, 176), 0x11, 2e-4),
+    "Q4_K": (slice(16, 144), 0x11, 2e-4), "Q3_K": (slice(32, 96), 0x55, 2e-4), "Q2_K": (slice(16, 80), 0x55, 2e-4),
+    "Q5_1": (slice(8, 24), 0x11, 0.01), "Q5_0": (slice(6, 22), 0x11, 0.01), "Q4_1": (slice(4, 20), 0x11, 0.01),
+    "Q4_0": (slice(2, 18), 0x11, 0.01),
+}  # fmt: skip
 
 
 def checksums(file: GGUFFile) -> dict[str, int]:
@@ -83,7 +92,7 @@ def _compare(file: GGUFFile, piece: Piece, values: torch.Tensor, importance: tor
         return f"has the shape {info.shape}"
     stored = file.data(piece.name)
     blocks, differing = len(values) * values.shape[1] // info.type.block, [0, 0]  # blocks, bytes
-    errors = [0.0, 0.0]  # squared: as stored, as we encode
+    errors, misfits = [0.0, 0.0], 0  # squared: as stored, as we encode
     for row, wanted in encode_in_chunks(piece.name, values, info.type, importance):
         found = torch.from_numpy(stored[start + row : start + row + len(wanted)].copy())
         unlike = (found != wanted).view(-1, info.type.size)
@@ -92,6 +101,7 @@ def _compare(file: GGUFFile, piece: Piece, values: torch.Tensor, importance: tor
             exact = values[row : row + len(wanted)].float()
             for i, data in enumerate((found, wanted)):
                 errors[i] += float((dequantize(data.to(exact.device), info.type) - exact).square().sum())
+            misfits += _misfits(found.to(exact.device), exact, info.type)
     if not differing[0]:
         return ""
     if differing[0] < DAMAGE * blocks:
@@ -99,4 +109,18 @@ def _compare(file: GGUFFile, piece: Piece, values: torch.Tensor, importance: tor
     stored_error, usual = ((error / values.numel()) ** 0.5 for error in errors)
     if not stored_error <= WORSE * usual + float(values.float().square().mean().sqrt()) * BF16_STEP:
         return f"is not the model's: its error is {stored_error:.2e}, where {usual:.2e} is usual"
+    if misfits and misfits > values.numel() * LOWEST_BITS[info.type.name][-1]:
+        return f"was rounded from other weights: {misfits / values.numel():.2%} of the model's lie nearer to the code beside"
     return None
+
+
+def _misfits(found: torch.Tensor, exact: torch.Tensor, kind: TensorType) -> int:
+    """How many weights, by more than a 16-bit step, lie nearer to the code that differs in its lowest bit."""
+    if kind.name not in LOWEST_BITS:
+        return 0
+    place, bits, _ = LOWEST_BITS[kind.name]
+    beside = found.clone()
+    beside.view(-1, kind.size)[:, place] ^= bits
+    stored, other = (dequantize(data, kind) for data in (found, beside))
+    slack = 2 * BF16_STEP * exact.abs() + 0.02 * (stored - other).abs()  # scales themselves are in 16 bits
+    return int(((stored - exact).abs() > (other - exact).abs() + slack).sum())
