@@ -12,6 +12,7 @@ from tiny import FAMILIES, VOCAB, tiny_model
 from torch.utils import _pytree as pytree
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from luthier.errors import UnsupportedError
 from luthier.model.accelerate import accelerate, is_accelerated, restore
 from luthier.model.checkpointing import set_checkpointing
 from luthier.model.head import LazyLogits
@@ -435,3 +436,11 @@ def test_our_attention_packs_any_model_without_a_dense_mask(family):
     bounds |= {"max_length_q": 24, "max_length_k": 24}
     torch.testing.assert_close(ours(**row, **bounds).logits, stock(**row).logits)
     assert torch.equal(ours(**batch()).logits, stock(**batch()).logits)
+
+
+def test_replicas_of_data_parallel_are_refused():
+    """They would share one batch's structure between threads: packed rows would train on their neighbours, now and then."""
+    model = accelerate(tiny_model("llama3")).train()
+    replica = model.model._replicate_for_data_parallel()
+    with pytest.raises(UnsupportedError, match="torchrun"):
+        replica(**{name: value for name, value in batch().items() if name != "labels"})

@@ -275,3 +275,19 @@ def test_batches_that_may_run_from_graphs_stay_on_the_device_and_leave_room_for_
     plan = dial.planner(batch).layers
     short_on_device = graph_tokens and gib == 4
     assert set(plan) == {LayerPlan(Mode.RECOMPUTE)} if short_on_device else any(layer.host for layer in plan)
+
+
+def test_rows_are_not_planned_as_the_long_sequence_of_as_many_tokens(monkeypatch):
+    """The sequence came first; the same number of tokens in rows needs more memory for the same plan."""
+    monkeypatch.setattr(Dial, "room", lambda self, device: 56 * GIB)
+    monkeypatch.setattr(Dial, "host_room", 100 * GIB)
+    monkeypatch.setattr(dial_module, "card_speeds", lambda device: Speeds())
+    monkeypatch.setattr(dial_module.Offload, "prepare", lambda self, sizes, device: None)
+    dial, tokens = Dial(32), dial_module.LONG
+    dial.set_automatic()
+    dial.has_run = True
+    rows = types.SimpleNamespace(shape=(tokens, 4096), device=torch.device("cuda"))
+    for length in (tokens, 4096):
+        plan = [dial.of_layer(index, LLAMA_8B, rows, length, False) for index in range(32)]
+        assert Cost(LLAMA_8B, tokens, length).device(plan) <= 56 * GIB
+    assert dial.planned_tokens == tokens

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from luthier.errors import UnsupportedError
 from luthier.model.clock import Clock
 from luthier.model.dial import Dial
 from luthier.model.graphs import Graphs
@@ -55,6 +56,11 @@ def backbone_class_members(stock: type[nn.Module]) -> dict:
     def forward(self, *args, **kwargs):
         if not self.training:
             return stock.forward(self, *args, **kwargs)
+        if getattr(self, "_is_replica", False):
+            raise UnsupportedError(
+                "torch.nn.DataParallel trains on several GPUs in threads of one process, which would share this batch's state. "
+                "Start one process a GPU (torchrun --nproc-per-node=N script.py), or show it one (CUDA_VISIBLE_DEVICES=0)."
+            )
         state = self.luthier_state
         if state.clock is not None and torch.is_grad_enabled():
             state.clock.forward_begins(self.device)

@@ -188,9 +188,10 @@ class Dial:
     def of_layer(self, index: int, shape: Shape, x: Tensor, length: int, flag: bool) -> LayerPlan:
         """What layer ``index`` does in the forward that starts now, with input ``x`` (n, D) of sequences of ``length``."""
         tokens = bucket(x.shape[0])
-        if tokens not in self.plans:
-            self._plan(tokens, Batch(shape, tokens, min(length, tokens), x.device))
-        plan = self.plans[tokens]
+        kind = tokens, length >= LONG  # a long sequence needs less memory than as many tokens in shorter ones
+        if kind not in self.plans:
+            self._plan(kind, Batch(shape, tokens, min(length, tokens), x.device))
+        plan = self.plans[kind]
         if plan is None:
             return LayerPlan(Mode.RECOMPUTE if flag else Mode.KEEP)
         return plan.layers[index]
@@ -203,28 +204,29 @@ class Dial:
         if self.host_embedding is not None:
             self.host_embedding.bring_back()
         self.planner, self.budget, self.host_embedding = planner, budget, None
-        self.plans: dict[int, Plan | None] = {}  # by tokens
+        self.plans: dict[tuple[int, bool], Plan | None] = {}  # by tokens, and whether they are of a long sequence
         self.offload: Offload | None = None
 
-    def _plan(self, tokens: int, batch: Batch) -> None:
-        """Plan for a number of tokens, and make room in host memory."""
+    def _plan(self, kind: tuple[int, bool], batch: Batch) -> None:
+        """Plan for a kind of batch, and make room in host memory."""
         plan, before = self.planner(batch), set(self.plans.values())
-        self.plans[tokens], self.has_run = plan, True
+        self.plans[kind], self.has_run = plan, True
         if plan is None:
             return
         if plan.embedding_in_host_memory and self.embedding is not None and self.host_embedding is None:
             self.host_embedding = HostEmbedding(self.embedding)
-        slabs = [tokens * size + 4096 for layer in plan.layers if (size := batch.shape.parked(layer))]  # and for alignment
+        sizes = [batch.tokens * batch.shape.parked(layer) for layer in plan.layers]
+        slabs = [size + 4096 for size in sizes if size]  # and for alignment
         if slabs:
             self.offload = self.offload or Offload()
             self.offload.prepare(slabs, batch.device)
         if plan not in before and batch.device.type == "cuda":
-            say(describe(plan, tokens, sum(slabs) + (self.table_bytes if self.host_embedding else 0)))
+            say(describe(plan, batch.tokens, sum(slabs) + (self.table_bytes if self.host_embedding else 0)))
 
     @property
     def planned_tokens(self) -> int:
         """Of the longest batch so far."""
-        return max(self.plans, default=0)
+        return max((tokens for tokens, _ in self.plans), default=0)
 
     @property
     def table_bytes(self) -> int:
