@@ -141,7 +141,10 @@ def _stock_class(module: nn.Module) -> type:
 def subclass(stock: type, **members: object) -> type:
     """A class that is ``stock`` with some members replaced, under the same name: configs and reports show that name."""
     names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__}
-    return type(stock.__name__, (stock,), {**names, "_luthier_stock": stock, **members})
+    made = type(stock.__name__, (stock,), {**names, "_luthier_stock": stock, **members})
+    if "forward" in members:
+        made.forward = members["forward"]  # transformers 5.24 checkpoints the forward of every subclass of a layer
+    return made
 
 
 @functools.cache

@@ -22,6 +22,8 @@ from luthier.model.host_memory import movable
 from luthier.ops.attention import Padding, Segments
 from luthier.ops.lora_linear import Workspace
 
+CACHE_NAMES = ("past_key_values", "cache")  # what transformers calls a key-value cache; the second from 5.24 on
+
 
 @dataclass(frozen=True)
 class Structure:
@@ -83,13 +85,18 @@ def backbone_class_members(stock: type[nn.Module]) -> dict:
     return {"forward": forward, "_apply": _apply}
 
 
+def cache_of(call: dict) -> object:
+    """The key-value cache among the arguments of a forward, or None."""
+    return next((call[name] for name in CACHE_NAMES if call.get(name) is not None), None)
+
+
 def find_structure(call: dict) -> Structure | None:
     """The structure that a backbone's arguments describe, or None where only a mask can say it (images).
 
     As transformers does, positions that start again mean a new sequence only where there is no attention mask.
     """
     mask, positions = call.get("attention_mask"), call.get("position_ids")
-    if call.get("past_key_values") is not None:
+    if cache_of(call) is not None:
         return None
     if mask is not None:
         return _padded(mask.bool()) if isinstance(mask, Tensor) and mask.ndim == 2 else None

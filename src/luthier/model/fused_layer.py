@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from luthier.adapters.spec import Spec
 from luthier.model.attention_interface import NAME
-from luthier.model.backbone import ModelState
+from luthier.model.backbone import CACHE_NAMES, ModelState, cache_of
 from luthier.model.blocks import AttentionBlock, Call, Gradients, Kept, MlpBlock, Mode, Norm
 from luthier.model.dial import LayerPlan, Shape
 from luthier.model.experts import routed
@@ -142,7 +142,7 @@ def layer_class_members(stock: type[nn.Module], spec: Spec) -> dict:
     """The methods that make a subclass of ``stock`` run fused."""
 
     def forward(self, hidden_states: Tensor, *args, **kwargs):
-        generates = kwargs.get("past_key_values") is not None and not torch.is_grad_enabled()
+        generates = cache_of(kwargs) is not None and not torch.is_grad_enabled()
         if self.training and not args and not generates:
             try:
                 _check_call(self, hidden_states, kwargs)
@@ -153,7 +153,7 @@ def layer_class_members(stock: type[nn.Module], spec: Spec) -> dict:
                 return run(self, blocks, spec, hidden_states, kwargs)
         hidden_states = self.luthier_state.model.graphs.interrupt(hidden_states)
         if self.training and self.gradient_checkpointing:
-            kwargs |= {"past_key_values": None, "use_cache": False}
+            kwargs |= {name: None for name in CACHE_NAMES if name in kwargs} | {"use_cache": False}
             return self._gradient_checkpointing_func(partial(stock.forward, self, **kwargs), hidden_states, *args)
         return stock.forward(self, hidden_states, *args, **kwargs)
 
@@ -365,7 +365,7 @@ def _check_call(layer: nn.Module, hidden_states: Tensor, kwargs: dict) -> None:
     device, mask = hidden_states.device.type, kwargs.get("attention_mask")
     if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != hidden_states.dtype:
         raise Unfused(f"autocast to {torch.get_autocast_dtype(device)} over activations in {hidden_states.dtype}")
-    if kwargs.get("past_key_values") is not None and not layer.gradient_checkpointing:
+    if cache_of(kwargs) is not None and not layer.gradient_checkpointing:
         raise Unfused("a key-value cache is in use: pass use_cache=False")
     if kwargs.get("output_attentions"):
         raise Unfused("attention weights were asked for")

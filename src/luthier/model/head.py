@@ -23,6 +23,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import ModelOutput
 
 from luthier.adapters.spec import Head, Spec
+from luthier.model.backbone import cache_of
 from luthier.model.fused_layer import unwrapped
 from luthier.ops.linear_cross_entropy import CHUNK_BYTES, linear_cross_entropy, shape_logits
 
@@ -94,7 +95,7 @@ def training_forward(model: PreTrainedModel, stock: type[PreTrainedModel], spec:
     call["logits_to_keep"] = torch.empty(0, dtype=torch.long, device=labels.device)
     router = call.get("output_router_logits")
     counts_tokens = model.config.output_router_logits if spec.mlp == "experts" and router is None else router
-    causal_text = spec.vision is None and not counts_tokens and call.get("past_key_values") is None
+    causal_text = spec.vision is None and not counts_tokens and cache_of(call) is None
     if causal_text and loss_arguments["shift_labels"] is None:
         call["attention_mask"] = needed_mask(call.get("attention_mask"), labels, ignore_index)
     with _caught_output(model.base_model) as caught:

@@ -101,7 +101,10 @@ class SharedArguments:
         self.precision_is_automatic = self.bf16 is None and not self.fp16
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and torch.cuda.is_available() and is_bfloat16_supported()
+        newer = getattr(self, "activation_checkpointing", None)
+        asked = self.gradient_checkpointing if newer is None else newer
         super().__post_init__()
+        set_recomputation(self, asked)  # transformers 5.24 makes False of None
 
     def _settle_warmup(self) -> None:
         if self.warmup_ratio is not None:
@@ -167,10 +170,17 @@ def fit_arguments(args: SharedArguments, model: PreTrainedModel) -> SharedArgume
             )
         args.mixed_precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
     if args.gradient_checkpointing is None:
-        args.gradient_checkpointing = False  # for transformers: leave the model alone
+        set_recomputation(args, False)  # for transformers: leave the model alone
     elif not args.gradient_checkpointing and model.is_gradient_checkpointing:
         model.gradient_checkpointing_disable()
     return args
+
+
+def set_recomputation(args: transformers.TrainingArguments, value: bool | None) -> None:
+    """``gradient_checkpointing`` under all its names: transformers 5.24 reads it as ``activation_checkpointing``."""
+    args.gradient_checkpointing = value
+    if hasattr(args, "activation_checkpointing"):
+        args.activation_checkpointing = value
 
 
 def _require_output(args: SharedArguments, model: PreTrainedModel) -> None:
@@ -191,8 +201,8 @@ def warn_contradictions(config: transformers.TrainingArguments, model: PreTraine
     if info is None:
         return config
     kind = type(config).__name__
-    default = next(field.default for field in dataclasses.fields(config) if field.name == "gradient_checkpointing")
-    if config.gradient_checkpointing == default:
+    default = bool(next(field.default for field in dataclasses.fields(config) if field.name == "gradient_checkpointing"))
+    if bool(config.gradient_checkpointing) == default:
         if default and not model.is_gradient_checkpointing:
             warnings.warn(
                 f"{kind}(gradient_checkpointing=True) contradicts the model, which was loaded to recompute nothing: the "
@@ -200,7 +210,7 @@ def warn_contradictions(config: transformers.TrainingArguments, model: PreTraine
                 UserWarning,
                 stacklevel=4,
             )
-        config.gradient_checkpointing = None
+        set_recomputation(config, None)
     warn_length(config, model, stacklevel=5)
     return config
 
