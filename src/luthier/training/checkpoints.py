@@ -186,6 +186,7 @@ class RunningTotals(TrainerCallback, ExportableState):
         trainer._metrics["train"].update(saved.pop("metrics"))
         for name, value in saved.items():
             setattr(trainer, name, value)
+        trainer._initial_global_step = 0  # transformers 5.24 divides by the steps since this one, and the sums are of all
 
 
 class CheckpointMixin:
