@@ -53,8 +53,9 @@ def anonymous(size: int) -> Tensor:
 
 def pin(memory: Tensor, device: torch.device) -> bool:
     """Lock ``memory`` in place so that ``device`` reaches it; False, with a warning, where the system does not allow it."""
-    torch.cuda.set_device(device)  # a new thread starts on device 0
-    if int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, PORTABLE)) == 0:
+    with torch.cuda.device(device):  # a new thread starts on device 0
+        refused = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, PORTABLE))
+    if not refused:
         return True
     warnings.warn(
         f"The system does not let {memory.nbytes / 2**20:.0f} MiB of host memory be pinned (see `ulimit -l`): copies between "
