@@ -316,6 +316,17 @@ def test_an_importance_matrix_from_data(trained, tmp_path):
     )
 
 
+@pytest.mark.parametrize("content, error", [(None, FileNotFoundError), (b"GGUF" + b"\xff" * 60, ValueError)])
+def test_an_importance_matrix_that_cannot_be_read_leaves_nothing(trained, tmp_path, content, error):
+    model, tokenizer = trained
+    file = tmp_path / "imatrix.gguf"
+    if content:
+        file.write_bytes(content)
+    with pytest.raises(error, match="imatrix.gguf"):
+        save_pretrained_gguf(model, tmp_path / "lute", tokenizer, "q4_0", imatrix=file)
+    assert not (tmp_path / "lute").exists()
+
+
 def test_a_failed_proof_leaves_nothing(trained, tmp_path, monkeypatch):
     model, tokenizer = trained
     monkeypatch.setattr("luthier.gguf.plan._rope_order", lambda *args: None)  # queries are written as they are

@@ -31,7 +31,7 @@ from luthier.gguf.calibrate import calibrate
 from luthier.gguf.chat import load_tokenizer, stop_tokens
 from luthier.gguf.convert import break_token, output_paths, read_config
 from luthier.gguf.dequantize import load_tensor
-from luthier.gguf.imatrix import Importance
+from luthier.gguf.imatrix import Importance, read_importance
 from luthier.gguf.lora import convert_lora_to_gguf
 from luthier.gguf.metadata import metadata, rope_tensors
 from luthier.gguf.mmproj import find_projector, mmproj_path, plan_vision
@@ -447,13 +447,13 @@ def convert_to_gguf(
         return _publish_proved(Path(place), outputs[0].parent, reference_of(model, model_dir, prompts))
 
 
-def _importance(model: Any, tokenizer: Any, imatrix: Any) -> Importance | Path | None:
+def _importance(model: Any, tokenizer: Any, imatrix: Any) -> Importance | None:
     """An importance matrix as it was given, or computed from the data that was."""
     if imatrix is None or isinstance(imatrix, Mapping):
         return imatrix
     if isinstance(imatrix, str | Path):
         if Path(imatrix).suffix == ".gguf":
-            return Path(imatrix)
+            return read_importance(imatrix)
         imatrix = read_dataset(str(imatrix))
     return calibrate(model, tokenizer, imatrix).importance
 
