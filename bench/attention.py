@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
+from gpu import require_gpu
 from ops import seconds
 from torch import Tensor
 
@@ -28,6 +29,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=8192, help="tokens of a row")
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 80, 96, 128, 256], help="of a head")
     arguments = parser.parse_args()
+    require_gpu()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {arguments.length} tokens, 32 heads (16 of width 256)")
     for width in arguments.widths:
         for name, (kernels, settings) in cases(arguments.length).items():

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from gpu import require_gpu
 from models import in_nf4, with_lora
 from step import nudged_embeddings
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -40,6 +41,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, help="JSON file with the curves")
     arguments = parser.parse_args()
+    require_gpu()
     tokenizer = AutoTokenizer.from_pretrained(Path(make_base.__file__).parent / "base")
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**CONFIG)).to(arguments.device)

@@ -17,6 +17,8 @@ import subprocess
 import sys
 import time
 
+from gpu import require_gpu
+
 GIB = 1 << 30
 CONTEXT = 0.6  # GiB that CUDA takes beside torch's allocator
 LAYERS = 32
@@ -32,6 +34,7 @@ def main() -> None:
     parser.add_argument("--host", type=float, default=0.5, help="share of the free host memory that may be pinned")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    require_gpu()
     if arguments.worker:
         cap, tokens = arguments.worker.split("x")
         print(json.dumps(worker(arguments, float(cap), int(tokens) or None)))

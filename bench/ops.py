@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import torch
 from bitsandbytes.nn import Params4bit
+from gpu import require_gpu
 
 from luthier.ops.dropout import Dropout, drop
 from luthier.ops.expert_gate import Gate
@@ -39,6 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=8192, help="tokens")
     rows = parser.parse_args().rows
+    require_gpu()
     copied = randn(rows, MLP)
     bandwidth = 2 * copied.numel() * 2 / seconds(copied.clone)
     print(f"{torch.cuda.get_device_name()}, {rows} tokens, copy {bandwidth / 1e12:.2f} TB/s")

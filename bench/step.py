@@ -22,6 +22,8 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+from gpu import require_gpu
+
 PEER = {"2x2048": 7.0, "8x2048": 10.1, "1x8192": 8.2, "1x32768": 14.3}  # GiB that Unsloth takes
 BUDGETS = {  # row -> memory_budget by shape
     "luthier small": defaultdict(lambda: 10, PEER),
@@ -64,11 +66,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file (default bench/results/<card>-<date>.json)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    require_gpu()
     if arguments.worker:
         worker(arguments)
         return
     check = run_worker(arguments, "check")
     print_check(check)
+    if "failed" in check:
+        sys.exit(f"The check of the gradients broke off ({check['failed']}, see above): nothing is timed.")
     if not check["passed"]:
         sys.exit("The gradients are wrong: nothing is timed.")
     rows = {}
