@@ -316,7 +316,9 @@ def test_an_importance_matrix_from_data(trained, tmp_path):
     )
 
 
-@pytest.mark.parametrize("content, error", [(None, FileNotFoundError), (b"GGUF" + b"\xff" * 60, ValueError)])
+@pytest.mark.parametrize(
+    "content, error", [(None, FileNotFoundError), (b"GGUF" + b"\xff" * 60, ValueError)], ids=["missing", "damaged"]
+)
 def test_an_importance_matrix_that_cannot_be_read_leaves_nothing(trained, tmp_path, content, error):
     model, tokenizer = trained
     file = tmp_path / "imatrix.gguf"
