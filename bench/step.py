@@ -82,7 +82,8 @@ def main() -> None:
     for name in names:
         rows[name] = run_worker(arguments, name)
         print_row(name, rows[name])
-    write(arguments, check, rows)
+        path = write(arguments, check, rows)  # after each row: what is measured is kept
+    print(f"written to {path}")
 
 
 def run_worker(arguments: argparse.Namespace, name: str) -> dict:
@@ -358,7 +359,7 @@ def print_row(name: str, row: dict) -> None:
         print(f"{'':18} " + ", ".join(f"{group} {ms} ms" for group, ms in row["profile"]["groups"].items()))
 
 
-def write(arguments: argparse.Namespace, check: dict, rows: dict) -> None:
+def write(arguments: argparse.Namespace, check: dict, rows: dict) -> Path:
     import importlib.metadata
 
     import torch
@@ -378,7 +379,7 @@ def write(arguments: argparse.Namespace, check: dict, rows: dict) -> None:
     path = arguments.out or Path(__file__).parent / "results" / f"{card.replace(' ', '-')}-{result['date']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written to {path}")
+    return path
 
 
 if __name__ == "__main__":
