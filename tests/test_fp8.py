@@ -77,7 +77,8 @@ class TestQuantisedRows:
             plain = fp8.Rows8(rows.values[:, :64], rows.scales), fp8.Rows8(weight[:, :64], scales)
             both, alone = fp8.product(rows, fp8.Rows8(weight, scales), torch.float32), fp8.product(*plain, torch.float32)
             truth, in_bf16 = t.double() @ b.double().T, t.bfloat16().double() @ b.bfloat16().double().T
-            assert error(both - alone, truth) < 2 * error(in_bf16, truth)
+            sums = 2**-13 * alone.norm() / truth.norm() if DEVICE == "cuda" else 0  # what e4m3 products keep of a sum
+            assert error(both - alone, truth) < 2 * error(in_bf16, truth) + sums
             reference = fp8.quantise_rows_reference(x, t)
             assert torch.equal(bits(rows.values), bits(reference.values)) and torch.equal(rows.scales, reference.scales)
 

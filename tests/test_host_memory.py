@@ -104,6 +104,7 @@ def test_without_gradients_nothing_is_parked(monkeypatch):
     assert pool.free and not any(slab.views for slab in pool.free)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU stands for a device here")
 class TestEmbedding:
     @pytest.fixture(autouse=True)
     def a_device(self, monkeypatch):
