@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 
 import pytest
@@ -249,6 +250,45 @@ def test_modes_of_the_dial_differ_by_rounding_alone(kind, several_chunks, tmp_pa
             assert difference(ours, kept[1]) < 1e-5
         else:
             assert torch.equal(loss, exact[0]) and difference(ours, exact[1]) < 2 * difference(kept[1], exact[1])
+
+
+def held_bytes(smallest: int) -> int:
+    """Bytes of all tensors of at least ``smallest`` bytes that something still refers to, each memory counted once."""
+    tensors = [value for value in gc.get_objects() if type(value) in (Tensor, nn.Parameter) and value.nbytes >= smallest]
+    return sum({value.data_ptr(): value.untyped_storage().nbytes() for value in tensors}.values())
+
+
+@pytest.mark.parametrize("mode", Mode)
+def test_a_layer_holds_what_its_mode_says_and_nothing_after_its_backward(mode):
+    """Counted without garbage collections, which come late: what only they would free is held for many steps."""
+    model, rows = with_lora(tiny_model("llama3")), batch()
+    smallest = rows["input_ids"].numel() * model.config.hidden_size * 4
+    between, after = {}, {}
+    for kind in compute.COMPUTE:
+        loss_and_gradients(in_8_bits(model, kind, mode), **rows)  # buffers are there now
+        model.zero_grad()
+        gc.collect()
+        gc.disable()
+        try:
+            before = held_bytes(smallest)
+            loss = model(**rows).loss
+            between[kind] = held_bytes(smallest) - before
+            loss.backward()
+            del loss
+            after[kind] = held_bytes(smallest) - before
+        finally:
+            gc.enable()
+    assert between["fp8-backward"] == between["fp8"] == between["bf16"] > 0
+    assert after == dict.fromkeys(compute.COMPUTE, 0)
+
+
+def test_a_model_that_changes_its_compute_gives_up_the_other_kind_s_buffers():
+    model = with_lora(tiny_model("llama3"))
+    sizes = []
+    for kind in ("bf16", "fp8-backward", "fp8", "bf16"):
+        loss_and_gradients(in_8_bits(model, kind), **batch())
+        sizes.append(sum(buffer.nbytes for buffer in state_of(model).workspace.buffers.values()))
+    assert sizes[0] == sizes[3] < sizes[1]
 
 
 def test_it_can_be_turned_off_again_and_leaves_evaluation_alone():

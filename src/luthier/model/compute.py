@@ -59,4 +59,6 @@ def set_compute(model: nn.Module, compute: str = "bf16") -> nn.Module:
     if compute != state.compute:
         state.compute = compute
         state.dial.plans.clear()  # they were made for other speeds and buffers
+        state.graphs.clear()
+        state.workspace.buffers.clear()
     return model

@@ -17,9 +17,15 @@ from torch import Tensor
 from luthier.ops.fp8 import E4M3, Rows8, product, quantise_rows, rider_width, weight_bounds, write_riders, write_weight
 from luthier.ops.lora_linear import Part, Projection, Workspace
 
+WRITTEN = ("exact", "rows", "columns", "adapters")  # what an ``Fp8Projection`` has written since ``forget``
+
 
 class Fp8Projection(Projection):
-    """A ``Projection`` that multiplies in 8 bits in its backward, and in its forward too if ``everywhere``."""
+    """A ``Projection`` that multiplies in 8 bits in its backward, and in its forward too if ``everywhere``.
+
+    What its products read is written when it is first asked for since ``forget``, into buffers that all layers share.
+    ``written`` gives the projection itself, which lives from a forward to its backward: it holds no activations.
+    """
 
     multiplies_in_place = False
 
@@ -27,56 +33,58 @@ class Fp8Projection(Projection):
         super().__init__(role, parts, workspace)
         self.everywhere = everywhere
         self.in_backward = False
-        self.known: Written | None = None
+        self.like: Tensor | None = None  # without elements: dtype and device of the activations
 
-    def written(self, like: Tensor) -> Written:
-        """What the products read, each part written when it is first asked for since ``forget``."""
-        if self.known is None:
-            self.known = Written(self, like)
-        return self.known
+    def written(self, like: Tensor) -> Fp8Projection:
+        self.like = like.new_empty(0) if self.like is None else self.like
+        return self
 
     def forget(self) -> None:
         super().forget()
-        self.in_backward, self.known = True, None
+        self.in_backward = True
+        for name in WRITTEN:
+            self.__dict__.pop(name, None)
 
-    def forward(self, x: Tensor, written: Written, out: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, written: Fp8Projection, out: Tensor | None = None) -> Tensor:
         if self.everywhere:
             return self.forward_again(x, written, out)
         return super().forward(x, written.exact, out)
 
-    def forward_again(self, x: Tensor, written: Written, out: Tensor | None = None) -> Tensor:
+    def forward_again(self, x: Tensor, written: Fp8Projection, out: Tensor | None = None) -> Tensor:
         low = x[:, self.width_in : self.width_in + self.rank] if self.rank else None
         return self._forward(x[:, : self.width_in], low, written, out)
 
-    def add_to(self, residual: Tensor, x: Tensor, written: Written, alpha: float = 1.0, out: Tensor | None = None) -> Tensor:
+    def add_to(
+        self, residual: Tensor, x: Tensor, written: Fp8Projection, alpha: float = 1.0, out: Tensor | None = None
+    ) -> Tensor:
         if self.everywhere:
             return torch.add(residual, self.forward_again(x, written), alpha=alpha, out=out)
         return super().add_to(residual, x, written.exact, alpha, out)
 
     def apply(
-        self, x: Tensor, low: Tensor | None, written: Written, residual: Tensor | None = None, alpha: float = 1.0
+        self, x: Tensor, low: Tensor | None, written: Fp8Projection, residual: Tensor | None = None, alpha: float = 1.0
     ) -> Tensor:
         if not self.everywhere:
             return super().apply(x, low, written.exact, residual, alpha)
         y = self._forward(x, low, written)
         return y if residual is None else torch.add(residual, y, alpha=alpha)
 
-    def input_gradient(self, grad: Tensor, written: Written, row: int = 0) -> tuple[Tensor, Tensor | None]:
+    def input_gradient(self, grad: Tensor, written: Fp8Projection, row: int = 0) -> tuple[Tensor, Tensor | None]:
         low = self.low_gradient(grad, written)
         return self._input_gradient(grad, low, written, row), low
 
-    def extended_gradient(self, grad: Tensor, written: Written, alpha: float = 1.0) -> tuple[Tensor, Tensor | None]:
+    def extended_gradient(self, grad: Tensor, written: Fp8Projection, alpha: float = 1.0) -> tuple[Tensor, Tensor | None]:
         """Without the extension, which is rounded apart."""
         grad = grad if alpha == 1.0 else grad * alpha
         return grad, self.low_gradient(grad, written)
 
-    def backward(self, wide: Tensor, low: Tensor | None, written: Written, row: int = 0) -> Tensor:
+    def backward(self, wide: Tensor, low: Tensor | None, written: Fp8Projection, row: int = 0) -> Tensor:
         return self._input_gradient(wide, low, written, row)
 
-    def a(self, written: Written) -> Tensor:
+    def a(self, written: Fp8Projection) -> Tensor:
         return super().a(written.exact) if self.is_exact else written.adapters[1]
 
-    def b(self, written: Written) -> Tensor:
+    def b(self, written: Fp8Projection) -> Tensor:
         return super().b(written.exact) if self.is_exact else written.adapters[0][:, : self.rank]
 
     @property
@@ -84,27 +92,20 @@ class Fp8Projection(Projection):
         """Whether the weights are written out in the activations' dtype now, with the adapters beside them."""
         return not (self.everywhere or self.in_backward)
 
-    def _forward(self, x: Tensor, low: Tensor | None, written: Written, out: Tensor | None = None) -> Tensor:
+    def _forward(self, x: Tensor, low: Tensor | None, written: Fp8Projection, out: Tensor | None = None) -> Tensor:
         y = product(quantise_rows(x, low), written.rows, x.dtype, out)
         return y.add_(written.adapters[0][:, self.rank]) if self.has_bias else y
 
-    def _input_gradient(self, grad: Tensor, low: Tensor | None, written: Written, row: int) -> Tensor:
+    def _input_gradient(self, grad: Tensor, low: Tensor | None, written: Fp8Projection, row: int) -> Tensor:
         if not self.drops:
             return product(quantise_rows(grad, low), written.columns, grad.dtype)
         dx = product(quantise_rows(grad), written.columns, grad.dtype)
         return self.add_adapters_(dx, low, written, row)
 
-
-class Written:
-    """The weights of one projection, in the buffers that all layers share."""
-
-    def __init__(self, projection: Fp8Projection, like: Tensor) -> None:
-        self.projection, self.like = projection, like
-
     @cached_property
     def exact(self) -> Tensor:
         """The buffer of ``lora_linear``'s drawing."""
-        return Projection.written(self.projection, self.like)
+        return super().written(self.like)
 
     @cached_property
     def rows(self) -> Rows8:
@@ -119,32 +120,31 @@ class Written:
     @cached_property
     def adapters(self) -> tuple[Tensor, Tensor]:
         """[B | bias | 0] (N, E) and A (R, K), in the dtype of the activations."""
-        own = self.projection
-        columns = self._buffer("B", (own.width_out, own.extension), self.like)
-        rows = self._buffer("A", (own.rank, own.width_in), self.like)
+        columns = self._buffer("B", (self.width_out, self.extension), self.like)
+        rows = self._buffer("A", (self.rank, self.width_in), self.like)
         row, rank = 0, 0
-        for part, height in zip(own.parts, own.widths, strict=True):
-            own.write_adapter(part, columns[row : row + height], rows[rank : rank + part.rank], rank)
+        for part, height in zip(self.parts, self.widths, strict=True):
+            self.write_adapter(part, columns[row : row + height], rows[rank : rank + part.rank], rank)
             row, rank = row + height, rank + part.rank
         return columns, rows
 
     def _weights(self, transposed: bool) -> Rows8:
-        own, riders = self.projection, None
-        if own.rank and not (transposed and own.drops):  # what was dropped differs from token to token
-            riders = own.a(self).T if transposed else own.b(self)
-        rows, columns = (own.width_in, own.width_out) if transposed else (own.width_out, own.width_in)
-        shape = rows, columns + rider_width(0 if riders is None else own.rank)
+        riders = None
+        if self.rank and not (transposed and self.drops):  # what was dropped differs from token to token
+            riders = self.a(self).T if transposed else self.b(self)
+        rows, columns = (self.width_in, self.width_out) if transposed else (self.width_out, self.width_in)
+        shape = rows, columns + rider_width(0 if riders is None else self.rank)
         buffer = self._buffer("columns" if transposed else "rows", shape, self.like.new_empty(0, dtype=E4M3))
-        bounds = [weight_bounds(part.weight)[transposed] for part in own.parts]
+        bounds = [weight_bounds(part.weight)[transposed] for part in self.parts]
         bounds = reduce(torch.maximum, bounds) if transposed else torch.cat(bounds)
         scales = write_riders(bounds, riders, buffer)
         start = 0
-        for part, height in zip(own.parts, own.widths, strict=True):
+        for part, height in zip(self.parts, self.widths, strict=True):
             here = slice(start, start + height)
-            out = buffer[:, here] if transposed else buffer[here, : own.width_in]
+            out = buffer[:, here] if transposed else buffer[here, : self.width_in]
             write_weight(part.weight, scales if transposed else scales[here], out, transposed)
             start += height
         return Rows8(buffer, scales)
 
     def _buffer(self, part: str, shape: tuple[int, int], like: Tensor) -> Tensor:
-        return self.projection.workspace.buffer(f"{self.projection.role} {part}", shape, like)
+        return self.workspace.buffer(f"{self.role} {part}", shape, like)
