@@ -45,6 +45,7 @@ def kernels(dtype: str) -> dict[str, tuple]:
     whole = {"SIZE": 64, "BLOCKS": 64, "WHOLE": True, "PAIRS": True}
     broken = {**whole, "WHOLE": False, "PAIRS": False}
     x32, adapter = "*fp32", {"RANK": 16, "EXTENSION": 48, "BLOCK": 64, "HAS_BIAS": True, "ROWS": 64, "COLUMNS": 1024}
+    gated = [x] * 5 + ["i64", "i32"] + ["i64"] * 3
     mask = {"ADDS": True, "ROUNDS": 7, "SHIFT": 8, "ROWS": 8, "TILE": 256}
     head = [x, "*i64", "*fp32", "i64", "fp32", "fp32"]
     return {
@@ -55,7 +56,7 @@ def kernels(dtype: str) -> dict[str, tuple]:
         "rotary": (rotary._rotary_kernel, rotation, {**table, "INVERSE": False}, 8),
         "rotary, part of a head": (rotary._rotary_kernel, rotation, {**partial, "INVERSE": True}, 8),
         **{
-            f"{kind} {name}": (kernel, [x] * 3 + ["i32"] + ["i64"] * 3, {"KIND": number, "BLOCK": 1024}, 4)
+            f"{kind} {name}": (kernel, gated, {"KIND": number, "ROUNDS": False, "BLOCK": 1024}, 4)
             for number, kind in enumerate(gated_mlp.KINDS)
             for name, kernel in (("forward", gated_mlp._gated_forward), ("backward", gated_mlp._gated_backward))
         },
@@ -74,15 +75,26 @@ def kernels_in_8_bits(dtype: str) -> dict[str, tuple]:
     rider = {"RANK": 48, "WIDTH": 192, "RIDERS": 256}
     rows, riders = [x, x, e4m3, "*fp32", "i32", "i64", "i64"], ["*fp32", x, "*fp32", e4m3, "i32", "i64", "i64", "i64"]
     nf4_weight, blocks = ["*u8", "*u8", *["*fp32"] * 5, e4m3], {"SIZE": 64, "NESTED": 256}
-    tile = {"ROWS": fp8.COLUMN_TILE[0] // 4, "BYTES": fp8.COLUMN_TILE[1] // 2}
+    tile = {"ROWS": fp8.COLUMN_TILE[0] // 4, "BLOCKS": fp8.COLUMN_TILE[1] // 64}
     dense = [x, "*fp32", e4m3, "i32", "i32", "i64", "i64"]
+    gated = [x, x, x, e4m3, "*fp32", "i64", "i32", *["i64"] * 3]
     return {
+        **{
+            f"rounded activation {name}": (kernel, gated, {"KIND": 0, "ROUNDS": True, "BLOCK": fp8.ROW_BLOCK}, warps)
+            for name, kernel, warps in (("forward", gated_mlp._gated_forward, 16), ("backward", gated_mlp._gated_backward, 32))
+        },
+        "riders of rows": (fp8._ride_kernel, rows, {**rider, "BLOCK": fp8.RIDE_BLOCK}, 1),
         "e4m3 rows": (fp8._quantise_kernel, rows, {**rider, "STEPS": 2, "BLOCK": fp8.ROW_BLOCK}, 16),
         "e4m3 riders": (fp8._riders_kernel, riders, {**rider, "ROWS": fp8.RIDER_ROWS}, 4),
         "weight to e4m3": (fp8._write_kernel, dense, {"TRANSPOSED": False, "TILE": fp8.TILE}, 8),
         "weight to e4m3, transposed": (fp8._write_kernel, dense, {"TRANSPOSED": True, "TILE": fp8.TILE}, 8),
         "nf4 to e4m3": (fp8._nf4_rows_kernel, [*nf4_weight, "i32", "i64"], {**blocks, "BLOCKS": 64}, 4),
-        "nf4 to e4m3, transposed": (fp8._nf4_columns_kernel, [*nf4_weight, "i32", "i32", "i64"], {**blocks, **tile}, 8),
+        "nf4 to e4m3, transposed": (
+            fp8._nf4_columns_kernel,
+            [*nf4_weight, "i32", "i32", "i64"],
+            {**blocks, **tile},
+            fp8.COLUMN_WARPS,
+        ),
     }
 
 

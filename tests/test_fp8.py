@@ -21,7 +21,7 @@ from luthier.model.blocks import Mode
 from luthier.model.compute import set_compute
 from luthier.model.dial import LayerPlan
 from luthier.model.load import load_model
-from luthier.ops import fp8, lora_linear, nf4
+from luthier.ops import fp8, gated_mlp, lora_linear, nf4
 from luthier.ops.dropout import Dropout
 from luthier.ops.fp8 import E4M3, quantise_rows, scales_of, weight_bounds, write_riders, write_weight
 from luthier.ops.fp8_linear import Fp8Projection
@@ -37,7 +37,7 @@ ROUNDING = 0.026  # what e4m3 takes from normal numbers: 3 bits of mantissa
 @pytest.fixture(params=[pytest.param(False, id="reference"), RUNS_KERNELS])
 def path(request, monkeypatch):
     """Both ways through an op: its plain-torch reference and its kernel."""
-    for op in (fp8, lora_linear, nf4):
+    for op in (fp8, gated_mlp, lora_linear, nf4):
         monkeypatch.setattr(op, "has_kernels", lambda x: request.param)
     if GPU or not request.param:
         yield
@@ -90,6 +90,36 @@ class TestQuantisedRows:
         product = rows.dequantised() @ torch.ones(40, 1, device=DEVICE)
         assert product.isnan().squeeze(1).tolist() == [False, False, True, True, False]
         assert product[1] == 0 and product[4] == 0 and rows.scales[:2].isfinite().all()
+
+
+@pytest.mark.parametrize("path", [RUNS_KERNELS], indirect=True)
+@pytest.mark.parametrize("activation", gated_mlp.KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_activation_is_rounded_in_its_own_pass_as_it_would_be_after_it(path, activation, dtype):
+    """With riders from 100 times smaller than the row to 100 times larger, and a row that is lost."""
+    sizes = torch.tensor([0.01, 0.1, 1.0, 10.0, 100.0, 1.0], device=DEVICE)[:, None]
+    both, grad, riders = randn(6, 2 * 1040, dtype=dtype), randn(6, 1040, seed=1, dtype=dtype), randn(6, 17, seed=2) * sizes
+    both[5, 7] = float("nan")
+    act, rounded = torch.empty_like(grad), fp8.room(6, 1040, 17, grad)
+    gated_mlp.gated_forward(*both.chunk(2, dim=1), activation, act, rounded)
+    plain = both.clone(), grad.clone()
+    later = gated_mlp.gated_forward(*both.chunk(2, dim=1), activation, torch.empty_like(grad))
+    assert act[5, 7].isnan() and torch.equal(act.nan_to_num(), later.nan_to_num())
+    assert_same_rows(fp8.ride(rounded, act, riders), quantise_rows(act, riders))
+    rounded = fp8.room(6, 1040, 17, grad, parts=2)
+    gated_mlp.gated_backward_(grad, *both.chunk(2, dim=1), activation, rounded)
+    gated_mlp.gated_backward_(plain[1], *plain[0].chunk(2, dim=1), activation)
+    assert torch.equal(grad.nan_to_num(), plain[1].nan_to_num()) and torch.equal(both.nan_to_num(), plain[0].nan_to_num())
+    assert_same_rows(fp8.ride(rounded, both, riders), quantise_rows(both, riders))
+
+
+def assert_same_rows(ours: fp8.Rows8, expected: fp8.Rows8) -> None:
+    assert torch.equal(ours.scales, expected.scales) and torch.equal(bits(ours.values), bits(expected.values))
+
+
+def test_a_row_that_no_program_holds_is_rounded_later(path, monkeypatch):
+    monkeypatch.setattr(fp8, "ROW_BLOCK", 1024)
+    assert fp8.room(6, 1040, 17, randn(1, 1)) is None
 
 
 def weights(rows: int, columns: int) -> dict[str, Tensor | nf4.Quantised]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -50,7 +51,7 @@ def rounded_to_e4m3(values: np.ndarray) -> np.ndarray:
 
 @contextlib.contextmanager
 def repaired() -> Iterator[None]:
-    """While open, the interpreter converts and multiplies bf16 as a GPU does."""
+    """While open, the interpreter converts and multiplies bf16 as a GPU does, and converts to e4m3."""
     shipped = InterpreterBuilder.cast_impl
 
     def cast(self, source, target_type, rounding_mode=None):
@@ -63,6 +64,13 @@ def repaired() -> Iterator[None]:
             return TensorHandle(widened(source).astype(interpreter._get_np_dtype(target)), target)
         return shipped(self, source, target_type)
 
+    def inline_asm(self, asm, constraints, values, types, is_pure, pack):
+        """The one instruction that Luthier's kernels write out: two numbers to e4m3, the first's byte in the lowest bits."""
+        assert asm.count("cvt.rn.satfinite.e4m3x2.f32") == 1 and constraints == "=r,f,f" and pack == 1
+        first, second = (rounded_to_e4m3(value.data).astype(np.int32) for value in values)
+        word = TensorHandle(first | second << 8, tl.int32)
+        return SimpleNamespace(get_result=lambda index: word)
+
     def dot(self, a, b, accumulator, input_precision, max_num_imprecise_acc):
         product = np.matmul(widened(a), widened(b), dtype=np.float32)
         return TensorHandle(product + accumulator.data, accumulator.dtype.scalar)
@@ -71,4 +79,5 @@ def repaired() -> Iterator[None]:
         for name in ("cast_impl", *CONVERSIONS):
             stack.enter_context(mock.patch.object(InterpreterBuilder, name, cast))
         stack.enter_context(mock.patch.object(InterpreterBuilder, "create_dot", dot))
+        stack.enter_context(mock.patch.object(InterpreterBuilder, "create_inline_asm", inline_asm))
         yield

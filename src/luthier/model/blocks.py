@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from luthier.ops.attention import AttentionState, Padding, Segments, attend, attend_backward
+from luthier.ops.fp8 import Rows8
 from luthier.ops.gated_mlp import gated_backward_, gated_forward
 from luthier.ops.lora_linear import Projection
 from luthier.ops.rms_norm import rms_norm_backward, rms_norm_forward, rms_norm_gradients
@@ -298,13 +299,13 @@ class MlpBlock:
         for chunk in _chunks(n, self.gate_up, self.down):
             h, low = _input(self.gate_up, self.norm, x[chunk], gate_up, row=chunk.start)
             both = self.gate_up.forward(h, gate_up, _rows(kept.gate_up, chunk))
-            act, low_down = self._activated(both, down, None, chunk.start)
+            act, low_down, rounded = self._activated(both, down, None, chunk.start)
             lows.append((low, low_down))
             del both
             if self.post_norm is None:
-                self.down.add_to(residual[chunk], act, down, self.residual_scale, out=outputs[chunk])
+                self.down.add_to(residual[chunk], act, down, self.residual_scale, outputs[chunk], rounded)
                 continue
-            branch = self.down.forward(act, down, _rows(kept.mlp_branch, chunk))
+            branch = self.down.forward(act, down, _rows(kept.mlp_branch, chunk), rounded)
             torch.add(residual[chunk], self.post_norm.forward(branch), alpha=self.residual_scale, out=outputs[chunk])
         kept.low_gate_up, kept.low_down = map(_joined, zip(*lows, strict=True))
         return outputs
@@ -325,28 +326,33 @@ class MlpBlock:
             if self.post_norm:
                 branch = _rows(kept.mlp_branch, chunk)
                 if branch is None:
-                    branch = self.down.forward(self._activated(both, down, low_down, chunk.start)[0], down)
+                    act, _, rounded = self._activated(both, down, low_down, chunk.start)
+                    branch = self.down.forward(act, down, rounded=rounded)
+                    del act, rounded
                 branch_grad = self.post_norm.backward(branch_grad, branch, gradients)
                 del branch
             wide, low_grad = self.down.extended_gradient(branch_grad, down, self.residual_scale)
             act = self.down.backward(wide, low_grad, down, chunk.start)
-            gated_backward_(act, *both.chunk(2, dim=1), self.activation)
+            rounded = self.gate_up.room_for_gradient(both.shape[0], both)
+            gated_backward_(act, *both.chunk(2, dim=1), self.activation, rounded)
             gradients.add(self.down.gradients(wide[:, : self.down.width_out], act, low_grad, low_down, **own))
             del act, wide
-            h_grad, low_grad = self.gate_up.input_gradient(both, gate_up, chunk.start)
+            h_grad, low_grad = self.gate_up.input_gradient(both, gate_up, chunk.start, rounded)
             gradients.add(self.gate_up.gradients(both, h[:, : self.gate_up.width_in], low_grad, low_gate_up, **own))
-            del both, h
+            del both, h, rounded
             if self.norm:
                 self.norm.backward(h_grad, x[chunk], gradients, grad[chunk] if adds else None, out=grad_x[chunk])
             else:
                 torch.add(h_grad, grad[chunk], out=grad_x[chunk]) if adds else grad_x[chunk].copy_(h_grad)
         return grad_x
 
-    def _activated(self, both: Tensor, down: Tensor | None, low: Tensor | None, row: int) -> tuple[Tensor, Tensor | None]:
-        """gate and up (n, 2 F) -> what ``down`` reads, and its adapter's inner activation."""
-        act = self.down.new_input(both.shape[0], both)
-        gated_forward(*both.chunk(2, dim=1), self.activation, act[:, : self.down.width_in])
-        return act, self.down.extend(act, down, low, row)
+    def _activated(
+        self, both: Tensor, down: Tensor | None, low: Tensor | None, row: int
+    ) -> tuple[Tensor, Tensor | None, Rows8 | None]:
+        """gate and up (n, 2 F) -> what ``down`` reads, its adapter's inner activation, and where it is rounded."""
+        act, rounded = self.down.new_input(both.shape[0], both), self.down.room_for_input(both.shape[0], both)
+        gated_forward(*both.chunk(2, dim=1), self.activation, act[:, : self.down.width_in], rounded)
+        return act, self.down.extend(act, down, low, row), rounded
 
 
 def _input(

@@ -29,7 +29,9 @@ LARGEST = 448.0
 TINY = 1e-30  # the least bound of a row: its scale stays a normal number
 RIDER_ROWS = 32  # of a weight that one program adds riders to
 ROW_BLOCK = 16384  # elements of a row that a program holds at a time
+RIDE_BLOCK = 1024  # the same, of a row that is rounded again
 TILE, COLUMN_TILE = 64, (128, 128)  # rows and columns of a weight that one program writes; of one in 4 bits, transposed
+COLUMN_WARPS = 8
 ALIGNMENT = 16  # what the tensor cores' product wants widths to be multiples of
 RIDER_ALIGNMENT = 64  # riders are padded to it: other inner widths are a third slower
 
@@ -68,6 +70,27 @@ def quantise_rows_reference(x: Tensor, riders: Tensor | None = None) -> Rows8:
 def quantise_rows(x: Tensor, riders: Tensor | None = None) -> Rows8:
     """x (n, K), whose rows may be further apart than K, with ``riders`` (n, R) -> (n, K + ``rider_width``) in new memory."""
     return launch_quantise(x, riders) if has_kernels(x) else quantise_rows_reference(x, riders)
+
+
+def room(n: int, width: int, rank: int, like: Tensor, parts: int = 1) -> Rows8 | None:
+    """Memory for ``n`` rows that a kernel rounds while it computes them, ``parts`` times ``width`` each, and riders behind.
+
+    They are complete when ``ride`` has added the riders. None where ``quantise_rows`` has to round them later.
+    """
+    if not has_kernels(like) or width > ROW_BLOCK:
+        return None
+    values = torch.empty(n, parts * width + rider_width(rank), dtype=E4M3, device=like.device)
+    return Rows8(values, torch.empty(n, dtype=torch.float32, device=like.device))
+
+
+def ride(rows: Rows8, x: Tensor, riders: Tensor) -> Rows8:
+    """Add ``riders`` (n, R) to ``rows``, which are x (n, K) rounded; gives what ``quantise_rows`` of both would."""
+    (n, width), rank = x.shape, riders.shape[1]
+    _ride_kernel[(n,)](
+        x, riders, rows.values, rows.scales, width, x.stride(0), riders.stride(0), RANK=rank, WIDTH=rider_width(rank),
+        RIDERS=power_of_2(rider_width(rank)), BLOCK=RIDE_BLOCK, num_warps=1, enable_fp_fusion=False,
+    )  # fmt: skip
+    return rows
 
 
 def scales_of(bounds: Tensor) -> Tensor:
@@ -173,8 +196,9 @@ def launch_write(weight: Tensor | Quantised, scales: Tensor, out: Tensor, transp
     source = weight.packed, weight.absmax, weight.code, *outer, scales, out
     how = {"SIZE": size, "NESTED": weight.nested_blocksize if nested else 0, "enable_fp_fusion": False}
     if transposed:
-        grid = triton.cdiv(rows, COLUMN_TILE[0]), triton.cdiv(columns, COLUMN_TILE[1])
-        tile = {"ROWS": COLUMN_TILE[0] // 4, "BYTES": COLUMN_TILE[1] // 2, "num_warps": 8}
+        blocks = max(1, COLUMN_TILE[1] // size)
+        grid = triton.cdiv(rows, COLUMN_TILE[0]), triton.cdiv(columns, blocks * size)
+        tile = {"ROWS": COLUMN_TILE[0] // 4, "BLOCKS": blocks, "num_warps": COLUMN_WARPS}
         _nf4_columns_kernel[grid](*source, rows, columns, out.stride(0), **how, **tile)
     else:
         blocks = blocks_of_a_program(columns // size, size)
@@ -195,12 +219,25 @@ def _on_grid(x):
 
 
 @jit
-def _bytes_of(x):
-    """fp32 -> the bytes of the nearest values of e4m3 as int32, by integers: ptxas 12.8 loses converted bytes when packed."""
-    bits = tl.abs(_on_grid(x)).to(tl.int32, bitcast=True)
-    small = (tl.abs(_on_grid(x)) * 512.0).to(tl.int32)  # below 2^-6: steps of 2^-9
-    code = tl.where(bits < 121 << 23, small, (bits >> 20) - (120 << 3))
-    return tl.minimum(code, 126) | ((x.to(tl.int32, bitcast=True) >> 24) & 128)
+def _two_bytes(first, second):
+    """Two fp32 numbers -> the bytes of the nearest values of e4m3 as one int32, the first's in the lowest 8 bits.
+
+    Written out as one instruction: ptxas 12.8 loses bytes that Triton converts and then packs into words.
+    """
+    return tl.inline_asm_elementwise(
+        "{ .reg .b16 both; cvt.rn.satfinite.e4m3x2.f32 both, $2, $1; cvt.u32.u16 $0, both; }",
+        "=r,f,f",
+        [first, second],
+        dtype=tl.int32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@jit
+def _scale_of(bound):
+    """``scales_of`` in a kernel."""
+    return tl.maximum(bound, 1e-30) * 0.002232142857142857
 
 
 @jit
@@ -227,7 +264,7 @@ def _quantise_kernel(
         rider = tl.arange(0, RIDERS)
         low = tl.load(LOW + row * stride_low + rider % RANK).to(tl.float32)
         bound = tl.maximum(bound, tl.max(tl.abs(low), 0))
-    scale = tl.maximum(bound, 1e-30) * 0.002232142857142857
+    scale = _scale_of(bound)
     inverse = tl.div_rn(1.0, scale)
     for step in tl.static_range(STEPS):
         at = step * BLOCK + column
@@ -237,6 +274,27 @@ def _quantise_kernel(
         value = _riding(low * inverse, rider, RANK, WIDTH, 1).to(VALUES.dtype.element_ty)
         tl.store(VALUES + row * (width + WIDTH) + width + rider, value, mask=rider < WIDTH)
     tl.store(SCALES + row, scale)
+
+
+@jit
+def _ride_kernel(
+    X, LOW, VALUES, SCALES, width, stride, stride_low,
+    RANK: tl.constexpr, WIDTH: tl.constexpr, RIDERS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Riders of one row a program. A row whose scale does not bound them is rounded again: few do."""
+    row, rider = tl.program_id(0).to(tl.int64), tl.arange(0, RIDERS)
+    low = tl.load(LOW + row * stride_low + rider % RANK).to(tl.float32)
+    target = VALUES + row * (width + WIDTH)
+    scale, needed = tl.load(SCALES + row), _scale_of(tl.max(tl.abs(low), 0))
+    if needed > scale:
+        scale = needed
+        tl.store(SCALES + row, scale)
+        for start in range(0, width, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            x = tl.load(X + row * stride + column, mask=column < width, other=0.0).to(tl.float32)
+            tl.store(target + column, (x * tl.div_rn(1.0, scale)).to(VALUES.dtype.element_ty), mask=column < width)
+    value = _riding(low * tl.div_rn(1.0, scale), rider, RANK, WIDTH, 1).to(VALUES.dtype.element_ty)
+    tl.store(target + width + rider, value, mask=rider < WIDTH)
 
 
 @jit
@@ -252,7 +310,7 @@ def _riders_kernel(
         at = row.to(tl.int64)[:, None] * stride_row + (rider % RANK)[None, :] * stride_column
         b = tl.load(B + at, mask=inside[:, None], other=0.0).to(tl.float32)
         bound = tl.maximum(bound, tl.max(tl.abs(b), 1))
-    scale = tl.maximum(bound, 1e-30) * 0.002232142857142857
+    scale = _scale_of(bound)
     tl.store(SCALES + row, scale, mask=inside)
     if RANK > 0:
         value = _riding(b * tl.div_rn(1.0, scale)[:, None], rider[None, :], RANK, WIDTH, 2).to(OUT.dtype.element_ty)
@@ -302,32 +360,39 @@ def _nf4_rows_kernel(
     at = block[:, None] * (SIZE // 2) + byte[None, :]
     pair = tl.load(PACKED + at, mask=inside[:, None], other=0).to(tl.int32)
     inverse = tl.div_rn(1.0, tl.load(SCALES + row))
-    high = _bytes_of(tl.load(CODE + (pair >> 4)) * scale * inverse)
-    low = _bytes_of(tl.load(CODE + (pair & 15)) * scale * inverse)
+    word = _two_bytes(tl.load(CODE + (pair >> 4)) * scale * inverse, tl.load(CODE + (pair & 15)) * scale * inverse)
     words = OUT.to(tl.pointer_type(tl.int16)) + (row * stride_out + within * SIZE)[:, None] // 2 + byte[None, :]
-    tl.store(words, (high | (low << 8)).to(tl.int16), mask=inside[:, None])
+    tl.store(words, word.to(tl.int16), mask=inside[:, None])
 
 
 @jit
 def _nf4_columns_kernel(
     PACKED, ABSMAX, CODE, NESTED_ABSMAX, NESTED_CODE, OFFSET, SCALES, OUT, rows, columns, stride_out,
-    SIZE: tl.constexpr, NESTED: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr,
+    SIZE: tl.constexpr, NESTED: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of 4 * ``ROWS`` rows and 2 * ``BYTES`` columns: four rows of a column are stored as one word."""
+    """A tile of 4 * ``ROWS`` rows and ``BLOCKS`` blocks of each: four rows of a column are stored as one word."""
     word = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    byte = tl.program_id(1) * BYTES + tl.arange(0, BYTES)
-    exists = 2 * byte < columns
-    inside = (4 * word < rows)[:, None] & exists[None, :]
-    of_high = tl.div_rn(1.0, tl.load(SCALES + 2 * byte, mask=exists, other=1.0))[None, :]
-    of_low = tl.div_rn(1.0, tl.load(SCALES + 2 * byte + 1, mask=exists, other=1.0))[None, :]
-    high, low = tl.zeros((ROWS, BYTES), tl.int32), tl.zeros((ROWS, BYTES), tl.int32)
-    for index in tl.static_range(4):
-        row = (4 * word + index).to(tl.int64)[:, None]
-        block = row * (columns // SIZE) + (byte // (SIZE // 2))[None, :]
-        scale = _block_scale(ABSMAX, NESTED_ABSMAX, NESTED_CODE, OFFSET, block, inside, NESTED)
-        pair = tl.load(PACKED + row * (columns // 2) + byte[None, :], mask=inside, other=0).to(tl.int32)
-        high |= _bytes_of(tl.load(CODE + (pair >> 4)) * scale * of_high) << (8 * index)
-        low |= _bytes_of(tl.load(CODE + (pair & 15)) * scale * of_low) << (8 * index)
-    target = OUT.to(tl.pointer_type(tl.int32)) + (2 * byte).to(tl.int64)[:, None] * (stride_out // 4) + word[None, :]
-    tl.store(target, tl.trans(high), mask=tl.trans(inside))
-    tl.store(target + stride_out // 4, tl.trans(low), mask=tl.trans(inside))
+    within = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
+    byte = tl.arange(0, SIZE // 2)
+    inside = (4 * word < rows)[:, None] & (within * SIZE < columns)[None, :]
+    column = within[:, None] * SIZE + 2 * byte[None, :]
+    of_high = tl.div_rn(1.0, tl.load(SCALES + column, mask=column < columns, other=1.0))[None, :, :]
+    of_low = tl.div_rn(1.0, tl.load(SCALES + column + 1, mask=column < columns, other=1.0))[None, :, :]
+    high, low = tl.zeros((ROWS, BLOCKS, SIZE // 2), tl.int32), tl.zeros((ROWS, BLOCKS, SIZE // 2), tl.int32)
+    for half in tl.static_range(2):  # two rows in one conversion
+        block = (4 * word + 2 * half).to(tl.int64)[:, None] * (columns // SIZE) + within[None, :]
+        scale = _block_scale(ABSMAX, NESTED_ABSMAX, NESTED_CODE, OFFSET, block, inside, NESTED)[:, :, None]
+        below = block + columns // SIZE
+        scale_below = _block_scale(ABSMAX, NESTED_ABSMAX, NESTED_CODE, OFFSET, below, inside, NESTED)[:, :, None]
+        at = block[:, :, None] * (SIZE // 2) + byte[None, None, :]
+        pair = tl.load(PACKED + at, mask=inside[:, :, None], other=0).to(tl.int32)
+        pair_below = tl.load(PACKED + at + columns // 2, mask=inside[:, :, None], other=0).to(tl.int32)
+        upper, lower = tl.load(CODE + (pair >> 4)) * scale, tl.load(CODE + (pair_below >> 4)) * scale_below
+        high |= _two_bytes(upper * of_high, lower * of_high) << (16 * half)
+        upper, lower = tl.load(CODE + (pair & 15)) * scale, tl.load(CODE + (pair_below & 15)) * scale_below
+        low |= _two_bytes(upper * of_low, lower * of_low) << (16 * half)
+    flat = tl.program_id(1) * BLOCKS * (SIZE // 2) + tl.arange(0, BLOCKS * SIZE // 2)
+    inside = (2 * flat < columns)[:, None] & (4 * word < rows)[None, :]
+    target = OUT.to(tl.pointer_type(tl.int32)) + (2 * flat).to(tl.int64)[:, None] * (stride_out // 4) + word[None, :]
+    tl.store(target, tl.trans(tl.reshape(high, (ROWS, BLOCKS * SIZE // 2))), mask=inside)
+    tl.store(target + stride_out // 4, tl.trans(tl.reshape(low, (ROWS, BLOCKS * SIZE // 2))), mask=inside)

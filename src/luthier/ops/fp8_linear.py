@@ -14,7 +14,18 @@ from functools import cached_property, reduce
 import torch
 from torch import Tensor
 
-from luthier.ops.fp8 import E4M3, Rows8, product, quantise_rows, rider_width, weight_bounds, write_riders, write_weight
+from luthier.ops.fp8 import (
+    E4M3,
+    Rows8,
+    product,
+    quantise_rows,
+    ride,
+    rider_width,
+    room,
+    weight_bounds,
+    write_riders,
+    write_weight,
+)
 from luthier.ops.lora_linear import Part, Projection, Workspace
 
 WRITTEN = ("exact", "rows", "columns", "adapters")  # what an ``Fp8Projection`` has written since ``forget``
@@ -45,20 +56,34 @@ class Fp8Projection(Projection):
         for name in WRITTEN:
             self.__dict__.pop(name, None)
 
-    def forward(self, x: Tensor, written: Fp8Projection, out: Tensor | None = None) -> Tensor:
+    def room_for_input(self, n: int, like: Tensor) -> Rows8 | None:
+        return room(n, self.width_in, self.rank, like) if self.everywhere else None
+
+    def room_for_gradient(self, n: int, like: Tensor) -> Rows8 | None:
+        return room(n, self.widths[0], 0 if self.drops else self.rank, like, parts=2)
+
+    def forward(self, x: Tensor, written: Fp8Projection, out: Tensor | None = None, rounded: Rows8 | None = None) -> Tensor:
         if self.everywhere:
-            return self.forward_again(x, written, out)
+            return self.forward_again(x, written, out, rounded)
         return super().forward(x, written.exact, out)
 
-    def forward_again(self, x: Tensor, written: Fp8Projection, out: Tensor | None = None) -> Tensor:
+    def forward_again(
+        self, x: Tensor, written: Fp8Projection, out: Tensor | None = None, rounded: Rows8 | None = None
+    ) -> Tensor:
         low = x[:, self.width_in : self.width_in + self.rank] if self.rank else None
-        return self._forward(x[:, : self.width_in], low, written, out)
+        return self._forward(x[:, : self.width_in], low, written, out, rounded)
 
     def add_to(
-        self, residual: Tensor, x: Tensor, written: Fp8Projection, alpha: float = 1.0, out: Tensor | None = None
+        self,
+        residual: Tensor,
+        x: Tensor,
+        written: Fp8Projection,
+        alpha: float = 1.0,
+        out: Tensor | None = None,
+        rounded: Rows8 | None = None,
     ) -> Tensor:
         if self.everywhere:
-            return torch.add(residual, self.forward_again(x, written), alpha=alpha, out=out)
+            return torch.add(residual, self.forward_again(x, written, None, rounded), alpha=alpha, out=out)
         return super().add_to(residual, x, written.exact, alpha, out)
 
     def apply(
@@ -69,9 +94,11 @@ class Fp8Projection(Projection):
         y = self._forward(x, low, written)
         return y if residual is None else torch.add(residual, y, alpha=alpha)
 
-    def input_gradient(self, grad: Tensor, written: Fp8Projection, row: int = 0) -> tuple[Tensor, Tensor | None]:
+    def input_gradient(
+        self, grad: Tensor, written: Fp8Projection, row: int = 0, rounded: Rows8 | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         low = self.low_gradient(grad, written)
-        return self._input_gradient(grad, low, written, row), low
+        return self._input_gradient(grad, low, written, row, rounded), low
 
     def extended_gradient(self, grad: Tensor, written: Fp8Projection, alpha: float = 1.0) -> tuple[Tensor, Tensor | None]:
         """Without the extension, which is rounded apart."""
@@ -92,15 +119,18 @@ class Fp8Projection(Projection):
         """Whether the weights are written out in the activations' dtype now, with the adapters beside them."""
         return not (self.everywhere or self.in_backward)
 
-    def _forward(self, x: Tensor, low: Tensor | None, written: Fp8Projection, out: Tensor | None = None) -> Tensor:
-        y = product(quantise_rows(x, low), written.rows, x.dtype, out)
+    def _forward(
+        self, x: Tensor, low: Tensor | None, written: Fp8Projection, out: Tensor | None = None, rounded: Rows8 | None = None
+    ) -> Tensor:
+        y = product(_complete(rounded, x, low), written.rows, x.dtype, out)
         return y.add_(written.adapters[0][:, self.rank]) if self.has_bias else y
 
-    def _input_gradient(self, grad: Tensor, low: Tensor | None, written: Fp8Projection, row: int) -> Tensor:
-        if not self.drops:
-            return product(quantise_rows(grad, low), written.columns, grad.dtype)
-        dx = product(quantise_rows(grad), written.columns, grad.dtype)
-        return self.add_adapters_(dx, low, written, row)
+    def _input_gradient(
+        self, grad: Tensor, low: Tensor | None, written: Fp8Projection, row: int, rounded: Rows8 | None = None
+    ) -> Tensor:
+        riders = None if self.drops else low
+        dx = product(_complete(rounded, grad, riders), written.columns, grad.dtype)
+        return self.add_adapters_(dx, low, written, row) if self.drops else dx
 
     @cached_property
     def exact(self) -> Tensor:
@@ -148,3 +178,10 @@ class Fp8Projection(Projection):
 
     def _buffer(self, part: str, shape: tuple[int, int], like: Tensor) -> Tensor:
         return self.workspace.buffer(f"{self.role} {part}", shape, like)
+
+
+def _complete(rounded: Rows8 | None, x: Tensor, riders: Tensor | None) -> Rows8:
+    """x (n, K) in 8 bits with ``riders`` (n, R); ``rounded``: x alone, if that is there already."""
+    if rounded is None:
+        return quantise_rows(x, riders)
+    return rounded if riders is None else ride(rounded, x, riders)

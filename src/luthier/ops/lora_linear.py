@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from luthier.ops.backend import has_kernels, jit, power_of_2, tl, triton
 from luthier.ops.dropout import Dropout, add_dropped_, drop, kept_reference
+from luthier.ops.fp8 import Rows8
 from luthier.ops.nf4 import Quantised, dequantise
 
 TILE_ROWS, TILE_COLUMNS = 64, 1024  # of B and A that one program copies
@@ -177,7 +178,15 @@ class Projection:
         parts = zip(self.parts, a.split(self.ranks), strict=True)
         return self._scaled(torch.cat([_seen(x, part, row) @ rows.T for part, rows in parts if part.rank], dim=1))
 
-    def forward(self, x: Tensor, buffer: Tensor | None, out: Tensor | None = None) -> Tensor:
+    def room_for_input(self, n: int, like: Tensor) -> Rows8 | None:
+        """Where a kernel that computes ``n`` inputs also rounds them, for ``forward`` or ``add_to``; None: it does not."""
+        return None
+
+    def room_for_gradient(self, n: int, like: Tensor) -> Rows8 | None:
+        """The same for the gradients of ``n`` outputs, for ``input_gradient``; of two layers as wide as each other."""
+        return None
+
+    def forward(self, x: Tensor, buffer: Tensor | None, out: Tensor | None = None, rounded: Rows8 | None = None) -> Tensor:
         """x (n, K + E) extended -> (n, N)."""
         if buffer is not None:
             return torch.mm(x, buffer[: self.width_out].T, out=out)
@@ -189,7 +198,13 @@ class Projection:
         return out
 
     def add_to(
-        self, residual: Tensor, x: Tensor, buffer: Tensor | None, alpha: float = 1.0, out: Tensor | None = None
+        self,
+        residual: Tensor,
+        x: Tensor,
+        buffer: Tensor | None,
+        alpha: float = 1.0,
+        out: Tensor | None = None,
+        rounded: Rows8 | None = None,
     ) -> Tensor:
         """residual + alpha * the layer, x (n, K + E) extended; the sum is rounded once. Of one layer alone."""
         if buffer is not None:
@@ -229,7 +244,9 @@ class Projection:
             return None
         return self._scaled(grad @ self.b(buffer))
 
-    def input_gradient(self, grad: Tensor, buffer: Tensor | None, row: int = 0) -> tuple[Tensor, Tensor | None]:
+    def input_gradient(
+        self, grad: Tensor, buffer: Tensor | None, row: int = 0, rounded: Rows8 | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """(dx (n, K), s dy @ B (n, R)) from grad (n, N), for wide N: both from one product, then the adapters' added."""
         if buffer is None:
             return self._plain_input_gradient(grad), None
