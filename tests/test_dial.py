@@ -60,11 +60,10 @@ def test_a_layer_keeps_the_kibibytes_that_the_modes_promise():
     assert parked == [0, 8, 36.125, 92.125]
 
 
-def test_8_bit_compute_needs_other_buffers_and_less_time():
+def test_8_bit_compute_needs_the_same_buffers_and_less_time():
     shapes = [dataclasses.replace(LLAMA_8B, compute=compute) for compute in ("bf16", "fp8-backward", "fp8")]
     weights = 4096 * (6144 + 4096 + 3 * 14336)
-    buffers = [shape.written() for shape in shapes]
-    assert buffers == [2 * weights, 3 * weights + 4096 * 2 * 14336, 2 * weights]
+    assert {shape.written() for shape in shapes} == {2 * weights}
     exact, backward, always = (Cost(shape, 8192, 2048).work for shape in shapes)
     assert exact.forward == backward.forward > always.forward and exact.backward > backward.backward == always.backward
     assert exact.again[Mode.ALL_BUT_GATE_UP] > backward.again[Mode.ALL_BUT_GATE_UP] == always.again[Mode.ALL_BUT_GATE_UP]

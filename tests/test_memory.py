@@ -75,8 +75,6 @@ def test_precisions_and_optimizers_cost_what_they_cost():
         estimate(LLAMA_8B, "4bit")
 
 
-def test_8_bit_compute_writes_weights_out_in_8_bits_beside_16():
-    expanded = {
-        compute: estimate(LLAMA_8B, compute=compute).parts["one expanded layer"] for compute in ("bf16", "fp8-backward", "fp8")
-    }
-    assert expanded["fp8"] == expanded["bf16"] and 1.7 < expanded["fp8-backward"] / expanded["bf16"] < 1.8
+def test_8_bit_compute_writes_weights_out_into_the_memory_that_16_bits_take():
+    parts = [estimate(LLAMA_8B, compute=compute).parts["one expanded layer"] for compute in ("bf16", "fp8-backward", "fp8")]
+    assert len({*parts}) == 1

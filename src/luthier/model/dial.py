@@ -96,7 +96,8 @@ class Shape:
 
     def forward(self, tokens: int) -> int:
         """Bytes of the MLP's work in the forward, its result, and the first layer's input, which lives as long as the loop."""
-        return self.size * (2 * tokens * self.hidden + self._rows(tokens) * (self.hidden + 3 * self.mlp))
+        rounded = self._rows(tokens) * self.mlp if self.compute == "fp8" else 0
+        return rounded + self.size * (2 * tokens * self.hidden + self._rows(tokens) * (self.hidden + 3 * self.mlp))
 
     def _rows(self, tokens: int) -> int:
         """That the MLP works on at a time; experts work on all."""
@@ -107,14 +108,10 @@ class Shape:
         return CHUNK_BYTES + 4 * tokens * self.hidden * self.size
 
     def written(self) -> int:
-        """Bytes of the buffers into which a layer's weights are written out."""
-        exact = {"bf16": 1, "fp8-backward": 1, "fp8": 0}[self.compute]
-        times = {"bf16": 0, "fp8-backward": 1, "fp8": 2}[self.compute]  # in 8 bits: for the backward; and the forward
-        attention = (exact * self.size + times) * self.hidden * (self.attention + self.heads)
-        if self.choices:
-            return attention + WRITTEN_BYTES
-        again = 2 * self.mlp if self.compute == "fp8-backward" else 0  # gate and up, computed again
-        return attention + self.hidden * ((exact * self.size + times) * 3 * self.mlp + again)
+        """Bytes of the buffers into which a layer's weights are written out: in 8 bits twice, for each direction."""
+        size = {"bf16": self.size, "fp8-backward": max(2, self.size), "fp8": 2}[self.compute]
+        attention = size * self.hidden * (self.attention + self.heads)
+        return attention + (WRITTEN_BYTES if self.choices else size * self.hidden * 3 * self.mlp)
 
 
 @dataclass(frozen=True)

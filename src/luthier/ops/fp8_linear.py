@@ -28,13 +28,18 @@ from luthier.ops.fp8 import (
 )
 from luthier.ops.lora_linear import Part, Projection, Workspace
 
+ALIGNMENT = 256  # bytes
 WRITTEN = ("exact", "rows", "columns", "adapters")  # what an ``Fp8Projection`` has written since ``forget``
 
 
 class Fp8Projection(Projection):
     """A ``Projection`` that multiplies in 8 bits in its backward, and in its forward too if ``everywhere``.
 
-    What its products read is written when it is first asked for since ``forget``, into buffers that all layers share.
+    What its products read is written when it is first asked for since ``forget``, into memory that all layers share:
+
+        [ columns, in 8 bits | rows, in 8 bits ]      the transposed weight first, for the backward
+        [ exact                                ]      in the activations' dtype, over both
+
     ``written`` gives the projection itself, which lives from a forward to its backward: it holds no activations.
     """
 
@@ -135,6 +140,7 @@ class Fp8Projection(Projection):
     @cached_property
     def exact(self) -> Tensor:
         """The buffer of ``lora_linear``'s drawing."""
+        self._overwrite("rows", "columns")
         return super().written(self.like)
 
     @cached_property
@@ -150,24 +156,27 @@ class Fp8Projection(Projection):
     @cached_property
     def adapters(self) -> tuple[Tensor, Tensor]:
         """[B | bias | 0] (N, E) and A (R, K), in the dtype of the activations."""
-        columns = self._buffer("B", (self.width_out, self.extension), self.like)
-        rows = self._buffer("A", (self.rank, self.width_in), self.like)
+        columns = self.workspace.buffer(f"{self.role} B", (self.width_out, self.extension), self.like)
+        rows = self.workspace.buffer(f"{self.role} A", (self.rank, self.width_in), self.like)
         row, rank = 0, 0
         for part, height in zip(self.parts, self.widths, strict=True):
             self.write_adapter(part, columns[row : row + height], rows[rank : rank + part.rank], rank)
             row, rank = row + height, rank + part.rank
         return columns, rows
 
+    def buffer(self, like: Tensor) -> Tensor:
+        return self._inside((self.width_out + self.rank_rows, self.width_in + self.extension), like, start=0)
+
     def _weights(self, transposed: bool) -> Rows8:
-        riders = None
-        if self.rank and not (transposed and self.drops):  # what was dropped differs from token to token
-            riders = self.a(self).T if transposed else self.b(self)
-        rows, columns = (self.width_in, self.width_out) if transposed else (self.width_out, self.width_in)
-        shape = rows, columns + rider_width(0 if riders is None else self.rank)
-        buffer = self._buffer("columns" if transposed else "rows", shape, self.like.new_empty(0, dtype=E4M3))
+        assert not self.is_exact, "the adapters would be read from memory that is written to"
+        self._overwrite("exact")
+        rides = bool(self.rank) and not (transposed and self.drops)  # what was dropped differs from token to token
+        wide, high = self._shapes_in_8_bits()
+        like = self.like.new_empty(0, dtype=E4M3)
+        buffer = self._inside(high if transposed else wide, like, start=0 if transposed else _aligned(high))
         bounds = [weight_bounds(part.weight)[transposed] for part in self.parts]
         bounds = reduce(torch.maximum, bounds) if transposed else torch.cat(bounds)
-        scales = write_riders(bounds, riders, buffer)
+        scales = write_riders(bounds, (self.a(self).T if transposed else self.b(self)) if rides else None, buffer)
         start = 0
         for part, height in zip(self.parts, self.widths, strict=True):
             here = slice(start, start + height)
@@ -176,8 +185,26 @@ class Fp8Projection(Projection):
             start += height
         return Rows8(buffer, scales)
 
-    def _buffer(self, part: str, shape: tuple[int, int], like: Tensor) -> Tensor:
-        return self.workspace.buffer(f"{self.role} {part}", shape, like)
+    def _shapes_in_8_bits(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Of the weight, and of the weight transposed."""
+        riders = rider_width(self.rank)
+        return (self.width_out, self.width_in + riders), (self.width_in, self.width_out + (0 if self.drops else riders))
+
+    def _inside(self, shape: tuple[int, int], like: Tensor, start: int) -> Tensor:
+        exact = 0 if self.everywhere else (self.width_out + self.rank_rows) * (self.width_in + self.extension)
+        size = max(exact * self.like.element_size(), sum(map(_aligned, self._shapes_in_8_bits())))
+        return self.workspace.inside(self.role, shape, like, start, size)
+
+    def _overwrite(self, *names: str) -> None:
+        """What lies where something is going to be written is gone."""
+        super().forget()
+        for name in names:
+            self.__dict__.pop(name, None)
+
+
+def _aligned(shape: tuple[int, int]) -> int:
+    """Bytes of a matrix in 8 bits, up to where the next one may begin."""
+    return -(-shape[0] * shape[1] // ALIGNMENT) * ALIGNMENT
 
 
 def _complete(rounded: Rows8 | None, x: Tensor, riders: Tensor | None) -> Rows8:

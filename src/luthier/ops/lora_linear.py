@@ -86,6 +86,15 @@ class Workspace:
             self.buffers[key] = torch.zeros(shape, dtype=like.dtype, device=like.device)
         return self.buffers[key]
 
+    def inside(self, role: str, shape: tuple[int, int], like: Tensor, start: int, size: int) -> Tensor:
+        """The same from byte ``start`` of memory of ``size`` bytes, in which other buffers of that role lie as well."""
+        key = role, shape, like.dtype, like.device, start, size
+        if key not in self.buffers:
+            memory = self.buffer(role, (1, size), like.new_empty(0, dtype=torch.uint8)).view(-1)
+            end = start + shape[0] * shape[1] * like.element_size()
+            self.buffers[key] = memory[start:end].view(like.dtype).view(shape)
+        return self.buffers[key]
+
     def __deepcopy__(self, memo: dict) -> Workspace:
         return Workspace()  # a copied model gets buffers of its own when it first needs them
 
@@ -116,7 +125,7 @@ class Projection:
         """The buffer of the drawing above (N + R, K + E), filled, unless that was done since ``forget``; None: not needed."""
         if self.is_plain:
             return None
-        buffer = self.workspace.buffer(self.role, (self.width_out + self.rank_rows, self.width_in + self.extension), like)
+        buffer = self.buffer(like)
         if self.is_written:
             return buffer
         self.is_written = True
@@ -130,6 +139,10 @@ class Projection:
                 self.write_adapter(part, columns, rows, rank)
             row, rank = row + height, rank + part.rank
         return buffer
+
+    def buffer(self, like: Tensor) -> Tensor:
+        """That buffer, with whatever is in it."""
+        return self.workspace.buffer(self.role, (self.width_out + self.rank_rows, self.width_in + self.extension), like)
 
     def forget(self) -> None:
         """Other layers have used the buffer: ``written`` has to write it again."""
