@@ -28,6 +28,8 @@ def inputs(columns=512, rows=16):
         "integers": rng.integers(-8, 8, (rows, columns)),
         "positive": rng.random((rows, columns)),
         "negative": -rng.random((rows, columns)),
+        "outliers": normal(rows, columns) * np.where(rng.random((rows, columns)) < 1 / 64, 1e4, 1e-3),
+        "huge": normal(rows, columns) * np.logspace(11, 17, rows)[:, None],
         "edges": edges,
     }
     return {name: values.astype(np.float32) for name, values in kinds.items()}

@@ -48,6 +48,15 @@ def test_bytes_with_an_importance_matrix_equal_those_of_llama_cpp(name, path):
     assert {what: rows for what, values in INPUTS.items() if (rows := differing_rows(kind, values, weights))} == {}
 
 
+@pytest.mark.parametrize("name", WEIGHTED_QUANTIZERS)
+def test_bytes_where_one_column_alone_counts(name, path):
+    """The fits of such groups have no solution, or one of negative scale, which spoils other groups' scales in Q4_K."""
+    weights = np.zeros(256, np.float32)
+    weights[77] = 1
+    values = np.random.default_rng(5).standard_normal((1500, 256)).astype(np.float32)
+    assert differing_rows(TENSOR_TYPES[name], values, weights) == []
+
+
 @pytest.mark.skipif(blocks.compiled is None, reason="numba is not installed (extra gguf)")
 def test_compiled_loops_need_no_directory_to_be_kept_in(monkeypatch):
     def njit(cache=False, **options):

@@ -40,7 +40,8 @@ def _nearest(x):
 @_compiled
 def _round(x, offset, grid, lowest, highest, codes):
     for j in range(len(codes)):
-        code = _nearest((x[j] - offset[j]) * grid[j])
+        code = (x[j] - offset[j]) * grid[j]
+        code = _nearest(lowest if code < lowest else code)
         code = highest if code > highest else code
         codes[j] = lowest if code < lowest else code
 

@@ -78,7 +78,7 @@ def fit_with_offset(
 
     def round_with(grid: torch.Tensor, start: torch.Tensor) -> None:
         widest = torch.maximum((lowest - start).abs(), (high - start).abs()).mul_(grid.abs())
-        _round(torch.sub(x, start, out=codes).mul_(grid), 0, levels, widest)
+        _round(torch.sub(x, start, out=codes).mul_(grid).clamp_min_(0), 0, levels, widest)
 
     def error(scale: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
         torch.mul(codes, scale, out=term).add_(start).sub_(x)
@@ -152,6 +152,11 @@ def fit_symmetric(x: torch.Tensor, weights: torch.Tensor, levels: int) -> tuple[
         best_grid = torch.where(better, grid, best_grid)
     none = torch.zeros_like(scale)
     return torch.where(zero, none, scale), torch.where(zero, none, best_grid)
+
+
+def first_codes_above(x: torch.Tensor, fit: OffsetFit, levels: int) -> torch.Tensor:
+    """Codes int32 0..levels of the first pass."""
+    return nearest((fit.grid * (x - fit.start)).clamp_min_(0)).clamp_(0, levels)
 
 
 def first_codes(x: torch.Tensor, grid: torch.Tensor, levels: int) -> torch.Tensor:

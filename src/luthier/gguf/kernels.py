@@ -178,6 +178,12 @@ def _code(x, lowest, highest):
 
 
 @jit
+def _code_above(x, highest):
+    """From 0 on: what is far below 0 does not wrap."""
+    return _code(tl.maximum(x, 0.0), 0.0, highest)
+
+
+@jit
 def _ordered_sum(TERMS, apart, groups_apart, TOTAL, n, count, N: tl.constexpr, LANES: tl.constexpr):
     lane, inside = _lanes(count, LANES)
     total = tl.zeros([LANES], tl.float32)
@@ -206,7 +212,7 @@ def _error(x, weights, start, grid, scale, offset, levels, N: tl.constexpr, ABSO
     """What is lost with the codes that ``grid`` and ``start`` give, if they stand for ``code * scale + offset``."""
     error = tl.zeros_like(start)
     for i in tl.static_range(N):
-        gap = _code((x[i] - start) * grid, 0.0, levels) * scale + offset - x[i]
+        gap = _code_above((x[i] - start) * grid, levels) * scale + offset - x[i]
         if ABSOLUTE:
             error += tl.abs(gap) * weights[i]
         else:
@@ -239,7 +245,7 @@ def _fit_with_offset(
         new_grid = tl.div_rn(tl.load(TOPS + step), tl.where(flat, 1.0, high - offset))
         sum_l, sum_l2, sum_xl = tl.zeros_like(scale), tl.zeros_like(scale), tl.zeros_like(scale)
         for i in tl.static_range(N):
-            code = _code((x[i] - offset) * new_grid, 0.0, levels)
+            code = _code_above((x[i] - offset) * new_grid, levels)
             sum_l += weights[i] * code
             sum_l2 += (weights[i] * code) * code
             sum_xl += (weights[i] * code) * x[i]

@@ -19,6 +19,7 @@ from luthier.gguf.fits import (
     OffsetFit,
     divided,
     first_codes,
+    first_codes_above,
     fit_by_exchange,
     fit_symmetric,
     fit_with_offset,
@@ -46,13 +47,24 @@ def _scale_codes(x: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tens
 
 
 def _pack_6_bit(scales: torch.Tensor, lows: torch.Tensor) -> torch.Tensor:
-    """Two times 8 numbers of 6 bits, int32 ``[B, 8]`` each: uint8 ``[B, 12]``."""
+    """Two times 8 numbers of 6 bits, int32 ``[B, 8]`` each: uint8 ``[B, 12]``.
+
+    A number that has more bits, a negative one, spoils what shares its byte: `_unpack_6_bit` says what is left.
+    """
     parts = [
         scales[:, :4] | ((scales[:, 4:] >> 4) << 6),
         lows[:, :4] | ((lows[:, 4:] >> 4) << 6),
         (scales[:, 4:] & 15) | ((lows[:, 4:] & 15) << 4),
     ]
-    return torch.cat(parts, 1).to(torch.uint8)
+    return (torch.cat(parts, 1) & 255).to(torch.uint8)
+
+
+def _unpack_6_bit(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    scales, lows, rest = packed.int().split(4, dim=1)
+    return (
+        torch.cat([scales & 63, (rest & 15) | ((scales >> 6) << 4)], 1),
+        torch.cat([lows & 63, (rest >> 4) | ((lows >> 6) << 4)], 1),
+    )
 
 
 def _fit_eight_groups(x: torch.Tensor, levels: int, first: float, steps: int) -> tuple[torch.Tensor, ...]:
@@ -85,7 +97,7 @@ def round_with_stored(
     else:
         codes = nearest((groups + offset) / step).clamp_(0, levels).to(torch.uint8).t()
     if zero.any():
-        first_pass = nearest(fit.grid * (groups - fit.start)).clamp_(0, levels).to(torch.uint8).t()
+        first_pass = first_codes_above(groups, fit, levels).to(torch.uint8).t()
         codes = torch.where(zero[:, None], first_pass, codes)
     return codes.reshape(-1, 8, 32)
 
@@ -112,8 +124,10 @@ def quantize_q4_k(x: torch.Tensor) -> torch.Tensor:
 
 
 def store_q4_k(groups, fit, scale, scale_codes, low, low_codes) -> torch.Tensor:
+    packed = _pack_6_bit(scale_codes, low_codes)
+    scale_codes, low_codes = _unpack_6_bit(packed)
     codes = round_with_stored(groups, fit, scale, scale_codes, low, low_codes, 15)
-    return torch.cat([half_bytes(scale, low), _pack_6_bit(scale_codes, low_codes), _pack_nibbles(codes)], 1)
+    return torch.cat([half_bytes(scale, low), packed, _pack_nibbles(codes)], 1)
 
 
 def quantize_q5_k(x: torch.Tensor) -> torch.Tensor:
@@ -121,8 +135,10 @@ def quantize_q5_k(x: torch.Tensor) -> torch.Tensor:
 
 
 def store_q5_k(groups, fit, scale, scale_codes, low, low_codes) -> torch.Tensor:
+    packed = _pack_6_bit(scale_codes, low_codes)
+    scale_codes, low_codes = _unpack_6_bit(packed)
     codes = round_with_stored(groups, fit, scale, scale_codes, low, low_codes, 31)
-    parts = [half_bytes(scale, low), _pack_6_bit(scale_codes, low_codes), _pack_top_bits(codes, 4), _pack_nibbles(codes & 15)]
+    parts = [half_bytes(scale, low), packed, _pack_top_bits(codes, 4), _pack_nibbles(codes & 15)]
     return torch.cat(parts, 1)
 
 
@@ -171,7 +187,9 @@ def quantize_q3_k(x: torch.Tensor) -> torch.Tensor:
     inverse = ratio(-32.0, value)
     scale_codes = signed_bytes(nearest(inverse[:, None] * scale)).clamp_(-32, 31) + 32
     scale_codes = torch.where(value[:, None] != 0, scale_codes, torch.zeros_like(scale_codes))
-    return store_q3_k(groups, lambda: first_pass, ratio(1.0, inverse), scale_codes)
+    # weights from 1e12 on may have an infinite scale, and its inverse is 0
+    scale = torch.where(value != 0, divided(1.0, inverse), torch.zeros_like(value))
+    return store_q3_k(groups, lambda: first_pass, scale, scale_codes)
 
 
 def store_q3_k(

@@ -11,7 +11,16 @@ import numpy as np
 import torch
 
 from luthier.gguf.blocks import fifth_bits, groups_of, half_bytes, loops, nibbles, ordered_sum
-from luthier.gguf.fits import SMALLEST, divided, exchange, first_codes, fit_symmetric, fit_with_offset, nearest
+from luthier.gguf.fits import (
+    SMALLEST,
+    divided,
+    exchange,
+    first_codes,
+    first_codes_above,
+    fit_symmetric,
+    fit_with_offset,
+    nearest,
+)
 from luthier.gguf.kquants import store_q2_k, store_q3_k, store_q4_k, store_q5_k, store_q6_k
 
 NO_LIMIT = 1 << 30
@@ -76,8 +85,7 @@ def _fit_superblock(
     total = groups_of(ordered_sum(weights), per_block)
     scale, scale_codes = fit_scales(groups_of(fit.scale, per_block), total, scale_levels)
     low, low_codes = fit_scales(groups_of(fit.low, per_block), total, scale_levels)
-    mask = scale_levels if scale_levels == 63 else 255
-    return groups, fit, scale, (scale_codes & mask).t().contiguous(), low, (low_codes & mask).t().contiguous()
+    return groups, fit, scale, scale_codes.t().contiguous(), low, low_codes.t().contiguous()
 
 
 def quantize_q2_k(x: torch.Tensor, importance: torch.Tensor, mean_square: torch.Tensor) -> torch.Tensor:
@@ -89,7 +97,8 @@ def quantize_q4_k(x: torch.Tensor, importance: torch.Tensor, mean_square: torch.
 
 
 def quantize_q5_k(x: torch.Tensor, importance: torch.Tensor, mean_square: torch.Tensor) -> torch.Tensor:
-    return store_q5_k(*_fit_superblock(x, importance, 2 * mean_square, 32, 31, 63))
+    groups, fit, scale, scale_codes, low, low_codes = _fit_superblock(x, importance, 2 * mean_square, 32, 31, 63)
+    return store_q5_k(groups, fit, scale, (scale_codes & 255).clamp_max(63), low, (low_codes & 255).clamp_max(63))
 
 
 def quantize_q3_k(x: torch.Tensor, importance: torch.Tensor, mean_square: torch.Tensor) -> torch.Tensor:
@@ -120,7 +129,7 @@ def _offset_codes(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     groups, weights = _grouped(x, importance, mean_square, 32)
     fit = fit_with_offset(groups, weights, levels, -0.9, 0.05, 36)
-    codes = nearest(fit.grid * (groups - fit.start)).clamp_(0, levels)
+    codes = first_codes_above(groups, fit, levels)
     return fit.scale, -fit.low, codes.to(torch.uint8).t().contiguous()
 
 
