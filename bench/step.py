@@ -116,7 +116,7 @@ def worker(arguments: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
     for shape in arguments.shapes.split(","):
         batch, tokens = map(int, shape.split("x"))
-        set_budget(arguments.worker, model, shape)
+        set_memory(arguments.worker, model, shape)
         try:
             result["shapes"][shape] = timed(model, optimizer, batch, tokens, arguments.warmup, arguments.steps)
         except torch.OutOfMemoryError as error:
@@ -134,13 +134,12 @@ def prepared(name: str, model):
     model.train()
     if name in LUTHIER:
         from luthier.model.accelerate import accelerate, graphs_of
-        from luthier.model.checkpointing import set_checkpointing
         from luthier.model.compute import set_compute
 
         settings = dict(LUTHIER[name])
         set_compute(accelerate(model), settings.pop("compute", "bf16"))
         graphs_of(model).enabled = settings.pop("graphs", True)
-        return model if name in BUDGETS else set_checkpointing(model, **settings)
+        return model
     if name == "liger":
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
@@ -149,11 +148,13 @@ def prepared(name: str, model):
     return model
 
 
-def set_budget(name: str, model, shape: str) -> None:
-    if name in BUDGETS:
+def set_memory(name: str, model, shape: str) -> None:
+    """Anew for each shape, as in a run of its own: no graphs of other shapes take their part."""
+    if name in LUTHIER:
         from luthier.model.checkpointing import set_checkpointing
 
-        set_checkpointing(model, "auto", BUDGETS[name][shape])
+        budget = BUDGETS[name][shape] if name in BUDGETS else LUTHIER[name].get("memory_budget")
+        set_checkpointing(model, LUTHIER[name].get("mode", "auto"), budget)
 
 
 def timed(model, optimizer, batch: int, tokens: int, warmup: int, steps: int) -> dict:

@@ -46,6 +46,9 @@ def kernels(dtype: str) -> dict[str, tuple]:
     broken = {**whole, "WHOLE": False, "PAIRS": False}
     x32, adapter = "*fp32", {"RANK": 16, "EXTENSION": 48, "BLOCK": 64, "HAS_BIAS": True, "ROWS": 64, "COLUMNS": 1024}
     gated = [x] * 5 + ["i64", "i32"] + ["i64"] * 3
+    gradient = [x, x, x, x, "i32", "i32", *["i64"] * 3, "fp32", "fp32"]
+    extension = {"COPIES": True, "RANK": 16, "EXTENSION": 16, "RANK_BLOCK": 16, "ROWS": lora_linear.GRADIENT_ROWS}
+    of_128 = {"RANK": 128, "EXTENSION": 128, "RANK_BLOCK": 128, "COLUMNS": 32}
     mask = {"ADDS": True, "ROUNDS": 7, "SHIFT": 8, "ROWS": 8, "TILE": 256}
     head = [x, "*i64", "*fp32", "i64", "fp32", "fp32"]
     return {
@@ -63,6 +66,8 @@ def kernels(dtype: str) -> dict[str, tuple]:
         "nf4": (nf4._nf4_kernel, ["*u8", "*u8", *weights], {"NESTED": 256, **whole}, 4),
         "nf4, plain scales": (nf4._nf4_kernel, ["*u8", "*fp32", *weights], {"NESTED": 0, **broken}, 4),
         "adapter": (lora_linear._adapter_kernel, [x32, x32, x, x, x, *["i32"] * 5, *["i64"] * 4], adapter, 4),
+        "gradient of an adapter": (lora_linear._gradient_kernel, gradient, {**extension, "COLUMNS": 256}, 4),
+        "gradient of a wide adapter": (lora_linear._gradient_kernel, gradient, {**extension, **of_128}, 4),
         "dropout": (dropout._dropout_kernel, [x, x, x, "i64", *["i32"] * 5, *["i64"] * 3], mask, 4),
         **quantising_kernels(),
         "cross-entropy": (linear_cross_entropy._cross_entropy_kernel, head, {"V": 128256, "BLOCK": 8192, "CAPPED": True}, 16),

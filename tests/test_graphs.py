@@ -19,6 +19,7 @@ from tiny import VOCAB, tiny_model
 
 from luthier.model.accelerate import accelerate, dial_of, graphs_of
 from luthier.model.blocks import Mode
+from luthier.model.checkpointing import set_checkpointing
 from luthier.model.compute import set_compute
 from luthier.model.dial import LayerPlan
 from luthier.model.graphs import REPEATS, Gradients, padded
@@ -472,5 +473,13 @@ def test_moving_a_model_gives_up_its_graphs():
     models = pair()
     warm(models)
     models[0].to("cpu")
+    assert not graphs_of(models[0]).recordings
+    warm(models)
+
+
+def test_new_settings_give_up_the_graphs_of_old_plans():
+    models = pair()
+    warm(models)
+    set_checkpointing(models[0], False)
     assert not graphs_of(models[0]).recordings
     warm(models)

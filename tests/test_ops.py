@@ -441,6 +441,29 @@ def computed(projection: lora_linear.Projection, x: Tensor, grad: Tensor, chunk:
     return [torch.cat(ys), torch.cat(dxs), *(total[id(tensor)] for tensor in projection.trained)]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rank", "alpha"), [(3, 1.0), (16, 0.25), (40, 1.0), (0, 0.25)])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_gradient_is_extended_by_what_goes_to_the_adapter(path, dtype, rank, alpha, in_place):
+    """[alpha dy | s alpha dy @ B | 0], also where dy lies in the room that is left for it."""
+    adapter = [randn(rank, 20, seed=1), randn(300, rank, seed=2)] if rank else [None, None]
+    projection = lora_linear.Projection("o", [lora_linear.Part(randn(300, 20), None, *adapter, 0.5)], lora_linear.Workspace())
+    given = randn(21, 300, seed=4, dtype=dtype)
+    room = projection.new_gradient(21, given).fill_(float("nan"))
+    grad = room[:, :300].copy_(given) if in_place else given
+    written = projection.written(given)
+    wide, low = projection.extended_gradient(grad, written, alpha, room if in_place else None)
+    assert torch.equal(grad, given) and torch.equal(wide[:, :300], alpha * given)
+    assert not wide[:, 300 + rank :].any()
+    if not rank:
+        assert low is None
+        return
+    assert torch.equal(wide[:, 300 : 300 + rank], low) and low.is_contiguous()
+    truth = 0.5 * alpha * given.double() @ projection.b(written).double()
+    torchs = (alpha * given) @ projection.b(written) * 0.5
+    assert_as_good({"low": low}, {"low": torchs}, {"low": truth})
+
+
 SHARED_MEMORY = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227}  # KiB a block may use
 
 

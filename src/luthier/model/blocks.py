@@ -162,15 +162,21 @@ class AttentionBlock:
             kept.x2, kept.branch = self._output(kept.x, kept.out, self.o.written(kept.x), kept.low_o)
         return kept.x2
 
-    def backward(self, grad: Tensor, call: Call, kept: Kept, gradients: Gradients, wants_x: bool) -> Tensor | None:
-        """grad (n, D) of x2 -> that of x, and into ``gradients`` those of what trains here."""
+    def backward(
+        self, grad: Tensor, room: Tensor | None, call: Call, kept: Kept, gradients: Gradients, wants_x: bool
+    ) -> Tensor | None:
+        """grad (n, D) of x2 -> that of x, and into ``gradients`` those of what trains here.
+
+        ``room``: the ``new_gradient`` of o that ``grad`` is a part of, if it is.
+        """
+        room = None if self.post_norm else room
         branch_grad = self.post_norm.backward(grad, kept.branch, gradients) if self.post_norm else grad
         kept.branch = None
         written = self.o.written(grad)
-        wide, low = self.o.extended_gradient(branch_grad, written, self.residual_scale)
+        wide, low = self.o.extended_gradient(branch_grad, written, self.residual_scale, room)
         out_grad = self.o.backward(wide, low, written)
         gradients.add(self.o.gradients(wide[:, : self.o.width_out], kept.out, low, kept.low_o))
-        del wide, branch_grad
+        del wide, branch_grad, room
         if kept.qkv is None:
             kept.qkv, _, _ = self._attend(kept.x, call, kept, attends=False)
         self._attention_backward_(out_grad, call, kept, gradients)
@@ -310,13 +316,13 @@ class MlpBlock:
         kept.low_gate_up, kept.low_down = map(_joined, zip(*lows, strict=True))
         return outputs
 
-    def backward(self, grad: Tensor, x: Tensor, kept: Kept, gradients: Gradients, adds: bool) -> Tensor:
-        """grad (n, D) of x3 -> that of x, and into ``gradients`` those of what trains here.
+    def backward(self, grad: Tensor, x: Tensor, kept: Kept, gradients: Gradients, adds: bool, grad_x: Tensor) -> None:
+        """grad (n, D) of x3 -> that of x into ``grad_x``, and into ``gradients`` those of what trains here.
 
         ``adds``: x is also what the branch was added to, so its gradient holds ``grad`` itself.
         """
         gate_up, down = self.gate_up.written(grad), self.down.written(grad)
-        grad_x, chunks = torch.empty_like(x), _chunks(grad.shape[0], self.gate_up, self.down)
+        chunks = _chunks(grad.shape[0], self.gate_up, self.down)
         for chunk in chunks:
             own = {"row": chunk.start, "whole": len(chunks) == 1}
             low_gate_up, low_down = _rows(kept.low_gate_up, chunk), _rows(kept.low_down, chunk)
@@ -344,7 +350,6 @@ class MlpBlock:
                 self.norm.backward(h_grad, x[chunk], gradients, grad[chunk] if adds else None, out=grad_x[chunk])
             else:
                 torch.add(h_grad, grad[chunk], out=grad_x[chunk]) if adds else grad_x[chunk].copy_(h_grad)
-        return grad_x
 
     def _activated(
         self, both: Tensor, down: Tensor | None, low: Tensor | None, row: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from luthier.errors import unknown
-from luthier.model.accelerate import base_model, dial_of
+from luthier.model.accelerate import base_model, state_of
 
 MODES = ("auto", "offload", "unsloth", "True", "False")
 
@@ -36,12 +36,14 @@ def set_checkpointing(model: nn.Module, mode: bool | str = "auto", memory_budget
         raise ValueError(
             f"memory_budget={memory_budget} must be a number of GiB above 0, or None for what the device has free."
         )
-    base, dial = base_model(model), dial_of(model)
+    base, state = base_model(model), state_of(model)
+    dial = None if state is None else state.dial
     if memory_budget is None and hasattr(base, "luthier"):
         memory_budget = base.luthier.memory_budget
     if base.is_gradient_checkpointing:
         base.gradient_checkpointing_disable()
     if dial is not None:
+        state.graphs.clear()  # they hold the memory of plans that are over
         dial.follow_flag()
         if mode == "auto":
             trainable = sum(parameter.nbytes for parameter in base.parameters() if parameter.requires_grad)

@@ -87,11 +87,14 @@ class Blocks:
         gradients = Gradients()
         sequential = self.mlp is not None and not self.parallel
         x2 = self.attention.recompute(call, kept, wants_output=sequential)
-        grad_mlp = grad
+        grad_mlp, room = grad, None
         if self.mlp is not None:
-            grad_mlp = self.mlp.backward(grad, x2 if sequential else kept.x, kept, gradients, adds=sequential)
+            room = self.attention.o.new_gradient(grad.shape[0], grad)
+            grad_mlp = room[:, : grad.shape[1]]
+            self.mlp.backward(grad, x2 if sequential else kept.x, kept, gradients, sequential, grad_mlp)
         kept.gate_up = kept.mlp_branch = kept.x2 = x2 = None
-        grad_x = self.attention.backward(grad if self.parallel else grad_mlp, call, kept, gradients, wants_x)
+        attention_grad = (grad, None) if self.parallel else (grad_mlp, room)
+        grad_x = self.attention.backward(*attention_grad, call, kept, gradients, wants_x)
         if self.parallel and wants_x:
             grad_x = grad_x + grad_mlp
         return (grad_x if wants_x else None), gradients.of(self.trained())

@@ -105,7 +105,9 @@ class Fp8Projection(Projection):
         low = self.low_gradient(grad, written)
         return self._input_gradient(grad, low, written, row, rounded), low
 
-    def extended_gradient(self, grad: Tensor, written: Fp8Projection, alpha: float = 1.0) -> tuple[Tensor, Tensor | None]:
+    def extended_gradient(
+        self, grad: Tensor, written: Fp8Projection, alpha: float = 1.0, wide: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Without the extension, which is rounded apart."""
         grad = grad if alpha == 1.0 else grad * alpha
         return grad, self.low_gradient(grad, written)

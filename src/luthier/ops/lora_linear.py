@@ -28,6 +28,7 @@ from luthier.ops.fp8 import Rows8
 from luthier.ops.nf4 import Quantised, dequantise
 
 TILE_ROWS, TILE_COLUMNS = 64, 1024  # of B and A that one program copies
+GRADIENT_ROWS = 16  # of a gradient that one program extends
 ALIGNMENT = 16  # elements to which E and R are padded: products with odd widths leave the fast kernels
 
 
@@ -270,13 +271,27 @@ class Projection:
         low = self._scaled(both[:, self.width_in :].contiguous())
         return self.add_adapters_(dx, low, buffer, row), low
 
-    def extended_gradient(self, grad: Tensor, buffer: Tensor | None, alpha: float = 1.0) -> tuple[Tensor, Tensor | None]:
-        """([alpha dy | s alpha dy @ B] (n, N + R), the second of them), for wide K: what ``backward`` takes."""
+    def new_gradient(self, n: int, like: Tensor) -> Tensor:
+        """Room for ``n`` gradients of outputs and their extension (n, N + R): ``extended_gradient`` fills in the second."""
+        return torch.empty(n, self.width_out + self.rank_rows, dtype=like.dtype, device=like.device)
+
+    def extended_gradient(
+        self, grad: Tensor, buffer: Tensor | None, alpha: float = 1.0, wide: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """([alpha dy | s alpha dy @ B] (n, N + R), the second of them), for wide K: what ``backward`` takes.
+
+        ``wide``: the ``new_gradient`` of which ``grad`` is a part, if it is. Its copy is not needed then.
+        """
         if not self.rank_rows and alpha == 1.0:
             return grad, None
-        wide = torch.empty(grad.shape[0], self.width_out + self.rank_rows, dtype=grad.dtype, device=grad.device)
-        torch.mul(grad, alpha, out=wide[:, : self.width_out]) if alpha != 1.0 else wide[:, : self.width_out].copy_(grad)
-        low = self.low_gradient(wide[:, : self.width_out], buffer)
+        if wide is None or alpha != 1.0:
+            wide = self.new_gradient(grad.shape[0], grad)
+        if 0 < self.rank <= 128 and self.scale is not None and has_kernels(grad):
+            return wide, launch_gradient(grad, self.b(buffer), alpha, self.scale, wide)
+        own = wide[:, : self.width_out]
+        if own.data_ptr() != grad.data_ptr():
+            torch.mul(grad, alpha, out=own) if alpha != 1.0 else own.copy_(grad)
+        low = self.low_gradient(own, buffer)
         if self.rank_rows > self.rank:
             wide[:, self.width_out + self.rank :].zero_()
         if low is not None:
@@ -385,6 +400,42 @@ def _adapter_kernel(
         at = (program - programs_of_b) % blocks * COLUMNS + tl.arange(0, COLUMNS)
         copied = tl.load(A + rank * stride_a + at, mask=at < width, other=0.0)
         tl.store(OUT_ROWS + rank * stride_rows + at, copied.to(OUT_ROWS.dtype.element_ty), mask=at < width)
+
+
+def launch_gradient(grad: Tensor, b: Tensor, alpha: float, scale: float, wide: Tensor) -> Tensor:
+    """``wide`` (n, N + R) becomes [alpha grad | s alpha grad @ b | 0], which gives the second; reads ``grad`` (n, N) once."""
+    (rows, width), rank = grad.shape, b.shape[1]
+    low = torch.empty(rows, rank, dtype=grad.dtype, device=grad.device)
+    block = power_of_2(max(16, wide.shape[1] - width))
+    _gradient_kernel[(triton.cdiv(rows, GRADIENT_ROWS),)](
+        grad, b, wide, low, rows, width, grad.stride(0), b.stride(0), wide.stride(0), alpha, scale,
+        COPIES=alpha != 1.0 or wide.data_ptr() != grad.data_ptr(), RANK=rank, EXTENSION=wide.shape[1] - width,
+        RANK_BLOCK=block, ROWS=GRADIENT_ROWS, COLUMNS=min(256, 4096 // block), num_warps=4,
+    )  # fmt: skip
+    return low
+
+
+@jit
+def _gradient_kernel(
+    GRAD, B, WIDE, LOW, rows, width, stride_grad, stride_b, stride_wide, alpha, scale, COPIES: tl.constexpr,
+    RANK: tl.constexpr, EXTENSION: tl.constexpr, RANK_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row, rank = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64), tl.arange(0, RANK_BLOCK)
+    low = tl.zeros((ROWS, RANK_BLOCK), tl.float32)
+    for start in range(0, width, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        inside = (row < rows)[:, None] & (column < width)[None, :]
+        grad = tl.load(GRAD + row[:, None] * stride_grad + column[None, :], mask=inside, other=0.0)
+        if COPIES:
+            grad = (grad.to(tl.float32) * alpha).to(WIDE.dtype.element_ty)
+            tl.store(WIDE + row[:, None] * stride_wide + column[None, :], grad, mask=inside)
+        mine = (column < width)[:, None] & (rank < RANK)[None, :]
+        b = tl.load(B + column.to(tl.int64)[:, None] * stride_b + rank[None, :], mask=mine, other=0.0)
+        low = tl.dot(grad, b, low, input_precision="ieee")
+    value = (low * scale).to(LOW.dtype.element_ty)
+    extension = WIDE + row[:, None] * stride_wide + width + rank[None, :]
+    tl.store(extension, value, mask=(row < rows)[:, None] & (rank < EXTENSION)[None, :])
+    tl.store(LOW + row[:, None] * RANK + rank[None, :], value, mask=(row < rows)[:, None] & (rank < RANK)[None, :])
 
 
 def product(x: Tensor, y: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
