@@ -98,23 +98,23 @@ FASTEST = [
 
 @pytest.mark.parametrize(("tokens", "length", "gib", "kinds"), FASTEST)
 def test_the_fastest_plan_of_an_h200(tokens, length, gib, kinds):
-    plan = plan_for(LLAMA_8B, tokens, 32, budget(gib), 60 * GIB, Speeds(), length)
+    plan = plan_for(Cost(LLAMA_8B, tokens, length), 32, budget(gib), 60 * GIB)
     assert set(plan) == kinds and FIXED + Cost(LLAMA_8B, tokens, length).device(plan) / GIB <= gib
 
 
 def test_half_of_the_layers_keep_everything_at_32k():
-    plan = plan_for(LLAMA_8B, 32768, 32, budget(40), 60 * GIB, Speeds(), 32768)
+    plan = plan_for(Cost(LLAMA_8B, 32768), 32, budget(40), 60 * GIB)
     assert 14 <= sum(layer.mode == Mode.KEEP for layer in plan) <= 18, "10 of them ran at 35.2 GiB"
 
 
 def test_without_host_memory_it_computes_again():
-    plan = plan_for(LLAMA_8B, 16384, 32, budget(40), 0)
+    plan = plan_for(Cost(LLAMA_8B, 16384), 32, budget(40))
     assert {layer.host for layer in plan} == {Host.NOTHING} and {layer.mode for layer in plan} == {2, 3}
 
 
 def test_a_slow_bus_is_left_alone():
     """PCIe 3.0 with four lanes takes longer than computing gate, up and the rest once more."""
-    slow = plan_for(LLAMA_8B, 16384, 32, budget(40), 60 * GIB, Speeds(link=3e9), 2048)
+    slow = plan_for(Cost(LLAMA_8B, 16384, 2048, Speeds(link=3e9)), 32, budget(40), 60 * GIB)
     assert sum(layer.host > Host.NOTHING for layer in slow) <= 3
 
 
@@ -123,7 +123,7 @@ def test_a_slow_bus_is_left_alone():
 def test_a_plan_stays_within_its_budgets_and_is_the_fastest_of_its_neighbours(tokens, gib):
     cost = Cost(LLAMA_8B, tokens)
     fits = lambda plan: cost.device(plan) <= gib * GIB and cost.host(plan) <= 20 * GIB  # noqa: E731
-    plan = plan_for(LLAMA_8B, tokens, 32, gib * GIB, 20 * GIB)
+    plan = plan_for(cost, 32, gib * GIB, 20 * GIB)
     every = list(candidates(32))
     if not fits(plan):
         assert not any(map(fits, every)) and cost.host(plan) <= 20 * GIB
@@ -133,7 +133,7 @@ def test_a_plan_stays_within_its_budgets_and_is_the_fastest_of_its_neighbours(to
 
 def test_more_memory_is_never_slower():
     cost = Cost(LLAMA_8B, 16384, 2048)
-    plans = [plan_for(LLAMA_8B, 16384, 32, gib * GIB, 20 * GIB, length=2048) for gib in range(3, 60, 4)]
+    plans = [plan_for(cost, 32, gib * GIB, 20 * GIB) for gib in range(3, 60, 4)]
     seconds = [cost.seconds(plan) for plan in plans]
     assert seconds == sorted(seconds, reverse=True) and set(plans[-1]) == {LayerPlan(Mode.KEEP)}
 
@@ -158,7 +158,7 @@ def test_offloading_keeps_as_much_as_the_host_takes():
 
 
 def test_the_description_counts_layers():
-    plan = Plan(tuple(plan_for(LLAMA_8B, 16384, 32, 30 * GIB, 60 * GIB)), embedding_in_host_memory=True)
+    plan = Plan(tuple(plan_for(Cost(LLAMA_8B, 16384), 32, 30 * GIB, 60 * GIB)), embedding_in_host_memory=True)
     text = describe(plan, 16384, 9 * GIB)
     assert "16384 tokens" in text and sum(map(int, re.findall(r"(\d+) layers?", text))) == 32
     assert "embeddings in host memory" in text and "9.0 GiB" in text
@@ -256,24 +256,79 @@ def test_a_stock_model_has_no_dial_and_checkpoints_as_transformers_does():
     assert Dial(3).plans == {}
 
 
-@pytest.mark.parametrize("graph_tokens", [0, 2048])
-@pytest.mark.parametrize("gib", [1, 4])
-def test_batches_that_may_run_from_graphs_stay_on_the_device_and_leave_room_for_them(monkeypatch, graph_tokens, gib):
-    monkeypatch.setattr(Dial, "room", lambda self, device: gib * GIB)
+def planner(monkeypatch, room: float) -> Dial:
+    """The dial of 32 layers on a GPU with ``room`` bytes for a step, after its first one."""
+    monkeypatch.setattr(Dial, "room", lambda self, device: room)
+    monkeypatch.setattr(Dial, "host_room", 100 * GIB)
     monkeypatch.setattr(dial_module, "card_speeds", lambda device: Speeds())
-    dial, cost = Dial(32), Cost(LLAMA_8B, 2048)
-    dial.graph_tokens = graph_tokens
-    batch = dial_module.Batch(LLAMA_8B, 2048, 2048, torch.device("cuda"))
+    dial = Dial(32)
+    dial.has_run = True
+    return dial
+
+
+def batch_of(rows: int, length: int, graphs: bool = True, shape: Shape = LLAMA_8B) -> dial_module.Batch:
+    return dial_module.Batch(shape, rows * length, length, torch.device("cuda"), graphs)
+
+
+# rows, tokens of one, the bytes of a budget in GiB, whether graphs pay there, and which layers they run
+FROM_GRAPHS = [
+    (1, 512, 10, True, {LayerPlan(Mode.KEEP)}),
+    (1, 1024, 10, True, {LayerPlan(Mode.KEEP)}),
+    (2, 2048, 19, True, {LayerPlan(Mode.KEEP)}),
+    (2, 2048, 40, True, {LayerPlan(Mode.KEEP)}),
+    (2, 2048, 7, False, None),  # they would compute everything again
+    (4, 2048, 40, True, {LayerPlan(Mode.KEEP)}),
+    (8, 2048, 60, False, None),
+]
+
+
+@pytest.mark.parametrize(("rows", "length", "gib", "pays", "kinds"), FROM_GRAPHS)
+def test_graphs_where_launching_takes_longer_than_computing(monkeypatch, rows, length, gib, pays, kinds):
+    dial = planner(monkeypatch, budget(gib))
     dial.set_automatic()
     dial.has_run = True
-    plan = dial.planner(batch).layers
-    assert any(layer.host for layer in plan) == (graph_tokens == 0)
-    if graph_tokens and gib == 4:
-        assert cost.device(plan) <= gib * GIB / 2
+    plan = dial.planner(batch_of(rows, length))
+    assert plan.from_graphs == pays
+    if pays:
+        cost = Cost(LLAMA_8B, rows * length, length, from_graphs=True)
+        assert set(plan.layers) == kinds and cost.device(plan.layers) <= budget(gib)
+        assert describe(plan, rows * length).endswith("from CUDA graphs")
+    assert not dial.planner(batch_of(rows, length, graphs=False)).from_graphs
+
+
+def test_in_8_bits_graphs_pay_in_longer_batches(monkeypatch):
+    dial = planner(monkeypatch, budget(100))
+    dial.set_automatic()
+    pays = {
+        kind: dial.planner(batch_of(6, 2048, shape=dataclasses.replace(LLAMA_8B, compute=kind))) for kind in ("bf16", "fp8")
+    }
+    assert [plan.from_graphs for plan in pays.values()] == [False, True]
+
+
+@pytest.mark.parametrize("gib", [0.5, 4])
+def test_offload_keeps_short_batches_on_the_device_where_there_is_room(monkeypatch, gib):
+    dial = planner(monkeypatch, gib * GIB)
     dial.set_offload()
-    plan = dial.planner(batch).layers
-    short_on_device = graph_tokens and gib == 4
-    assert set(plan) == {LayerPlan(Mode.RECOMPUTE)} if short_on_device else any(layer.host for layer in plan)
+    plan, other = (dial.planner(batch_of(1, 1024, graphs)) for graphs in (True, False))
+    assert any(layer.host for layer in other.layers) and not other.from_graphs
+    assert plan.from_graphs == (gib == 4) and (set(plan.layers) == {LayerPlan(Mode.RECOMPUTE)}) == (gib == 4)
+
+
+def test_a_step_from_graphs_needs_little_more_than_one_without():
+    """The memory of the head and of the layers at work is not the same any more."""
+    for rows, length in ((1, 512), (2, 2048), (4, 2048)):
+        plan = [LayerPlan(Mode.KEEP)] * 32
+        eager, graphs = (Cost(LLAMA_8B, rows * length, length, from_graphs=kind).device(plan) for kind in (False, True))
+        assert eager < graphs < eager + GIB
+
+
+def test_rows_are_planned_with_what_graphs_pad_them_by(monkeypatch):
+    dial = planner(monkeypatch, 100 * GIB)
+    dial.set_automatic()
+    x = types.SimpleNamespace(shape=(64 * 65, 4096), device=torch.device("cuda"))
+    for graphs, tokens in ((True, 64 * 128), (False, bucket(64 * 65))):
+        dial.of_layer(0, LLAMA_8B, x, 65, False, graphs)
+        assert dial.planned.batch.tokens == tokens
 
 
 def test_rows_are_not_planned_as_the_long_sequence_of_as_many_tokens(monkeypatch):
@@ -289,4 +344,3 @@ def test_rows_are_not_planned_as_the_long_sequence_of_as_many_tokens(monkeypatch
     for length in (tokens, 4096):
         plan = [dial.of_layer(index, LLAMA_8B, rows, length, False) for index in range(32)]
         assert Cost(LLAMA_8B, tokens, length).device(plan) <= 56 * GIB
-    assert dial.planned_tokens == tokens

@@ -1,15 +1,17 @@
 """Short batches from CUDA graphs: the same numbers as without, whatever has changed since they were made.
 
-There is no GPU here: ``Again`` stands for a graph and runs the recorded function once more, on the objects it was made
-with. Whatever a key does not notice shows in the numbers, as it would with kernels. Backwards are counted: a forward may
-start in vain.
+There is no GPU here: ``Again`` stands for the graphs' memory, and its graphs run the recorded function once more, on the
+objects it was made with. Whatever a key does not notice shows in the numbers, as it would with kernels; and what a graph
+left there is gone when another one starts. Backwards are counted: a forward may start in vain.
 """
 
 from __future__ import annotations
 
 import copy
 import gc
+import types
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -17,34 +19,52 @@ from peft.tuners.lora import LoraLayer
 from stock_pairs import difference, nf4_model, with_lora
 from tiny import VOCAB, tiny_model
 
+from luthier.model import dial as dial_module
+from luthier.model import graphs as graphs_module
 from luthier.model.accelerate import accelerate, dial_of, graphs_of
 from luthier.model.blocks import Mode
 from luthier.model.checkpointing import set_checkpointing
 from luthier.model.compute import set_compute
-from luthier.model.dial import LayerPlan
-from luthier.model.graphs import REPEATS, Gradients, padded
+from luthier.model.dial import LayerPlan, padded
+from luthier.model.graphs import REPEATS
 from luthier.model.offload import Host
+from luthier.model.recording import copies
 
 
 class Again:
     made = replayed = 0
+
+    def __init__(self, size, device):
+        self.size, self.device, self.bytes = size, device, size
+        self.programs = []
 
     @staticmethod
     def fits(x):
         return True
 
     @staticmethod
-    def new_pool():
-        return None
+    def alias(tensor):
+        return tensor
 
-    def __init__(self, function, pool):
+    def aside(self, function):
         function()
-        self.function = function
-        Again.made += 1
 
-    def replay(self):
-        self.function()
-        Again.replayed += self.function.__name__ == "backward"
+    def record(self, function):
+        function()
+        Again.made += 1
+        starts = function.__name__ == "forward"
+        self.programs += [function.__self__] if starts else []
+
+        def replay():
+            for program in self.programs if starts else ():
+                if program is not function.__self__:
+                    program.buffers.mapped(lambda tensor: tensor.fill_(torch.nan))
+                    for gradient in program.gradients:
+                        gradient.fill_(torch.nan)
+            function()
+            Again.replayed += not starts
+
+        return types.SimpleNamespace(replay=replay)
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +80,7 @@ def batch(rows: int = 2, length: int = 64, seed: int = 0) -> dict[str, torch.Ten
 
 def graphed(model: torch.nn.Module) -> torch.nn.Module:
     graphs = graphs_of(accelerate(model))
-    graphs.new_graph, graphs.enabled = Again, True
+    graphs.arena_class = Again
     return model.train()
 
 
@@ -134,7 +154,10 @@ def test_rows_of_any_length_share_the_graph_of_the_next_round_one():
     for length in (61, 50, 64, 37, 64, 50):  # what a longer row has left behind it changes nothing either
         assert_equal(models, batch(length=length, seed=length), exact=False)
     assert Again.made == 2 and Again.replayed == 4
-    assert_equal(models, batch(length=65), replays=0, exact=False)
+    assert_equal(models, batch(length=65), replays=1, exact=False)
+    for length in (64, 70, 33):
+        assert_equal(models, batch(length=length), replays=1, exact=False)
+    assert Again.made == 6, "the longer one needs more memory, and they are made again in it"
     assert padded(64) == 64 and padded(65) == 128 and padded(1025) == 1152
 
 
@@ -207,7 +230,8 @@ def test_a_change_is_noticed(change):
     for model in models:
         change(model)
     for index in range(REPEATS + 2):
-        assert_equal(models, batch(seed=index), replays=1 if index >= REPEATS or change is change_weights else 0)
+        at_once = change in (change_weights, inputs_want_gradients, other_plan)  # nothing has moved
+        assert_equal(models, batch(seed=index), replays=1 if index >= REPEATS or at_once else 0)
 
 
 def test_a_disabled_adapter_and_the_one_before_it():
@@ -295,16 +319,22 @@ def test_what_is_no_plain_batch_runs_without():
     assert_equal(models, batch(seed=2), replays=1)
 
 
-def test_long_batches_and_offloaded_ones_run_without():
+def test_long_batches_and_offloaded_ones_run_without(monkeypatch):
     models = pair()
-    dial_of(models[0]).graph_tokens = 100
-    for _ in range(REPEATS + 1):
-        assert_equal(models, batch(), replays=0)
-    graphs_of(models[0]).enabled = True
+    with monkeypatch.context() as patch:
+        patch.setattr(dial_module, "LAUNCHES", 0.0)
+        for _ in range(REPEATS + 1):
+            assert_equal(models, batch(), replays=0)
+    assert graphs_of(models[0]).why == "its kernels take longer than their launches"
     for model in models:
-        dial_of(model).set_plan([LayerPlan(Mode.KEEP, Host.NARROW), LayerPlan(Mode.KEEP)])
+        dial_of(model).set_plan([LayerPlan(Mode.KEEP), LayerPlan(Mode.KEEP, Host.NARROW)])
     for _ in range(REPEATS + 1):
         assert_equal(models, batch(), replays=0)
+    assert graphs_of(models[0]).why == "its plan keeps something in host memory"
+    for model in models:
+        dial_of(model).set_plan([LayerPlan(Mode.KEEP), LayerPlan(Mode.RECOMPUTE)])
+    warm(models)
+    assert graphs_of(models[0]).why == ""
 
 
 def test_a_switch():
@@ -387,13 +417,13 @@ def test_another_autocast():
 
 
 class Broken(Again):
-    def __init__(self, function, pool):
+    def record(self, function):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
 
 def test_what_cannot_be_recorded_runs_without_and_says_so_once():
     models = pair()
-    graphs_of(models[0]).new_graph = Broken
+    graphs_of(models[0]).arena_class = Broken
     for _ in range(REPEATS):
         assert_equal(models, batch(), replays=0)
     with pytest.warns(UserWarning, match="not permitted when stream is capturing\\).$"):
@@ -425,14 +455,11 @@ def test_an_experts_model_runs_without():
 
 
 def test_gradients_of_several_dtypes():
-    parameters = [torch.empty(2, 3), torch.empty(4, dtype=torch.bfloat16), torch.empty(5)]
-    gradients = Gradients(parameters)
-    for index, view in enumerate(gradients.views):
-        view.fill_(index)
-    copies = gradients.copied()
-    for index, (copied, parameter) in enumerate(zip(copies, parameters, strict=True)):
-        gradients.views[index].fill_(9)
-        assert copied.shape == parameter.shape and copied.dtype == parameter.dtype and (copied == index).all()
+    gradients = [torch.full((2, 3), 0.0), torch.full((4,), 1.0, dtype=torch.bfloat16), torch.full((5,), 2.0)]
+    copied = copies(gradients)
+    for index, (copy_, gradient) in enumerate(zip(copied, gradients, strict=True)):
+        gradient.fill_(9)
+        assert copy_.shape == gradient.shape and copy_.dtype == gradient.dtype and (copy_ == index).all()
 
 
 @pytest.mark.parametrize("compute", ["fp8-backward", "fp8"])
@@ -460,6 +487,72 @@ def test_dropout_and_several_adapters_run_without():
                 results.append(step(model, batch(seed=index)))
             assert torch.equal(results[0][0], results[1][0]) and difference(results[0][1], results[1][1]) == 0
         assert not Again.made and not graphs_of(models[0]).seen
+        assert "anew in every pass" in graphs_of(models[0]).why
+
+
+def test_a_pass_without_graphs_gets_their_memory(monkeypatch):
+    """What is free holds either; the graphs come back, later each time."""
+    models = pair()
+    warm(models)
+    graphs, dial = graphs_of(models[0]), dial_of(models[0])
+    padded_row = batch()
+    padded_row["attention_mask"][0, -9:] = 0
+    assert_equal(models, padded_row, replays=0, exact=False)
+    assert graphs.recordings and "padded" in graphs.why
+    monkeypatch.setattr(type(dial), "room", lambda self, device: dial.graph_bytes + dial.planned.needed - 1)
+    for retreats in (1, 2):
+        assert_equal(models, padded_row, replays=0, exact=False)
+        assert not graphs.recordings and dial.graph_bytes == 0 and graphs.retreats == retreats
+        for _ in range(REPEATS << retreats):
+            assert_equal(models, batch(), replays=0)
+        assert_equal(models, batch(), replays=1)
+
+
+def test_a_second_shape_needs_no_pass_without_a_graph(monkeypatch):
+    """It would need its memory beside that of the graphs."""
+    models = pair()
+    warm(models)
+    monkeypatch.setattr(type(dial_of(models[0])), "room", lambda self, device: 0)
+    for length in (30, 100, 64, 7):
+        assert_equal(models, batch(length=length), replays=1, exact=False)
+    assert not graphs_of(models[0]).retreats
+
+
+def test_evaluation_gets_the_memory_of_graphs_where_they_hold_most_of_it(monkeypatch):
+    models = pair()
+    warm(models)
+    graphs = graphs_of(models[0])
+    for times, kept in ((2.5, True), (1.5, False)):
+        assert_equal(models, batch(seed=1), replays=1)
+        free = times * graphs.dial.graph_bytes
+        monkeypatch.setattr(graphs_module, "available_memory", lambda device, budget, free=free: free)
+        for model in models:
+            with torch.no_grad():
+                model.eval()(**batch())
+            model.train()
+        assert bool(graphs.recordings) == kept
+    warm(models)
+
+
+class Full(Again):
+    full = True
+
+    def record(self, function):
+        if Full.full:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().record(function)
+
+
+def test_a_device_that_is_full_is_asked_again_later():
+    models = pair()
+    graphs_of(models[0]).arena_class = Full
+    for _ in range(REPEATS + 1):
+        assert_equal(models, batch(), replays=0)
+    assert graphs_of(models[0]).why == "the device had no memory for them"
+    Full.full = False
+    for _ in range(2 * REPEATS):
+        assert_equal(models, batch(), replays=0)
+    assert_equal(models, batch(), replays=1)
 
 
 def test_trained_weights():
@@ -467,6 +560,18 @@ def test_trained_weights():
     graphs_of(models[1]).enabled = False
     warm(models)
     assert_equal(models, batch(seed=3), replays=1)
+
+
+def test_what_is_left_of_a_pass_holds_neither_its_graphs_nor_its_batch():
+    models = pair()
+    warm(models)
+    graphs = graphs_of(models[0])
+    recording = weakref.ref(next(iter(graphs.recordings.values())))
+    loss = models[0](**batch()).loss
+    loss.backward()
+    assert recording().program.new_buffers is None
+    graphs.clear()
+    assert recording() is None and loss.grad_fn is not None
 
 
 def test_moving_a_model_gives_up_its_graphs():

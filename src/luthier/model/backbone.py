@@ -56,6 +56,8 @@ def backbone_class_members(stock: type[nn.Module]) -> dict:
 
     @functools.wraps(stock.forward)
     def forward(self, *args, **kwargs):
+        if not self.training or not torch.is_grad_enabled():
+            self.luthier_state.graphs.step_aside()
         if not self.training:
             return stock.forward(self, *args, **kwargs)
         if getattr(self, "_is_replica", False):

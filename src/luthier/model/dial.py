@@ -29,6 +29,8 @@ RESERVE = 0.06  # of the card, for fragmentation and for what other libraries al
 SCRATCH = 1 << 27  # bytes that libraries take for themselves
 HOST_SHARE = 0.5  # of the free host memory that a plan may pin
 WORTH = 0.01  # of a step that has to be saved before the embedding table leaves the device
+LAUNCHES = 8e-3  # seconds that a CPU takes to launch a layer's step: 170 to 250 ms for 32 of them were measured
+BUSY = 0.65  # of the time of the GPU; a CPU that takes more of it makes it wait
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class LayerPlan:
 class Plan:
     layers: tuple[LayerPlan, ...]
     embedding_in_host_memory: bool = False
+    from_graphs: bool | None = None  # whether they run from CUDA graphs; None: whoever made the plan left that open
 
 
 @dataclass(frozen=True)
@@ -153,8 +156,7 @@ class Dial:
 
     def __init__(self, layers: int) -> None:
         self.layers = layers
-        self.graph_bytes = 0  # of device memory that CUDA graphs hold without the allocator counting it as allocated
-        self.graph_tokens = 0  # batches of up to so many tokens may run from CUDA graphs
+        self.graph_bytes = 0  # that CUDA graphs hold without the allocator counting them as allocated; they give way to a plan
         self.host_embedding: HostEmbedding | None = None
         self.embedding: nn.Embedding | None = None  # the backbone says which one could wait in host memory
         self.has_run = False  # gradients' moments and buffers are there since the first step
@@ -182,32 +184,35 @@ class Dial:
         """Keep all but gate and up, in host memory; less where that would take more than its share. The embedding too."""
         self._choose(self._in_host_memory)
 
-    def of_layer(self, index: int, shape: Shape, x: Tensor, length: int, flag: bool) -> LayerPlan:
-        """What layer ``index`` does in the forward that starts now, with input ``x`` (n, D) of sequences of ``length``."""
-        tokens = bucket(x.shape[0])
-        kind = tokens, length >= LONG  # a long sequence needs less memory than as many tokens in shorter ones
+    def of_layer(self, index: int, shape: Shape, x: Tensor, length: int, flag: bool, graphs: bool = False) -> LayerPlan:
+        """What layer ``index`` does in the forward that starts now, with input ``x`` (n, D) of sequences of ``length``.
+
+        ``graphs``: rows of one length that may run from CUDA graphs, which pad them.
+        """
+        tokens = bucket(x.shape[0] // length * padded(length) if graphs else x.shape[0])
+        kind = tokens, length >= LONG, graphs  # a long sequence needs less memory than as many tokens in shorter ones
+        default = LayerPlan(Mode.RECOMPUTE if flag else Mode.KEEP)
         if kind not in self.plans:
-            self._plan(kind, Batch(shape, tokens, min(length, tokens), x.device))
-        plan = self.plans[kind]
-        if plan is None:
-            return LayerPlan(Mode.RECOMPUTE if flag else Mode.KEEP)
-        return plan.layers[index]
+            self._plan(kind, Batch(shape, tokens, min(length, tokens), x.device, graphs, default))
+        self.planned = self.plans[kind]
+        return default if self.planned.plan is None else self.planned.layers[index]
 
     def room(self, device: torch.device) -> float:
         """Bytes that a step may still allocate."""
-        return available_memory(device, self.budget) - self.graph_bytes
+        return available_memory(device, self.budget)
 
     def _choose(self, planner: Callable[[Batch], Plan | None], budget: float | None = None) -> None:
         if self.host_embedding is not None:
             self.host_embedding.bring_back()
         self.planner, self.budget, self.host_embedding = planner, budget, None
-        self.plans: dict[tuple[int, bool], Plan | None] = {}  # by tokens, and whether they are of a long sequence
+        self.plans: dict[tuple[int, bool, bool], Planned] = {}  # by tokens, if of a long sequence, if graphs are possible
+        self.planned: Planned | None = None  # the one of the forward that runs now
         self.offload: Offload | None = None
 
-    def _plan(self, kind: tuple[int, bool], batch: Batch) -> None:
+    def _plan(self, kind: tuple[int, bool, bool], batch: Batch) -> None:
         """Plan for a kind of batch, and make room in host memory."""
-        plan, before = self.planner(batch), set(self.plans.values())
-        self.plans[kind], self.has_run = plan, True
+        plan, before = self.planner(batch), {planned.plan for planned in self.plans.values()}
+        self.plans[kind], self.has_run = Planned(batch, plan, plan.layers if plan else (batch.default,) * self.layers), True
         if plan is None:
             return
         if plan.embedding_in_host_memory and self.embedding is not None and self.host_embedding is None:
@@ -221,11 +226,6 @@ class Dial:
             say(describe(plan, batch.tokens, sum(slabs) + (self.table_bytes if self.host_embedding else 0)))
 
     @property
-    def planned_tokens(self) -> int:
-        """Of the longest batch so far."""
-        return max((tokens for tokens, _ in self.plans), default=0)
-
-    @property
     def table_bytes(self) -> int:
         return 0 if self.embedding is None else self.embedding.weight.nbytes
 
@@ -237,30 +237,37 @@ class Dial:
 
     def _in_host_memory(self, batch: Batch) -> Plan:
         host = self.host_room - self.table_bytes
-        layers = offload_plan(batch.shape, batch.tokens, self.layers, host)
-        if batch.device.type == "cuda" and batch.tokens <= self.graph_tokens:  # faster, and their inputs are few
+        layers, leaves = offload_plan(batch.shape, batch.tokens, self.layers, host), self.embedding is not None and host > 0
+        if batch.graphs and batch.device.type == "cuda":  # faster, and the inputs of short batches are few
             inputs = [LayerPlan(Mode.RECOMPUTE)] * self.layers
-            if 2 * Cost(batch.shape, batch.tokens).device(inputs) <= self.room(batch.device):
-                layers = inputs
-        return Plan(tuple(layers), self.embedding is not None and host > 0)
+            if batch.cost(from_graphs=True).device(inputs) <= self.room(batch.device) and batch.prefers_graphs(inputs, layers):
+                return Plan(tuple(inputs), leaves, from_graphs=True)
+        return Plan(tuple(layers), leaves, from_graphs=False)
 
     def _within(self, trainable: int, batch: Batch) -> Plan:
         if batch.device.type != "cuda":  # main memory is plenty, and a CPU is slow at computing twice
             return Plan((LayerPlan(Mode.KEEP if self.budget is None else Mode.RECOMPUTE),) * self.layers)
         pending = trainable if self.has_run else 3 * trainable + batch.shape.written()  # the first step makes the moments
-        device, host, speeds = self.room(batch.device) - pending, self.host_room, card_speeds(batch.device)
-        if batch.tokens <= self.graph_tokens:  # a graph copies nothing to the host, and lies beside a step without it
-            device, host = device / 2, 0
-        staying = plan_for(batch.shape, batch.tokens, self.layers, device, host, speeds, batch.length)
-        if self.embedding is None or self.host_embedding is not None or host < self.table_bytes:
-            return Plan(tuple(staying), self.host_embedding is not None)
-        rooms = device + self.table_bytes, host - self.table_bytes
-        leaving = plan_for(batch.shape, batch.tokens, self.layers, *rooms, speeds, batch.length)
-        cost = Cost(batch.shape, batch.tokens, batch.length, speeds)
+        device = self.room(batch.device) - pending
+        eager, _ = self._fastest(batch, device, from_graphs=False)
+        if batch.graphs:
+            graphed, fits = self._fastest(batch, device, from_graphs=True, trainable=trainable)
+            if fits and batch.prefers_graphs(graphed.layers, eager.layers):
+                return graphed
+        return eager
+
+    def _fastest(self, batch: Batch, device: float, from_graphs: bool, trainable: int = 0) -> tuple[Plan, bool]:
+        """A plan for ``device`` bytes, and whether it fits. Graphs copy nothing to the host."""
+        cost, host = batch.cost(from_graphs, trainable), self.host_room
+        staying = plan_for(cost, self.layers, device, 0 if from_graphs else host)
         fits = cost.device(staying) <= device
+        if self.embedding is None or self.host_embedding is not None or host < self.table_bytes:
+            return Plan(tuple(staying), self.host_embedding is not None, from_graphs), fits
+        rooms = device + self.table_bytes, 0 if from_graphs else host - self.table_bytes
+        leaving = plan_for(cost, self.layers, *rooms)
         if fits and cost.seconds(leaving) > (1 - WORTH) * cost.seconds(staying):
-            return Plan(tuple(staying))
-        return Plan(tuple(leaving), True)
+            return Plan(tuple(staying), from_graphs=from_graphs), True
+        return Plan(tuple(leaving), True, from_graphs), cost.device(leaving) <= rooms[0]
 
 
 @dataclass(frozen=True)
@@ -271,6 +278,46 @@ class Batch:
     tokens: int
     length: int
     device: torch.device
+    graphs: bool = False  # it may run from CUDA graphs
+    default: LayerPlan = LayerPlan(Mode.KEEP)  # what a layer does without a plan
+
+    def cost(self, from_graphs: bool = False, gradients: int = 0) -> Cost:
+        speeds = card_speeds(self.device) if self.device.type == "cuda" else Speeds()
+        return Cost(self.shape, self.tokens, self.length, speeds, from_graphs, gradients)
+
+    def obstacle(self, layers: Sequence[LayerPlan]) -> str:
+        """Why ``layers`` do not run from CUDA graphs, or nothing."""
+        if any(layer.host for layer in layers):
+            return "its plan keeps something in host memory"
+        if BUSY * self.cost().seconds(layers) > LAUNCHES * len(layers):
+            return "its kernels take longer than their launches"
+        return ""
+
+    def prefers_graphs(self, graphed: Sequence[LayerPlan], eager: Sequence[LayerPlan]) -> bool:
+        """Whether ``graphed``, from CUDA graphs, are faster than ``eager``, which a CPU launches."""
+        cost = self.cost()
+        return not self.obstacle(graphed) and cost.seconds(graphed) <= max(cost.seconds(eager), LAUNCHES * len(eager))
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan and what it was made for."""
+
+    batch: Batch
+    plan: Plan | None
+    layers: Sequence[LayerPlan]
+
+    @functools.cached_property
+    def obstacle(self) -> str:
+        """Why the layers do not run from CUDA graphs, or nothing."""
+        if self.plan is None or self.plan.from_graphs is None:
+            return self.batch.obstacle(self.layers)
+        return "" if self.plan.from_graphs else "another plan is faster, or there is no memory for graphs"
+
+    @functools.cached_property
+    def needed(self) -> int:
+        """Bytes of a step whose kernels are launched one by one."""
+        return self.batch.cost().device(self.layers)
 
 
 @dataclass(frozen=True)
@@ -281,6 +328,8 @@ class Cost:
     tokens: int
     length: int | None = None  # of one sequence; None: all tokens are one
     speeds: Speeds = Speeds()
+    from_graphs: bool = False
+    gradients: int = 0  # bytes of those that graphs hand out
 
     @functools.cached_property
     def work(self) -> Work:
@@ -290,16 +339,31 @@ class Cost:
         return self.tokens * sum(count * self.shape.parked(layer) for layer, count in Counter(plan).items())
 
     def device(self, plan: Sequence[LayerPlan]) -> int:
-        """The peak on the device: of the forward, of the head, or of one layer's backward."""
+        """The peak on the device: of the forward, of the head, or of one layer's backward. A graph's memory stays its own."""
+        head = self.shape.head(self.tokens)
+        if self.from_graphs:
+            return SCRATCH + self.pool(plan) + max(head, self._working(plan))  # one layer alone, before it is recorded
+        last = self.tokens * (self.shape.kept(plan[-1].mode) - self.shape.parked(plan[-1]))
+        return SCRATCH + self._staying(plan) + max(self._working(plan), last + head)
+
+    def pool(self, plan: Sequence[LayerPlan]) -> int:
+        """What the layers take in graphs: gradients lie where something was kept, a row comes in and goes out."""
+        rows = self.tokens * self.shape.hidden * self.shape.size
+        return max(self._staying(plan), self.gradients) + self._working(plan) + rows
+
+    def _staying(self, plan: Sequence[LayerPlan]) -> int:
+        """What all layers but the last keep on the device."""
+        kinds = Counter(plan[:-1]).items()
+        return self.tokens * sum(count * (self.shape.kept(layer.mode) - self.shape.parked(layer)) for layer, count in kinds)
+
+    def _working(self, plan: Sequence[LayerPlan]) -> int:
+        """What the last layer keeps, and what a layer at work takes beside it: in the forward, or in the backward."""
         shape, tokens, is_long = self.shape, self.tokens, (self.length or self.tokens) >= LONG
-        kinds, last = Counter(plan[:-1]), shape.kept(plan[-1].mode) - shape.parked(plan[-1])
-        stays = sum(count * (shape.kept(layer.mode) - shape.parked(layer)) for layer, count in kinds.items())
-        parked = max(map(shape.parked, {*plan}))
+        last, parked = shape.kept(plan[-1].mode) - shape.parked(plan[-1]), max(map(shape.parked, {*plan}))
         under_way, ahead = (0, 0) if is_long else (Offload.DEPTH, 1)  # layers whose copies go out, or come back early
         forward = tokens * (1 + under_way) * parked + shape.forward(tokens)
         backward = tokens * (max(last, parked) + ahead * parked)
-        backward += max(shape.transient(tokens, mode, is_long) for mode in {layer.mode for layer in plan})
-        return SCRATCH + tokens * stays + max(forward, tokens * last + shape.head(tokens), backward)
+        return max(forward, backward + max(shape.transient(tokens, mode, is_long) for mode in {layer.mode for layer in plan}))
 
     def extra_seconds(self, plan: Sequence[LayerPlan]) -> float:
         """What computing again and copying cost if no copy is waited for."""
@@ -327,17 +391,8 @@ OPTIONS = [
 ]
 
 
-def plan_for(
-    shape: Shape,
-    tokens: int,
-    layers: int,
-    device: float,
-    host: float = 0,
-    speeds: Speeds | None = None,
-    length: int | None = None,
-) -> list[LayerPlan]:
+def plan_for(cost: Cost, layers: int, device: float, host: float = 0) -> list[LayerPlan]:
     """The fastest plan of at most two kinds of layers within ``device`` and ``host`` bytes; the smallest if none fits."""
-    cost = Cost(shape, tokens, length, speeds or Speeds())
     plans = [plan for plan in candidates(layers) if cost.host(plan) <= host]
     fitting = sorted((plan for plan in plans if cost.device(plan) <= device), key=cost.extra_seconds)
     if not fitting:
@@ -376,6 +431,12 @@ def bucket(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
+def padded(length: int) -> int:
+    """The length to which a graph pads rows of ``length`` tokens: what is right of them changes nothing in causal rows."""
+    step = 64 if length <= 1024 else 128
+    return -(-length // step) * step
+
+
 def describe(plan: Plan, tokens: int, host: int = 0) -> str:
     """One line for the person at the terminal; ``host``: bytes of host memory that the plan pins."""
     kept = {
@@ -393,11 +454,15 @@ def describe(plan: Plan, tokens: int, host: int = 0) -> str:
         parts.append(f"{count} layer{'s' if count > 1 else ''} with {kept[layer.mode]}{place}")
     if plan.embedding_in_host_memory:
         parts.append("embeddings in host memory")
+    if plan.from_graphs:
+        parts.append("from CUDA graphs")
     return f"Memory plan for {tokens} tokens: {'; '.join(parts)}" + (f" ({host / GIB:.1f} GiB of it)" if host else "")
 
 
 def available_memory(device: torch.device, budget: float | None) -> float:
     """Bytes that a step may still allocate: what the device has free less a reserve, or what the budget leaves."""
+    if device.type != "cuda":
+        return float("inf")  # main memory is plenty
     free, total = torch.cuda.mem_get_info(device)
     allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
     available = free + reserved - allocated - RESERVE * total

@@ -136,9 +136,8 @@ class LayerRun:
         return self.state.index
 
     def __call__(self, x: Tensor) -> Tensor:
-        plan = self.plan if torch.is_grad_enabled() else LayerPlan(Mode.RECOMPUTE)  # no backward: nothing to keep, or to park
         with torch.autocast(x.device.type, enabled=False):
-            return _Layer.apply(x, self.blocks, self.call, self.state, plan, *self.blocks.trained())
+            return _Layer.apply(x, self.blocks, self.call, self.state, self.plan, *self.blocks.trained())
 
 
 def layer_class_members(stock: type[nn.Module], spec: Spec) -> dict:
@@ -178,8 +177,10 @@ def run(layer: nn.Module, blocks: Blocks, spec: Spec, hidden_states: Tensor, kwa
     state = layer.luthier_state
     rows, structure = hidden_states.flatten(0, -2), state.model.structure
     longest = hidden_states.shape[1] if structure is None or structure.segments is None else structure.segments.longest
-    shape = blocks.shape(hidden_states, state.model.compute)
-    plan = state.model.dial.of_layer(state.index, shape, rows, longest, layer.gradient_checkpointing)
+    plan, from_graphs = LayerPlan(Mode.RECOMPUTE), state.model.graphs.expect(state.index, blocks, hidden_states)
+    if torch.is_grad_enabled():  # else there is no backward: nothing to keep, or to park
+        shape = blocks.shape(hidden_states, state.model.compute)
+        plan = state.model.dial.of_layer(state.index, shape, rows, longest, layer.gradient_checkpointing, from_graphs)
     tables = kwargs["position_embeddings"]
     cos, sin = half_tables(*tables, spec.rotary) if blocks.attention.rotates else tables
     call = Call(hidden_states.shape[0], cos, sin)

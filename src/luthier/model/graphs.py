@@ -1,73 +1,48 @@
 """CUDA graphs of a model's decoder layers, for batches so short that the GPU would wait for Python.
 
-A step launches a few thousand kernels at 20 to 40 us of Python each; below some two thousand tokens that is longer than
-what they compute. So once a shape has come a few times, all layers together become two graphs, one of their forward and
-one of their backward, which run without Python. What the forward keeps for the backward lies in the graphs' own memory.
+A step launches a few thousand kernels at 20 to 40 us of Python each, 170 to 250 ms of CPU for 32 layers. Where the GPU
+does not take much longer (``dial.Batch.obstacle``), all layers together become two graphs (``model/recording.py``), one
+of their forward and one of their backward, which run without Python.
 
 The layers are called one by one by a loop that is not ours. While a pass is *deferred* each of them is noted down and
 gives back its input untouched, and the last one runs them all: from graphs, or one after the other as if nothing had
 happened. A graph does on the same addresses the same again, so its key holds every address, shape, number and flag that
 its kernels were launched with: whatever has changed makes another key, and another key runs without a graph.
+
+What layers keep between a graph's forward and its backward lies in memory that the graphs hold for good, all in the same.
+A pass without a graph that needs this memory makes them give it back.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import gc
 import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import is_dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch._utils import _unflatten_dense_tensors  # hundreds of views in one call
-from torch.autograd.function import once_differentiable
 
-from luthier.model.dial import Cost, Dial
+from luthier.model.dial import Cost, Dial, available_memory, padded
+from luthier.model.recording import Arena, Flight, Recording, Stack
 from luthier.ops.lora_linear import Projection, Workspace
 from luthier.ops.nf4 import Quantised
 
 if TYPE_CHECKING:
-    from luthier.model.fused_layer import LayerRun
+    from luthier.model.fused_layer import Blocks, LayerRun
 
-TOKENS = 2048  # of a batch; above, the GPU is busy anyway
-REPEATS = 2  # passes of one key without a graph, before its graphs are made
-GRAPHS = 24  # keys of a model that get graphs
+REPEATS = 2  # passes without a graph, before graphs are made; twice as many each time that they had to give way
+GRAPHS = 32  # keys of a model that get graphs
 PLAIN = {int, float, bool, str, type(None), type}
 GRADIENT_BYTES = 1 << 30  # of what trains; beyond, the copies of its gradients cost more than Python does
 
 
 class NotAChain(Exception):
     """Something other than the next layer has touched what a deferred layer gave back."""
-
-
-class CudaGraph:
-    """What ``function`` does on the GPU, recorded without being done, to be done by ``replay``."""
-
-    @staticmethod
-    def fits(x: Tensor) -> bool:
-        return x.is_cuda and not torch.cuda.is_current_stream_capturing()
-
-    @staticmethod
-    def new_pool() -> object:
-        return torch.cuda.graph_pool_handle()
-
-    def __init__(self, function: Callable[[], None], pool: object) -> None:
-        self.graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):  # other threads may pin memory
-                function()
-        except RuntimeError:
-            with torch.cuda.graph(torch.cuda.CUDAGraph()):  # a capture that ends well: random numbers work again
-                torch.zeros(1, device="cuda")
-            raise
-
-    def replay(self) -> None:
-        self.graph.replay()
 
 
 class Pass:
@@ -95,16 +70,20 @@ class Pass:
         self.tables.setdefault(table, (cos, sin))
         self.which.append(list(self.tables).index(table))
         self.layers.append(layer)
-        self.leaves.append(leaves((layer.plan, layer.call.window, layer.blocks), []))
+        self.leaves.append(leaves((layer.call.window, layer.blocks), []))
 
     def gave(self, output: Tensor) -> Tensor:
         self.last, self.version = output, output._version
         return output
 
     def key(self) -> tuple:
+        return shape_key(self.x), tuple(layer.plan for layer in self.layers), self.state()
+
+    def state(self) -> tuple:
+        """All of the key that is not of the batch alone."""
         flags = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
         attention = torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled()
-        return shape_key(self.x), tuple(map(addresses, self.leaves)), tuple(self.which), self.kinds(), flags, attention
+        return tuple(map(addresses, self.leaves)), tuple(self.which), self.kinds(), flags, attention
 
     def kinds(self) -> tuple:
         """What a recording has fixed of the tables."""
@@ -119,12 +98,6 @@ class Pass:
         for layer in self.layers:
             x = layer(x)
         return x
-
-
-def padded(length: int) -> int:
-    """The length of the graph that runs rows of ``length`` tokens: what is right of them changes nothing in causal rows."""
-    step = 64 if length <= 1024 else 128
-    return -(-length // step) * step
 
 
 def shape_key(x: Tensor) -> tuple:
@@ -170,184 +143,37 @@ def watched(layers: Iterable[nn.Module]) -> bool:
     )  # fmt: skip
 
 
-class Gradients:
-    """Fixed memory for the gradients of ``parameters``, one piece for each dtype."""
-
-    def __init__(self, parameters: list[Tensor]) -> None:
-        self.layout = [(parameter.shape, parameter.dtype) for parameter in parameters]
-        like = {dtype: [p.detach() for p in parameters if p.dtype == dtype] for _, dtype in self.layout}
-        self.flat = {dtype: torch.cat([t.flatten() for t in tensors]).zero_() for dtype, tensors in like.items()}
-        self.views = self._views(self.flat, parameters)
-
-    def copied(self) -> list[Tensor]:
-        """The gradients in memory of their own, which whoever accumulates them may keep."""
-        return self._views({dtype: values.clone() for dtype, values in self.flat.items()}, self.views)
-
-    def _views(self, flat: dict[torch.dtype, Tensor], like: list[Tensor]) -> list[Tensor]:
-        pieces = {
-            dtype: iter(_unflatten_dense_tensors(values, [tensor for tensor in like if tensor.dtype == dtype]))
-            for dtype, values in flat.items()
-        }
-        return [next(pieces[dtype]) for _, dtype in self.layout]
-
-
-@dataclass
-class Buffers:
-    """Where a pair of graphs reads and writes: x, output and grad (B, padded T, D), the tables, and the gradients."""
-
-    x: Tensor
-    output: Tensor
-    grad: Tensor
-    grad_x: Tensor | None
-    tables: list[tuple[Tensor, Tensor]]
-    gradients: Gradients
-
-
-class Program:
-    """The layers' forward and backward over ``buffers``."""
-
-    def __init__(self, taken: Pass, buffers: Buffers) -> None:
-        self.buffers = buffers
-        self.layers = []
-        views = iter(buffers.gradients.views)
-        for layer, which in zip(taken.layers, taken.which, strict=True):
-            cos, sin = buffers.tables[which]
-            targets = [next(views) for _ in layer.blocks.trained()]
-            self.layers.append((layer.blocks, replace(layer.call, cos=cos, sin=sin), layer.plan.mode, targets))
-        self.kept: list = []
-
-    def forward(self) -> None:
-        rows = self.buffers.x.flatten(0, 1)
-        self.kept = []
-        for unused, call, mode, _ in self.layers:
-            blocks = unused.fresh()
-            rows, kept = blocks.forward(rows, call, mode)
-            self.kept.append((blocks, kept))
-        self.buffers.output.flatten(0, 1).copy_(rows)
-
-    def backward(self) -> None:
-        grad, grad_x = self.buffers.grad.flatten(0, 1), self.buffers.grad_x
-        for index in reversed(range(len(self.layers))):
-            _, call, _, targets = self.layers[index]
-            blocks, kept = self.kept.pop()
-            grad, gradients = blocks.backward(grad, call, kept, index > 0 or grad_x is not None)
-            if targets:
-                torch._foreach_copy_(targets, gradients)
-        if grad_x is not None:
-            grad_x.flatten(0, 1).copy_(grad)
-
-
-class Recording:
-    """The two graphs of one key."""
-
-    def __init__(self, taken: Pass, gradients: Gradients, workspace: Workspace, new_graph: type, pool: object) -> None:
-        x, (batch, length, width) = taken.x, shape_key(taken.x)[:3]
-        rows = [torch.zeros(batch, length, width, dtype=x.dtype, device=x.device) for _ in range(4)]
-        tables = [tuple(_longer(table, length) for table in pair) for pair in taken.tables.values()]
-        self.buffers = Buffers(*rows[:3], rows[3] if x.requires_grad else None, tables, gradients)
-        program = Program(taken, self.buffers)
-        program.forward()  # kernels are compiled and libraries choose theirs now: not while a graph is being recorded
-        program.backward()
-        of_layers = [leaf for leaves in taken.leaves for leaf in leaves]
-        self.alive = [leaf.detach() for leaf in of_layers if isinstance(leaf, Tensor)]  # what the graphs read: they may
-        self.alive += workspace.buffers.values()  # start before it is known that they are still the right ones
-        self.quantised = [leaf for leaf in of_layers if isinstance(leaf, Quantised)]
-        self.kinds = taken.kinds()
-        before = _emptied(x)
-        collects = gc.isenabled()
-        gc.disable()  # what is freed in the middle of a recording could end it
-        try:
-            self.forward_graph = new_graph(program.forward, pool)
-            self.backward_graph = new_graph(program.backward, pool)
-        finally:
-            if collects:
-                gc.enable()
-        self.bytes = _emptied(x) - before
-
-    @torch.no_grad()
-    def start(self, x: Tensor, tables: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Run the forward of x (B, T, D) into ``buffers``."""
-        buffers, length = self.buffers, x.shape[1]
-        _fill(buffers.x, x)
-        for fixed, given in zip(buffers.tables, tables, strict=True):
-            fixed[0][:, :length].copy_(given[0])
-            fixed[1][:, :length].copy_(given[1])
-        self.forward_graph.replay()
-
-    def backward(self, grad: Tensor) -> tuple[Tensor | None, list[Tensor]]:
-        """grad (B, T, D) of the output -> the gradients of x, if wanted, and of what trains, in memory of their own."""
-        buffers = self.buffers
-        _fill(buffers.grad, grad)
-        self.backward_graph.replay()
-        grad_x = None if buffers.grad_x is None else buffers.grad_x[:, : grad.shape[1]].clone()
-        return grad_x, buffers.gradients.copied()
-
-
-class Flight:
-    """From the start of a recording's forward to its backward: its memory holds this pass's activations, and no other's."""
-
-    def __init__(self, recording: Recording, taken: Pass) -> None:
-        self.recording, self.length = recording, taken.x.shape[1]
-        self.landed = False
-        recording.start(taken.x, taken.tables.values())
-
-
-class _Stack(torch.autograd.Function):
-    """All layers, from a recording."""
-
-    @staticmethod
-    def forward(ctx, x, flight, *trained):
-        ctx.flight = flight
-        return flight.recording.buffers.output[:, : flight.length].clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        flight = ctx.flight
-        if flight.landed:
-            raise RuntimeError(
-                "The layers were asked for their backward a second time, but the first one used up what they had kept. "
-                "Compute the loss again, or call luthier.restore(model) before a backward with retain_graph=True."
-            )
-        flight.landed = True
-        grad_x, gradients = flight.recording.backward(grad)
-        return grad_x, None, *gradients
-
-
 class Graphs:
     """The graphs of one model, and the pass that is under way.
 
-    ``enabled``: whether short batches run from graphs where they can.
+    ``enabled``: whether short batches run from graphs where they can. ``why``: why the last batch did not, or nothing.
     """
 
-    def __init__(self, dial: Dial, workspace: Workspace, new_graph: type = CudaGraph) -> None:
-        self.dial, self.workspace, self.new_graph = dial, workspace, new_graph
-        self.enabled = True
+    def __init__(self, dial: Dial, workspace: Workspace, arena_class: type = Arena) -> None:
+        self.dial, self.workspace, self.arena_class = dial, workspace, arena_class
+        self.enabled, self.why, self.broken = True, "nothing has run yet", ""  # and why they turned themselves off
+        self.expected = False  # by what is known without a plan, of the pass that runs now
         self.taken: Pass | None = None
         self.loop: Iterable[nn.Module] | None = None  # the layers of the backbone that runs, if its batch is simple
-        self.chains: set[tuple] = set()  # shapes that went from layer to layer, untouched between them
+        self.is_chain = False  # a pass went from layer to layer, untouched between them
+        self.retreats = 0  # times that graphs gave way to a pass without
         self.clear()
-
-    @property
-    def enabled(self) -> bool:
-        return self.dial.graph_tokens > 0
-
-    @enabled.setter
-    def enabled(self, on: bool) -> None:
-        self.dial.graph_tokens = TOKENS if on else 0
 
     def clear(self) -> None:
         """Give up all graphs and their memory; new ones are made when shapes come again."""
+        self.seen: Counter[tuple] = Counter()  # passes of one state without a graph
+        self.flight: Callable[[], Flight | None] = lambda: None
+        self.has_trained = False
+        self._leave()
+
+    def _leave(self) -> None:
         self.recordings: dict[tuple, Recording] = {}
         self.latest: dict[tuple, Recording] = {}  # by shape
-        self.seen: Counter[tuple] = Counter()
-        self.flight: Callable[[], Flight | None] = lambda: None
-        self.gradients: Gradients | None = None
-        self.pool: object = None
+        self.arena: Arena | None = None
         self.dial.graph_bytes = 0
 
     def __deepcopy__(self, memo: dict) -> Graphs:
-        copied = Graphs(copy.deepcopy(self.dial, memo), copy.deepcopy(self.workspace, memo), self.new_graph)
+        copied = Graphs(copy.deepcopy(self.dial, memo), copy.deepcopy(self.workspace, memo), self.arena_class)
         copied.enabled = self.enabled
         return copied
 
@@ -356,8 +182,9 @@ class Graphs:
 
         Simple is a batch of rows that are causal from their first token to their last, as ``run``'s callers know.
         """
-        self.loop = layers if simple and self.enabled else None
-        self.taken = None
+        self.loop = layers if simple else None
+        self.taken, self.expected = None, False
+        self.has_trained |= torch.is_grad_enabled()
         try:
             with contextlib.suppress(NotAChain):
                 output = forward()
@@ -365,13 +192,22 @@ class Graphs:
                     return output
         finally:
             self.loop = self.taken = None
-        self.enabled = False  # this architecture does something between its layers, though it had not before
+        self.enabled, self.broken = False, "something happens between the layers"  # though it had not before
         return forward()
+
+    def expect(self, index: int, blocks: Blocks, x: Tensor) -> bool:
+        """Whether the pass that runs now, at layer ``index``, may come from graphs, its plan permitting."""
+        if index == 0:
+            self.expected = False
+            if torch.is_grad_enabled():
+                self.why = self._obstacle(blocks, x)
+                self.expected = not self.why
+        return self.expected
 
     def run(self, layer: LayerRun, x: Tensor) -> Tensor:
         """The output of the next layer, or ``x`` itself if the pass is deferred."""
         if layer.index == 0:
-            self.taken = self._begin(layer, x)
+            self.taken = self._begin(x)
         if self.taken is None:
             return layer(x)
         if not self.taken.continues(layer, x):
@@ -383,8 +219,8 @@ class Graphs:
         taken, self.taken = self.taken, None
         if taken.deferred:
             return self._together(taken)
-        self.chains.add(shape_key(taken.x))
-        self.seen[taken.key()] += 1
+        self.is_chain = True
+        self.seen[taken.state()] += 1
         return layer(x)
 
     def interrupt(self, x: Tensor) -> Tensor:
@@ -394,19 +230,57 @@ class Graphs:
             return x
         if not taken.holds(x):
             raise NotAChain
-        return taken.eager()
+        self.why = "a layer runs its stock forward, or other adapters than the one before it"
+        return self._eagerly(taken)
 
-    def _begin(self, layer: LayerRun, x: Tensor) -> Pass | None:
-        if self.loop is None or not torch.is_grad_enabled() or layer.plan.host or watched(self.loop):
-            return None
-        if x.ndim != 3 or x.shape[0] * padded(x.shape[1]) > self.dial.graph_tokens or not self.new_graph.fits(x):
-            return None
-        return Pass(x, deferred=shape_key(x) in self.chains)
+    def step_aside(self) -> None:
+        """Leave the memory to evaluation, generation or what else comes after training, if it is most of what is free."""
+        if self.arena is None or not self.has_trained or self._in_flight():
+            return
+        self.has_trained = False
+        if available_memory(self.arena.device, None) < 2 * self.dial.graph_bytes:
+            self.clear()
+
+    def _obstacle(self, blocks: Blocks, x: Tensor) -> str:
+        if not self.enabled:
+            return self.broken or "they are turned off"
+        if self.loop is None:
+            return "the rows of the batch are packed or padded, or only a mask tells what they see"
+        if blocks.mlp is None:
+            return "its experts have none"
+        if watched(self.loop):
+            return "hooks are attached to layers"
+        if blocks.are_unique:
+            return "the masks of dropout, or several adapters as one, are made anew in every pass"
+        if x.ndim != 3 or not self.arena_class.fits(x):
+            return "its device has none"
+        if self._gradient_bytes(blocks) > GRADIENT_BYTES:
+            return "copying the gradients of so much that trains would take longer"
+        return ""
+
+    def _gradient_bytes(self, blocks: Blocks) -> int:
+        return self.dial.layers * sum(parameter.nbytes for parameter in blocks.trained())
+
+    def _begin(self, x: Tensor) -> Pass | None:
+        if self.expected and not self.dial.planned.obstacle:
+            return Pass(x, deferred=self.is_chain)
+        if torch.is_grad_enabled():
+            self.why = self.why or self.dial.planned.obstacle
+            self._make_room()
+        return None
+
+    def _make_room(self) -> None:
+        """For a pass without a graph."""
+        if self.arena is None or self._in_flight():
+            return
+        if self.dial.planned.needed > self.dial.room(self.arena.device) - self.dial.graph_bytes:
+            self.retreats += 1
+            self.clear()
 
     def _start_early(self, taken: Pass) -> None:
         """Start the graph that such an x took last, once the tables are there, while the other layers are still read.
 
-        Should its key turn out to be another one, nobody looks at what it did to memory of its own.
+        Should its key turn out to be another one, nobody looks at what it did to the graphs' memory.
         """
         recording = self.latest.get(shape_key(taken.x)) if taken.deferred and taken.flight is None else None
         if recording and recording.kinds == taken.kinds() and not self._in_flight():
@@ -418,71 +292,66 @@ class Graphs:
 
     def _together(self, taken: Pass) -> Tensor:
         key, shape = taken.key(), shape_key(taken.x)
-        if self._in_flight() or (key not in self.recordings and not self._record(key, taken)):
+        if self._in_flight():
+            self.why = "the backward of the pass before it has not come yet"
+        elif key not in self.recordings:
+            taken.flight = None
+            self.why = self._record(key, taken)
+        if self.why:
             self.latest.pop(shape, None)
-            return taken.eager()
+            return self._eagerly(taken)
         recording = self.latest[shape] = self.recordings[key]
         flight = taken.flight
         if flight is None or flight.recording is not recording:
             flight = Flight(recording, taken)
         self.flight = weakref.ref(flight)
         with torch.autocast(taken.x.device.type, enabled=False):
-            return _Stack.apply(taken.x, flight, *taken.parameters())
+            return Stack.apply(taken.x, flight, *taken.parameters())
 
-    def _record(self, key: tuple, taken: Pass) -> bool:
-        """Whether there are graphs of ``key`` now."""
+    def _eagerly(self, taken: Pass) -> Tensor:
+        taken.flight = None
+        self._make_room()
+        return taken.eager()
+
+    def _record(self, key: tuple, taken: Pass) -> str:
+        """Why there are no graphs of ``key`` now, or nothing."""
         if len(self.seen) > 100:  # something changes in every pass
             self.seen.clear()
-        self.seen[key] += 1
-        if self.seen[key] <= REPEATS or len(self.recordings) >= GRAPHS or not self._fits(taken):
-            return False
-        parameters = taken.parameters()
-        if self.gradients is None or self.gradients.layout != [(p.shape, p.dtype) for p in parameters]:
-            self.gradients = Gradients(parameters)
-        self.pool = self.new_graph.new_pool() if self.pool is None else self.pool
+        *_, state = key
+        self.seen[state] += 1
+        if self.seen[state] <= REPEATS << min(self.retreats, 10):
+            return "its weights and adapters have not come often enough"
+        if len(self.recordings) >= GRAPHS:
+            return f"{GRAPHS} other shapes or states have graphs"
+        if any(table.shape[1] != taken.x.shape[1] for pair in taken.tables.values() for table in pair):
+            return "its rotations are not those of its tokens"
+        needed, whole = self._sizes(taken)
+        if taken.x.is_cuda and whole > available_memory(taken.x.device, None):
+            return "the device has no memory for them"
         try:
             with torch.no_grad(), torch.autocast(taken.x.device.type, enabled=False):
-                recording = Recording(taken, self.gradients, self.workspace, self.new_graph, self.pool)
-        except RuntimeError as error:  # out of memory, or a kernel that cannot be recorded
-            self.enabled = False
+                if self.arena is None or self.arena.size < needed:  # the others are made again in the larger one
+                    self._leave()
+                    self.arena = self.arena_class(needed, taken.x.device)
+                self.recordings[key] = Recording(taken, self.arena, self.workspace)
+                self.dial.graph_bytes = self.arena.bytes
+        except torch.OutOfMemoryError:
+            self.retreats += 1
             self.clear()
-            message = f"No CUDA graphs for this model: every kernel is launched from Python ({str(error).splitlines()[0]})."
+            return "the device had no memory for them"
+        except RuntimeError as error:  # a kernel that cannot be recorded
+            self.clear()
+            self.enabled, self.broken = False, str(error).splitlines()[0]
+            message = f"No CUDA graphs for this model: every kernel is launched from Python ({self.broken})."
             warnings.warn(message, UserWarning, stacklevel=2)
-            return False
-        self.recordings[key] = recording
-        self.dial.graph_bytes += recording.bytes
-        return True
+            return self.broken
+        return ""
 
-    def _fits(self, taken: Pass) -> bool:
-        """Whether the graphs' memory is free, and that of the longest batch so far without graphs beside it."""
-        x, plans, parameters = taken.x, [layer.plan for layer in taken.layers], taken.parameters()
-        size = sum(parameter.nbytes for parameter in parameters)
-        odd_tables = any(table.shape[1] != x.shape[1] for pair in taken.tables.values() for table in pair)
-        if size > GRADIENT_BYTES or odd_tables or any(plan.host for plan in plans):
-            return False
-        if not x.is_cuda:
-            return True
-        shape, tokens = taken.layers[0].blocks.shape(x, taken.layers[0].state.model.compute), x.shape[0] * padded(x.shape[1])
-        of_pool = Cost(shape, tokens).device(plans) + (0 if self.gradients else size)
-        longest = Cost(shape, max(tokens, self.dial.planned_tokens)).device(plans) + size
-        return max(0, of_pool - self.dial.graph_bytes) + longest <= self.dial.room(x.device)
-
-
-def _longer(table: Tensor, length: int) -> Tensor:
-    return torch.zeros(table.shape[0], length, *table.shape[2:], dtype=table.dtype, device=table.device)
-
-
-def _fill(fixed: Tensor, values: Tensor) -> None:
-    """The first tokens of ``fixed`` (B, padded T, D) are ``values`` (B, T, D), the others zero."""
-    length = values.shape[1]
-    fixed[:, :length].copy_(values)
-    if length < fixed.shape[1]:
-        fixed[:, length:].zero_()
-
-
-def _emptied(x: Tensor) -> int:
-    """The bytes that torch holds on the device without its cache: more after a recording by what the graphs' pool took."""
-    if not x.is_cuda:
-        return 0
-    torch.cuda.empty_cache()
-    return torch.cuda.memory_reserved(x.device)
+    def _sizes(self, taken: Pass) -> tuple[int, int]:
+        """Bytes of the graphs' memory, and of a step that runs from them."""
+        x, first = taken.x, taken.layers[0]
+        shape, length = first.blocks.shape(x, first.state.model.compute), padded(x.shape[1])
+        gradients = sum(parameter.nbytes for parameter in taken.parameters())
+        cost = Cost(shape, x.shape[0] * length, length, from_graphs=True, gradients=gradients)
+        plans = [layer.plan for layer in taken.layers]
+        return cost.pool(plans), cost.device(plans)

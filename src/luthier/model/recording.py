@@ -1,0 +1,258 @@
+"""The decoder layers' forward and backward as two CUDA graphs, in device memory that all graphs of a model share.
+
+No two graphs of a model are ever under way at the same time: from the start of one's forward to the end of its backward
+the memory is its own (``Flight``). So all of them are recorded over the same block (``Arena``), which is as large as the
+longest batch needs. What goes in and comes out of them lies there too, and is copied.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch._utils import _unflatten_dense_tensors  # hundreds of views in one call
+from torch.autograd.function import once_differentiable
+
+from luthier.model.dial import padded
+from luthier.ops.nf4 import Quantised
+
+if TYPE_CHECKING:
+    from luthier.model.graphs import Pass
+    from luthier.ops.lora_linear import Workspace
+
+
+class Arena:
+    """Device memory that graphs are recorded over, one after the other, each as if all of it were free.
+
+    It is one block of ``size`` bytes, so that graphs of many lengths may cut it up in their own ways; a graph that needs
+    more than is left of it adds blocks.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.size, self.device, self.bytes = size, device, 0
+        self.pool, self.stream = torch.cuda.graph_pool_handle(), _stream(device)  # memory belongs to a stream
+        self.holder = self.record(lambda: torch.empty(size, dtype=torch.uint8, device=device)[:1].zero_())
+
+    @staticmethod
+    def fits(x: Tensor) -> bool:
+        return x.is_cuda and not torch.cuda.is_current_stream_capturing()
+
+    def aside(self, function: Callable[[], None]) -> None:
+        """Run ``function`` on the stream of recordings: what libraries keep for a stream must not lie in the arena."""
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            function()
+        current.wait_stream(self.stream)
+
+    def record(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """What ``function`` does on the GPU, recorded without being done, to be done by ``replay``."""
+        before, graph = _emptied(self.device), torch.cuda.CUDAGraph()
+        with torch.cuda.stream(torch.cuda.current_stream(self.device)):  # a recording that fails leaves another one behind
+            try:
+                how = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}  # others may pin memory
+                with torch.cuda.graph(graph, **how):
+                    function()
+            except RuntimeError:
+                with torch.cuda.graph(torch.cuda.CUDAGraph()):  # one that ends well: random numbers work again
+                    torch.zeros(1, device=self.device)
+                raise
+        self.bytes += _emptied(self.device) - before
+        return graph
+
+    @staticmethod
+    def alias(tensor: Tensor) -> Tensor:
+        """The same memory, without a hold on it: when nobody else holds it, the next recording may use it too."""
+        reach = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        interface = {"shape": (reach * tensor.element_size(),), "typestr": "|u1", "data": (tensor.data_ptr(), False)}
+        described = SimpleNamespace(__cuda_array_interface__={**interface, "version": 2})
+        flat = torch.as_tensor(described, device=tensor.device).view(tensor.dtype)
+        return flat.as_strided(tensor.shape, tensor.stride())
+
+
+@dataclass
+class Buffers:
+    """Where graphs read and write: x, and rows (B, padded T, D) for the output, its gradient and that of x in turn."""
+
+    x: Tensor
+    rows: Tensor
+    tables: list[tuple[Tensor, Tensor]]
+
+    @classmethod
+    def of(cls, taken: Pass) -> Buffers:
+        x = taken.x
+        length = padded(x.shape[1])
+        rows = [torch.empty(x.shape[0], length, x.shape[2], dtype=x.dtype, device=x.device) for _ in range(2)]
+        return cls(*rows, [tuple(_longer(table, length) for table in pair) for pair in taken.tables.values()])
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Buffers:
+        return Buffers(function(self.x), function(self.rows), [tuple(map(function, pair)) for pair in self.tables])
+
+
+class Program:
+    """The layers' forward and backward over ``buffers``, which the first forward makes."""
+
+    def __init__(self, taken: Pass) -> None:
+        self.new_buffers = functools.partial(Buffers.of, taken)
+        self.wants_x = taken.x.requires_grad
+        self.layers = [
+            (run.blocks, replace(run.call, cos=None, sin=None), run.plan.mode, which)
+            for run, which in zip(taken.layers, taken.which, strict=True)
+        ]
+        self.buffers: Buffers | None = None
+        self.kept: list = []
+        self.gradients: list[Tensor] = []
+
+    def warm_up(self) -> None:
+        """Every layer once, by itself: kernels are compiled and libraries choose theirs now, not while a graph is recorded."""
+        buffers = self.new_buffers().mapped(Tensor.zero_)
+        rows, grad = buffers.x.flatten(0, 1), buffers.rows.flatten(0, 1)
+        for unused, call, mode, which in self.layers:
+            call, blocks = _on(buffers, call, which), unused.fresh()
+            blocks.backward(grad, call, blocks.forward(rows, call, mode)[1], wants_x=True)
+
+    def forward(self) -> None:
+        self.buffers = self.buffers or self.new_buffers()
+        rows = self.buffers.x.flatten(0, 1)
+        self.kept = []
+        for unused, call, mode, which in self.layers:
+            blocks = unused.fresh()
+            rows, kept = blocks.forward(rows, _on(self.buffers, call, which), mode)
+            self.kept.append((blocks, kept))
+        self.buffers.rows.flatten(0, 1).copy_(rows)
+
+    def backward(self) -> None:
+        grad, found = self.buffers.rows.flatten(0, 1), []
+        for index in reversed(range(len(self.layers))):
+            _, call, _, which = self.layers[index]
+            blocks, kept = self.kept.pop()
+            grad, gradients = blocks.backward(grad, _on(self.buffers, call, which), kept, index > 0 or self.wants_x)
+            found[:0] = [gradient.contiguous() for gradient in gradients]
+        if self.wants_x:
+            self.buffers.rows.flatten(0, 1).copy_(grad)
+        self.gradients = found
+
+    def let_go(self, alias: Callable[[Tensor], Tensor]) -> None:
+        """Leave the memory to the recordings that follow, and the batch at hand to its own pass."""
+        self.new_buffers = None
+        self.buffers, self.gradients = self.buffers.mapped(alias), [alias(gradient) for gradient in self.gradients]
+
+
+class Recording:
+    """The two graphs of one key."""
+
+    def __init__(self, taken: Pass, arena: Arena, workspace: Workspace) -> None:
+        self.program = Program(taken)
+        arena.aside(self.program.warm_up)
+        of_layers = [leaf for leaves in taken.leaves for leaf in leaves]
+        self.alive = [leaf.detach() for leaf in of_layers if isinstance(leaf, Tensor)]  # what the graphs read: they may
+        self.alive += workspace.buffers.values()  # start before it is known that they are still the right ones
+        self.quantised = [leaf for leaf in of_layers if isinstance(leaf, Quantised)]
+        self.kinds = taken.kinds()
+        collects = gc.isenabled()
+        gc.disable()  # what is freed in the middle of a recording could end it
+        try:
+            self.forward_graph = arena.record(self.program.forward)
+            self.backward_graph = arena.record(self.program.backward)
+        finally:
+            if collects:
+                gc.enable()
+        self.program.let_go(arena.alias)
+
+    @torch.no_grad()
+    def start(self, x: Tensor, tables: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Run the forward of x (B, T, D)."""
+        buffers = self.program.buffers
+        _fill(buffers.x, x)
+        for fixed, given in zip(buffers.tables, tables, strict=True):
+            _fill(fixed[0], given[0])
+            _fill(fixed[1], given[1])
+        self.forward_graph.replay()
+
+    def output(self, length: int) -> Tensor:
+        return self.program.buffers.rows[:, :length].clone()
+
+    def backward(self, grad: Tensor) -> tuple[Tensor | None, list[Tensor]]:
+        """grad (B, T, D) of the output -> the gradients of x, if wanted, and of what trains, in memory of their own."""
+        program = self.program
+        _fill(program.buffers.rows, grad)
+        self.backward_graph.replay()
+        return (self.output(grad.shape[1]) if program.wants_x else None), copies(program.gradients)
+
+
+class Flight:
+    """From the start of a recording's forward to its backward: the arena holds this pass's activations, and no other's."""
+
+    def __init__(self, recording: Recording, taken: Pass) -> None:
+        self.recording, self.length = recording, taken.x.shape[1]
+        self.landed = False
+        recording.start(taken.x, taken.tables.values())
+
+
+class Stack(torch.autograd.Function):
+    """All layers, from a recording."""
+
+    @staticmethod
+    def forward(ctx, x, flight, *trained):
+        ctx.flight = flight
+        return flight.recording.output(flight.length)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        flight = ctx.flight
+        if flight.landed:
+            raise RuntimeError(
+                "The layers were asked for their backward a second time, but the first one used up what they had kept. "
+                "Compute the loss again, or call luthier.restore(model) before a backward with retain_graph=True."
+            )
+        recording, flight.landed, flight.recording = flight.recording, True, None  # who keeps a loss keeps no graphs
+        grad_x, gradients = recording.backward(grad)
+        return grad_x, None, *gradients
+
+
+def copies(tensors: list[Tensor]) -> list[Tensor]:
+    """Of contiguous tensors, in one piece of memory for each dtype."""
+    found = {}
+    for dtype in {tensor.dtype for tensor in tensors}:
+        alike = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.empty(sum(tensor.numel() for tensor in alike), dtype=dtype, device=alike[0].device)
+        views = _unflatten_dense_tensors(flat, alike)
+        torch._foreach_copy_(views, alike)
+        found[dtype] = iter(views)
+    return [next(found[tensor.dtype]) for tensor in tensors]
+
+
+def _on(buffers: Buffers, call: object, which: int) -> object:
+    """The call with the tables of ``buffers``."""
+    cos, sin = buffers.tables[which]
+    return replace(call, cos=cos, sin=sin)
+
+
+def _longer(table: Tensor, length: int) -> Tensor:
+    return torch.empty(table.shape[0], length, *table.shape[2:], dtype=table.dtype, device=table.device)
+
+
+def _fill(fixed: Tensor, values: Tensor) -> None:
+    """The first tokens of ``fixed`` (B, padded T, ...) are ``values`` (B, T, ...), the others zero, and so finite."""
+    length = values.shape[1]
+    fixed[:, :length].copy_(values)
+    if length < fixed.shape[1]:
+        fixed[:, length:].zero_()
+
+
+@functools.cache  # one for good: libraries keep memory for every stream that they have seen
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _emptied(device: torch.device) -> int:
+    """The bytes that torch holds on the device without its cache."""
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved(device)
