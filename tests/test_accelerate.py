@@ -259,6 +259,28 @@ class TestLoss:
         torch.testing.assert_close(fast_loss, loss, rtol=1e-5, atol=0)
         assert difference(fast, gradients) < 1e-5
 
+    def test_trained_tokens_of_a_tied_head(self):
+        settings = {"trainable_token_indices": [5, 9], "target_modules": ["q_proj"]}
+        loss, gradients = loss_and_gradients(with_lora(tiny_model("qwen3"), **settings), **batch())
+        fast_loss, fast = loss_and_gradients(accelerate(with_lora(tiny_model("qwen3"), **settings)), **batch())
+        assert any("trainable_tokens" in name for name in fast)
+        torch.testing.assert_close(fast_loss, loss, rtol=1e-5, atol=0)
+        assert difference(fast, gradients) < 1e-5
+
+    def test_positions_with_a_mask_are_those_of_one_sequence(self):
+        """As in transformers: only without a mask do positions that start again mean another sequence."""
+        row = {name: value[:1] for name, value in batch().items()}
+        row["position_ids"] = torch.arange(12).repeat(2)[None]
+        (loss, gradients), (fast_loss, fast) = self.both(**row)
+        torch.testing.assert_close(fast_loss, loss, rtol=1e-5, atol=0)
+        assert difference(fast, gradients) < 1e-5
+
+    def test_hidden_states_that_were_asked_for_are_right_in_the_padding_too(self):
+        models = tiny_model("llama3").train(), accelerate(tiny_model("llama3")).train()
+        stock, fast = (model(**batch(), output_hidden_states=True) for model in models)
+        for ours, theirs in zip(fast.hidden_states, stock.hidden_states, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
     def test_a_loss_function_of_the_user_is_honoured(self):
         model = accelerate(tiny_model("llama3")).train()
         model.loss_function = lambda logits, labels, vocab_size, **kwargs: logits.float().mean()

@@ -6,7 +6,7 @@ import pytest
 import tiny
 from gguf_tokenizers import byte_level, difficult_lines, sentencepiece
 from llama_oracle import Llama
-from tokenizers import Tokenizer, models
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from luthier.errors import UnsupportedError
@@ -139,9 +139,78 @@ def broken(change):
     return state
 
 
+def sentence_cut_at_spaces():
+    tokenizer = sentencepiece("mistral")
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
+    return tokenizer
+
+
+def post_processor(*around):
+    tokens = [{"id": token, "ids": [i], "tokens": [token]} for token, i in (("<|bos|>", 1), ("<|im_start|>", 3))]
+    single = [*({"SpecialToken": {"id": token, "type_id": 0}} for token in around), {"Sequence": {"id": "A", "type_id": 0}}]
+    return {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {token["id"]: token for token in tokens},
+    }
+
+
+@pytest.mark.parametrize("pad", ["<|endoftext|>", "<|pad|>"])
+def test_padding_that_a_file_remembers_is_no_eos(pad, tmp_path):
+    """As transformers saves it after a call with padding="max_length"."""
+    fast = save_tokenizer(byte_level(bos=True), tmp_path, pad_token=pad)
+    fast("a", padding="max_length", max_length=8)
+    fast.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "tokenizer.json").read_text())["padding"] is not None
+    metadata = tokenizer_metadata(tmp_path, VOCAB)
+    assert metadata["tokenizer.ggml.add_bos_token"] and not metadata["tokenizer.ggml.add_eos_token"]
+
+
+def with_conditions(tokenizer, **conditions):
+    tokenizer.add_tokens([AddedToken("<call>", normalized=False, **conditions)])
+    return tokenizer
+
+
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word"])
+def test_conditions_of_added_tokens_that_llama_cpp_does_not_know_are_said(flag, tmp_path):
+    save_tokenizer(with_conditions(byte_level(), **{flag: True}), tmp_path)
+    with pytest.warns(UserWarning, match=f"{flag}=True for <call>"):
+        tokenizer_metadata(tmp_path, VOCAB)
+
+
+def test_what_phi_3_does_is_not_said(tmp_path, recwarn):
+    save_tokenizer(sentencepiece("phi-3"), tmp_path)
+    tokenizer_metadata(tmp_path, VOCAB)
+    assert not recwarn.list
+
+
+def trained_metaspace(split):
+    """As somebody makes one with the tokenizers library: one merge a token, where SentencePiece has one a pair of halves."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=split)
+    alphabet = ["<unk>", "<s>", "<|endoftext|>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    lines = [line for line in difficult_lines() if "<" not in line]
+    tokenizer.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=900, special_tokens=alphabet, show_progress=False))
+    state = json.loads(tokenizer.to_str())
+    state["added_tokens"] = state["added_tokens"][:3]  # the bytes are no special tokens
+    return Tokenizer.from_str(json.dumps(state))
+
+
+def test_merges_that_llama_cpp_adds_are_said(tmp_path):
+    save_tokenizer(trained_metaspace(split=False), tmp_path)
+    with pytest.warns(UserWarning, match="can be made in llama.cpp of halves that this tokenizer does not merge"):
+        tokenizer_metadata(tmp_path, VOCAB)
+
+
 @pytest.mark.parametrize(
     "state, message",
     [
+        (broken(lambda s: s.update(post_processor=post_processor("<|bos|>", "<|bos|>"))), "nothing around a text but one BOS"),
+        (broken(lambda s: s.update(post_processor=post_processor("<|im_start|>"))), "change its post_processor"),
+        (broken(lambda s: s["pre_tokenizer"]["pretokenizers"].reverse()), "once more after ByteLevel"),
+        (broken(lambda s: s["pre_tokenizer"]["pretokenizers"][0].update(behavior="Removed")), "this step.*Removed"),
+        (json.loads(sentence_cut_at_spaces().to_str()), "cuts its text at every space, and has '▁▁'"),
         (json.loads(Tokenizer(models.Unigram([("a", 0.0)], 0, False)).to_str()), "kind Unigram"),
         (json.loads(Tokenizer(models.WordPiece({"a": 0})).to_str()), "kind WordPiece"),
         (broken(lambda s: s["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex=r"\w+")), "no name for the way.*w"),

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+import warnings
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,6 +75,7 @@ def tokenizer_metadata(directory: str | Path, vocab_size: int) -> dict[str, Valu
             f"The tokenizer has a token {vocabulary.tokens[top]!r} with the id {top}, but the model has {vocab_size} rows."
             " Resize the model (resize_model_vocab) or save the tokenizer that belongs to it."
         )
+    _warn_of_conditions(vocabulary.added.values())
     write = _byte_level if _is_byte_level(state) else _sentencepiece
     return write(state, vocabulary, vocab_size) | _special_tokens(directory, path, vocabulary)
 
@@ -134,8 +136,11 @@ def _pre_tokenizer(state: dict) -> str:
     if any(part["type"] not in ("NFC",) for part in _parts(state.get("normalizer"))):
         raise UnsupportedError(f"GGUF export does not cover the normalizer of this tokenizer: {state['normalizer']}.")
     cuts = []
-    for part in _parts(state["pre_tokenizer"]):
-        if part["type"] == "Split" and "Regex" in part["pattern"] and not part.get("invert"):
+    *_, last = steps = list(_parts(state["pre_tokenizer"]))
+    for part in steps:
+        if part["type"] == "ByteLevel" and part is not last:
+            raise UnsupportedError("GGUF export does not cover a tokenizer that cuts its text once more after ByteLevel.")
+        if part["type"] == "Split" and "Regex" in part["pattern"] and part["behavior"] == "Isolated" and not part.get("invert"):
             cuts.append(part["pattern"]["Regex"])
         elif part["type"] == "Digits" and part["individual_digits"]:
             cuts.append(r"\p{N}")
@@ -157,6 +162,7 @@ def _whole_words(name: str, ignore_merges: bool) -> str:
 def _sentencepiece(state: dict, vocabulary: Vocabulary, vocab_size: int) -> dict[str, Value]:
     if not state["model"].get("byte_fallback"):
         raise UnsupportedError("GGUF export does not cover SentencePiece-style tokenizers without byte_fallback.")
+    _check_merges(state, vocabulary)
     rank: dict[str, int] = {}
     for i, (left, right) in enumerate(vocabulary.merges):
         rank.setdefault(left + right, i)
@@ -184,6 +190,30 @@ def _sentencepiece(state: dict, vocabulary: Vocabulary, vocab_size: int) -> dict
     }
 
 
+def _check_merges(state: dict, vocabulary: Vocabulary) -> None:
+    """llama.cpp joins any neighbours that make a token; SentencePiece's tokenizers have a merge for each such pair."""
+    tokens = [token for token, i in state["model"]["vocab"].items() if i not in vocabulary.added]
+    if any(step["type"] == "Metaspace" and step.get("split", True) for step in _parts(state.get("pre_tokenizer"))):
+        joined = [token for token in tokens if SPACE in token[1:]]
+        if joined:
+            raise UnsupportedError(
+                f"GGUF export does not cover this tokenizer: it cuts its text at every space, and has {joined[0]!r} in its "
+                "vocabulary, which llama.cpp would make all the same."
+            )
+    merges, known = set(vocabulary.merges), set(tokens)
+    lacking = [
+        token for token in tokens for i in range(1, len(token))
+        if token[:i] in known and token[i:] in known and (token[:i], token[i:]) not in merges
+    ]  # fmt: skip
+    if lacking:
+        warnings.warn(
+            f"{len(set(lacking))} tokens such as {lacking[0]!r} can be made in llama.cpp of halves that this tokenizer does "
+            "not merge: some text may be cut into other tokens there.",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
 def _adds_space(state: dict) -> bool:
     """Whether a text begins with a space that nobody typed."""
     steps = [*_parts(state.get("normalizer")), *_parts(state.get("pre_tokenizer"))]
@@ -202,10 +232,16 @@ def _special_tokens(directory: Path, path: Path, vocabulary: Vocabulary) -> dict
         if named.get(key) in ids:
             result[f"tokenizer.ggml.{name}_token_id"] = ids[named[key]]
     tokenizer = Tokenizer.from_file(str(path))
-    encoded = tokenizer.encode("a").ids
-    result["tokenizer.ggml.add_bos_token"] = encoded[:1] == [ids.get(named.get("bos_token"))]
-    result["tokenizer.ggml.add_eos_token"] = encoded[-1:] == [ids.get(named.get("eos_token"))]
-    return result
+    tokenizer.no_padding()  # a file may say how its last batch was padded
+    encoded, plain = tokenizer.encode("a").ids, tokenizer.encode("a", add_special_tokens=False).ids
+    bos, eos = ids.get(named.get("bos_token")), ids.get(named.get("eos_token"))
+    adds_bos, adds_eos = encoded[:1] == [bos], encoded[-1:] == [eos]
+    if encoded != [bos] * adds_bos + plain + [eos] * adds_eos:
+        raise UnsupportedError(
+            f"The tokenizer makes {tokenizer.encode('a').tokens} of 'a', and llama.cpp puts nothing around a text but one BOS "
+            "and one EOS: change its post_processor."
+        )
+    return result | {"tokenizer.ggml.add_bos_token": adds_bos, "tokenizer.ggml.add_eos_token": adds_eos}
 
 
 def special_tokens(directory: str | Path) -> dict[str, str]:
@@ -227,12 +263,29 @@ def model_name(directory: str | Path, name: str) -> str:
     llama.cpp takes "phi-3" in it for the promise that special tokens swallow the white space behind them, and breaks
     without an <|endoftext|>; so it stands there where the tokenizer keeps that promise, and nowhere else.
     """
-    added = json.loads(_tokenizer_file(Path(directory)).read_text("utf8")).get("added_tokens") or []
-    swallowing = sum(token["special"] and token["rstrip"] for token in added)
-    promised = swallowing > len(added) / 2 and any(token["content"] == "<|endoftext|>" for token in added)
-    if promised:
+    if _swallows_white_space(json.loads(_tokenizer_file(Path(directory)).read_text("utf8")).get("added_tokens") or []):
         return name if PHI_3.search(name) else f"{name} (phi-3 tokenizer)"
     return PHI_3.sub("phi 3", name)
+
+
+def _swallows_white_space(added: Collection[dict]) -> bool:
+    """Whether a tokenizer's special tokens do what llama.cpp takes them for where the name says phi-3."""
+    swallowing = sum(token["special"] and token["rstrip"] for token in added)
+    return swallowing > len(added) / 2 and any(token["content"] == "<|endoftext|>" for token in added)
+
+
+def _warn_of_conditions(added: Collection[dict]) -> None:
+    """llama.cpp finds an added token wherever its characters stand, and leaves the white space around it alone."""
+    told = ("lstrip", "single_word") if _swallows_white_space(added) else ("lstrip", "rstrip", "single_word")
+    for flag in told:
+        tokens = [token["content"] for token in added if token.get(flag)]
+        if tokens:
+            warnings.warn(
+                f"The tokenizer has {flag}=True for {', '.join(tokens[:3])}{' and more' if len(tokens) > 3 else ''}; llama.cpp "
+                "does not know it: text with white space or letters beside them is cut into other tokens there.",
+                UserWarning,
+                stacklevel=2,
+            )
 
 
 def fix_sentencepiece_gguf(directory: str | Path) -> None:

@@ -95,8 +95,10 @@ def training_forward(model: PreTrainedModel, stock: type[PreTrainedModel], spec:
     call["logits_to_keep"] = torch.empty(0, dtype=torch.long, device=labels.device)
     router = call.get("output_router_logits")
     counts_tokens = model.config.output_router_logits if spec.mlp == "experts" and router is None else router
+    # a mask tells packed positions from others, and the caller may look at what padding gives
+    asks_more = call.get("position_ids") is not None or call.get("output_hidden_states") or call.get("output_attentions")
     causal_text = spec.vision is None and not counts_tokens and cache_of(call) is None
-    if causal_text and loss_arguments["shift_labels"] is None:
+    if causal_text and loss_arguments["shift_labels"] is None and not asks_more:
         call["attention_mask"] = needed_mask(call.get("attention_mask"), labels, ignore_index)
     with _caught_output(model.base_model) as caught:
         output = stock.forward(model, **call, return_dict=True)
@@ -181,7 +183,7 @@ def _loss_through_module(hidden: Tensor, lm_head: nn.Module, targets: Tensor, sh
         return nn.functional.cross_entropy(logits, target, ignore_index=ignore_index, reduction="sum")
 
     index = (targets.reshape(-1) != ignore_index).nonzero().squeeze(1)
-    rows = max(1, CHUNK_BYTES // (4 * lm_head.out_features))
+    rows = max(1, CHUNK_BYTES // (4 * getattr(lm_head, "original_module", lm_head).out_features))
     flat, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     total = hidden.sum().float() * 0.0  # keeps the graph where no target is valid
     for part in index.split(rows):
