@@ -326,7 +326,7 @@ def test_rows_are_planned_with_what_graphs_pad_them_by(monkeypatch):
     dial = planner(monkeypatch, 100 * GIB)
     dial.set_automatic()
     x = types.SimpleNamespace(shape=(64 * 65, 4096), device=torch.device("cuda"))
-    for graphs, tokens in ((True, 64 * 128), (False, bucket(64 * 65))):
+    for graphs, tokens in ((64 * 128, 64 * 128), (0, bucket(64 * 65))):
         dial.of_layer(0, LLAMA_8B, x, 65, False, graphs)
         assert dial.planned.batch.tokens == tokens
 

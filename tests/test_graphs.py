@@ -29,6 +29,7 @@ from luthier.model.dial import LayerPlan, padded
 from luthier.model.graphs import REPEATS
 from luthier.model.offload import Host
 from luthier.model.recording import copies
+from luthier.ops import attention as attention_module
 
 
 class Again:
@@ -58,7 +59,7 @@ class Again:
         def replay():
             for program in self.programs if starts else ():
                 if program is not function.__self__:
-                    program.buffers.mapped(lambda tensor: tensor.fill_(torch.nan))
+                    program.buffers.mapped(lambda t: t.fill_(torch.nan if t.is_floating_point() else 99))
                     for gradient in program.gradients:
                         gradient.fill_(torch.nan)
             function()
@@ -76,6 +77,13 @@ def batch(rows: int = 2, length: int = 64, seed: int = 0) -> dict[str, torch.Ten
     """Whole rows, every token of which trains."""
     ids = torch.randint(5, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+def packed(*lengths: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Rows of these lengths in one, as a padding-free collator gives them."""
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    ids = batch(1, sum(lengths), seed)["input_ids"]
+    return {"input_ids": ids, "labels": ids.masked_fill(positions == 0, -100), "position_ids": positions}
 
 
 def graphed(model: torch.nn.Module) -> torch.nn.Module:
@@ -300,10 +308,8 @@ def test_what_is_no_plain_batch_runs_without():
     models = pair()
     warm(models)
     hole = batch()
-    hole["attention_mask"][0, :3] = 0
-    packed = {"input_ids": batch(1)["input_ids"], "labels": batch(1)["labels"]}
-    packed["position_ids"] = torch.cat((torch.arange(40), torch.arange(24)))[None]
-    for inputs in (hole, packed):
+    hole["attention_mask"][0, 3:6] = 0
+    for inputs in (hole, packed(40, 24)):  # the kernel of a CPU takes packed rows one by one
         for _ in range(REPEATS + 1):
             assert_equal(models, inputs, replays=0)
     with torch.no_grad():
@@ -490,18 +496,52 @@ def test_dropout_and_several_adapters_run_without():
         assert "anew in every pass" in graphs_of(models[0]).why
 
 
+def padded_rows(*sides: tuple[int, int], length: int = 60, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Rows with padding at their left and right ends, which does not train."""
+    inputs = batch(len(sides), length, seed)
+    for row, (left, right) in enumerate(sides):
+        inputs["attention_mask"][row, :left] = 0
+        inputs["attention_mask"][row, length - right :] = 0
+    before = torch.cat((torch.zeros_like(inputs["labels"][:, :1]), inputs["attention_mask"][:, :-1]), dim=1)
+    inputs["labels"] = inputs["labels"].masked_fill(inputs["attention_mask"] * before == 0, -100)  # nor is it trained from
+    return inputs
+
+
+STRUCTURED = {
+    "packed": [packed(40, 20), packed(9, 30, 20), packed(64), packed(*[1] * 5, 57), packed(63)],
+    "padded": [padded_rows((0, 7), (0, 0)), padded_rows((5, 0), (0, 9)), padded_rows((3, 3), (50, 0), length=64)],
+}
+
+
+@pytest.mark.parametrize("family", ["llama3", "gemma2", "gemma3"])
+@pytest.mark.parametrize("kind", list(STRUCTURED))
+def test_packed_and_padded_rows_whose_kernel_reads_bands(monkeypatch, kind, family):
+    """One graph for all of them, and another for whole rows, whatever they hold."""
+    for module in (attention_module, graphs_module):
+        monkeypatch.setattr(module, "kernel_for", lambda *given: "reference")
+    models = pair(family)
+    inputs = STRUCTURED[kind]
+    for index in range(REPEATS):
+        assert_equal(models, inputs[index % 2], replays=0)
+    for given in (*inputs, *inputs):
+        assert_equal(models, given, replays=1, exact=False)
+    assert_equal(models, batch(length=50), replays=1, exact=False)
+    assert_equal(models, inputs[1], replays=1, exact=False)
+    lengths = {padded(given["input_ids"].shape[1]) for given in inputs}
+    assert len(graphs_of(models[0]).recordings) == len(lengths) + 1
+
+
 def test_a_pass_without_graphs_gets_their_memory(monkeypatch):
     """What is free holds either; the graphs come back, later each time."""
     models = pair()
     warm(models)
     graphs, dial = graphs_of(models[0]), dial_of(models[0])
-    padded_row = batch()
-    padded_row["attention_mask"][0, -9:] = 0
-    assert_equal(models, padded_row, replays=0, exact=False)
-    assert graphs.recordings and "padded" in graphs.why
+    rows = packed(40, 24)
+    assert_equal(models, rows, replays=0)
+    assert graphs.recordings and "packed" in graphs.why
     monkeypatch.setattr(type(dial), "room", lambda self, device: dial.graph_bytes + dial.planned.needed - 1)
     for retreats in (1, 2):
-        assert_equal(models, padded_row, replays=0, exact=False)
+        assert_equal(models, rows, replays=0)
         assert not graphs.recordings and dial.graph_bytes == 0 and graphs.retreats == retreats
         for _ in range(REPEATS << retreats):
             assert_equal(models, batch(), replays=0)

@@ -73,8 +73,7 @@ def backbone_class_members(stock: type[nn.Module]) -> dict:
         state.dial.embedding = movable(self.get_input_embeddings(), state.tied)
         try:
             structure = state.structure = find_structure({**call, **extra})
-            is_plain = structure is not None and structure.segments is None and structure.padding is None
-            return state.graphs.around(functools.partial(stock.forward, self, *args, **kwargs), self.layers, is_plain)
+            return state.graphs.around(functools.partial(stock.forward, self, *args, **kwargs), self.layers, structure)
         finally:
             state.structure = None
             if state.dial.offload is not None:

@@ -184,16 +184,16 @@ class Dial:
         """Keep all but gate and up, in host memory; less where that would take more than its share. The embedding too."""
         self._choose(self._in_host_memory)
 
-    def of_layer(self, index: int, shape: Shape, x: Tensor, length: int, flag: bool, graphs: bool = False) -> LayerPlan:
+    def of_layer(self, index: int, shape: Shape, x: Tensor, length: int, flag: bool, graphs: int = 0) -> LayerPlan:
         """What layer ``index`` does in the forward that starts now, with input ``x`` (n, D) of sequences of ``length``.
 
-        ``graphs``: rows of one length that may run from CUDA graphs, which pad them.
+        ``graphs``: tokens of the CUDA graphs that they may run from, with their padding.
         """
-        tokens = bucket(x.shape[0] // length * padded(length) if graphs else x.shape[0])
-        kind = tokens, length >= LONG, graphs  # a long sequence needs less memory than as many tokens in shorter ones
+        tokens = bucket(graphs or x.shape[0])
+        kind = tokens, length >= LONG, graphs > 0  # a long sequence needs less memory than as many tokens in shorter ones
         default = LayerPlan(Mode.RECOMPUTE if flag else Mode.KEEP)
         if kind not in self.plans:
-            self._plan(kind, Batch(shape, tokens, min(length, tokens), x.device, graphs, default))
+            self._plan(kind, Batch(shape, tokens, min(length, tokens), x.device, graphs > 0, default))
         self.planned = self.plans[kind]
         return default if self.planned.plan is None else self.planned.layers[index]
 
@@ -433,7 +433,7 @@ def bucket(tokens: int) -> int:
 
 def padded(length: int) -> int:
     """The length to which a graph pads rows of ``length`` tokens: what is right of them changes nothing in causal rows."""
-    step = 64 if length <= 1024 else 128
+    step = 64 if length <= 1024 else 128 if length <= 4096 else 256
     return -(-length // step) * step
 
 

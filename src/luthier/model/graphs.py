@@ -21,7 +21,7 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,11 +29,15 @@ from torch import Tensor, nn
 
 from luthier.model.dial import Cost, Dial, available_memory, padded
 from luthier.model.recording import Arena, Flight, Recording, Stack
+from luthier.ops.attention import band, kernel_for
 from luthier.ops.lora_linear import Projection, Workspace
 from luthier.ops.nf4 import Quantised
 
 if TYPE_CHECKING:
+    from luthier.model.backbone import Structure
+    from luthier.model.blocks import AttentionBlock
     from luthier.model.fused_layer import Blocks, LayerRun
+    from luthier.ops.flash_attention import Band
 
 REPEATS = 2  # passes without a graph, before graphs are made; twice as many each time that they had to give way
 GRAPHS = 32  # keys of a model that get graphs
@@ -48,9 +52,10 @@ class NotAChain(Exception):
 class Pass:
     """One forward through the layers, as far as it has come."""
 
-    def __init__(self, x: Tensor, deferred: bool) -> None:
+    def __init__(self, x: Tensor, structure: Structure, deferred: bool) -> None:
         self.x = self.last = x  # what went into the first layer, and what the last one so far gave
         self.version = x._version
+        self.structure = structure.padding or structure.segments  # of packed or padded rows
         self.deferred = deferred
         self.layers: list[LayerRun] = []
         self.leaves: list[list] = []  # of each layer
@@ -77,7 +82,11 @@ class Pass:
         return output
 
     def key(self) -> tuple:
-        return shape_key(self.x), tuple(layer.plan for layer in self.layers), self.state()
+        return self.shape(), tuple(layer.plan for layer in self.layers), self.state()
+
+    def shape(self) -> tuple:
+        x = self.x
+        return x.shape[0], padded(x.shape[1]), x.shape[2], x.dtype, x.device, x.requires_grad, type(self.structure)
 
     def state(self) -> tuple:
         """All of the key that is not of the batch alone."""
@@ -90,6 +99,16 @@ class Pass:
         length = self.x.shape[1]
         return tuple((t.shape[0], t.shape[1] == length, t.shape[2:], t.dtype) for pair in self.tables.values() for t in pair)
 
+    def windows(self) -> set[int | None]:
+        """Of the layers, where the rows are packed or padded: what a token sees is another thing in every batch."""
+        length = padded(self.x.shape[1])
+        windows = {layer.call.window for layer in self.layers if self.structure is not None}
+        return {window if window is not None and window < length else None for window in windows}
+
+    def band(self, window: int | None) -> Band:
+        """What each token sees, as a graph pads the rows."""
+        return band(padded(self.x.shape[1]), window, replace(self.structure, bands={}), self.x.device)
+
     def parameters(self) -> list[Tensor]:
         return [parameter for layer in self.layers for parameter in layer.blocks.trained()]
 
@@ -98,10 +117,6 @@ class Pass:
         for layer in self.layers:
             x = layer(x)
         return x
-
-
-def shape_key(x: Tensor) -> tuple:
-    return x.shape[0], padded(x.shape[1]), x.shape[2], x.dtype, x.device, x.requires_grad
 
 
 def leaves(values: Iterable[object], found: list) -> list:
@@ -143,6 +158,16 @@ def watched(layers: Iterable[nn.Module]) -> bool:
     )  # fmt: skip
 
 
+def reads_bands(attention: AttentionBlock, x: Tensor, structure: Structure) -> bool:
+    """Whether the kernel reads on the device what tokens of packed or padded rows see, or they are neither."""
+    segments = structure.padding or structure.segments
+    if segments is None:
+        return True
+    q, rest = x.new_empty(1, 1, 0, attention.width), (segments, attention.softcap, attention.sinks)
+    kernels = {kernel_for(q, None, window, *rest) for window in (None, 1)}
+    return kernels == {"tiles" if x.is_cuda else "reference"}
+
+
 class Graphs:
     """The graphs of one model, and the pass that is under way.
 
@@ -152,9 +177,10 @@ class Graphs:
     def __init__(self, dial: Dial, workspace: Workspace, arena_class: type = Arena) -> None:
         self.dial, self.workspace, self.arena_class = dial, workspace, arena_class
         self.enabled, self.why, self.broken = True, "nothing has run yet", ""  # and why they turned themselves off
-        self.expected = False  # by what is known without a plan, of the pass that runs now
+        self.expected = 0
         self.taken: Pass | None = None
-        self.loop: Iterable[nn.Module] | None = None  # the layers of the backbone that runs, if its batch is simple
+        self.loop: Iterable[nn.Module] = ()  # the layers of the backbone that runs
+        self.structure: Structure | None = None  # of its batch
         self.is_chain = False  # a pass went from layer to layer, untouched between them
         self.retreats = 0  # times that graphs gave way to a pass without
         self.clear()
@@ -177,13 +203,10 @@ class Graphs:
         copied.enabled = self.enabled
         return copied
 
-    def around(self, forward: Callable[[], object], layers: Iterable[nn.Module], simple: bool) -> object:
-        """What ``forward`` of a backbone gives, whose loop over ``layers`` may be deferred if the batch is ``simple``.
-
-        Simple is a batch of rows that are causal from their first token to their last, as ``run``'s callers know.
-        """
-        self.loop = layers if simple else None
-        self.taken, self.expected = None, False
+    def around(self, forward: Callable[[], object], layers: Iterable[nn.Module], structure: Structure | None) -> object:
+        """What ``forward`` of a backbone gives, whose loop over ``layers`` may be deferred if the batch has a ``structure``."""
+        self.loop, self.structure = layers, structure
+        self.taken, self.expected = None, 0
         self.has_trained |= torch.is_grad_enabled()
         try:
             with contextlib.suppress(NotAChain):
@@ -191,17 +214,17 @@ class Graphs:
                 if self.taken is None or not self.taken.deferred:
                     return output
         finally:
-            self.loop = self.taken = None
+            self.loop, self.structure, self.taken = (), None, None
         self.enabled, self.broken = False, "something happens between the layers"  # though it had not before
         return forward()
 
-    def expect(self, index: int, blocks: Blocks, x: Tensor) -> bool:
-        """Whether the pass that runs now, at layer ``index``, may come from graphs, its plan permitting."""
+    def expect(self, index: int, blocks: Blocks, x: Tensor) -> int:
+        """Tokens of the graphs that the pass which runs now, at layer ``index``, may come from if its plan permits; or 0."""
         if index == 0:
-            self.expected = False
+            self.expected = 0
             if torch.is_grad_enabled():
                 self.why = self._obstacle(blocks, x)
-                self.expected = not self.why
+                self.expected = 0 if self.why else x.shape[0] * padded(x.shape[1])
         return self.expected
 
     def run(self, layer: LayerRun, x: Tensor) -> Tensor:
@@ -244,8 +267,8 @@ class Graphs:
     def _obstacle(self, blocks: Blocks, x: Tensor) -> str:
         if not self.enabled:
             return self.broken or "they are turned off"
-        if self.loop is None:
-            return "the rows of the batch are packed or padded, or only a mask tells what they see"
+        if self.structure is None:
+            return "only a mask tells what its tokens see"
         if blocks.mlp is None:
             return "its experts have none"
         if watched(self.loop):
@@ -254,6 +277,8 @@ class Graphs:
             return "the masks of dropout, or several adapters as one, are made anew in every pass"
         if x.ndim != 3 or not self.arena_class.fits(x):
             return "its device has none"
+        if not reads_bands(blocks.attention, x, self.structure):
+            return "its rows are packed or padded, and the kernel of its attention reads their lengths on the CPU"
         if self._gradient_bytes(blocks) > GRADIENT_BYTES:
             return "copying the gradients of so much that trains would take longer"
         return ""
@@ -263,7 +288,7 @@ class Graphs:
 
     def _begin(self, x: Tensor) -> Pass | None:
         if self.expected and not self.dial.planned.obstacle:
-            return Pass(x, deferred=self.is_chain)
+            return Pass(x, self.structure, deferred=self.is_chain)
         if torch.is_grad_enabled():
             self.why = self.why or self.dial.planned.obstacle
             self._make_room()
@@ -282,7 +307,7 @@ class Graphs:
 
         Should its key turn out to be another one, nobody looks at what it did to the graphs' memory.
         """
-        recording = self.latest.get(shape_key(taken.x)) if taken.deferred and taken.flight is None else None
+        recording = self.latest.get(taken.shape()) if taken.deferred and taken.flight is None else None
         if recording and recording.kinds == taken.kinds() and not self._in_flight():
             taken.flight = Flight(recording, taken)
 
@@ -291,7 +316,7 @@ class Graphs:
         return flight is not None and not flight.landed
 
     def _together(self, taken: Pass) -> Tensor:
-        key, shape = taken.key(), shape_key(taken.x)
+        key, shape = taken.key(), taken.shape()
         if self._in_flight():
             self.why = "the backward of the pass before it has not come yet"
         elif key not in self.recordings:
@@ -350,8 +375,8 @@ class Graphs:
     def _sizes(self, taken: Pass) -> tuple[int, int]:
         """Bytes of the graphs' memory, and of a step that runs from them."""
         x, first = taken.x, taken.layers[0]
-        shape, length = first.blocks.shape(x, first.state.model.compute), padded(x.shape[1])
+        shape, length = first.blocks.shape(x, first.state.model.compute), self.dial.planned.batch.length
         gradients = sum(parameter.nbytes for parameter in taken.parameters())
-        cost = Cost(shape, x.shape[0] * length, length, from_graphs=True, gradients=gradients)
+        cost = Cost(shape, x.shape[0] * padded(x.shape[1]), length, from_graphs=True, gradients=gradients)
         plans = [layer.plan for layer in taken.layers]
         return cost.pool(plans), cost.device(plans)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import functools
 import gc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
@@ -20,9 +21,12 @@ from torch._utils import _unflatten_dense_tensors  # hundreds of views in one ca
 from torch.autograd.function import once_differentiable
 
 from luthier.model.dial import padded
+from luthier.ops.attention import Padding
+from luthier.ops.flash_attention import Band
 from luthier.ops.nf4 import Quantised
 
 if TYPE_CHECKING:
+    from luthier.model.blocks import Call
     from luthier.model.graphs import Pass
     from luthier.ops.lora_linear import Workspace
 
@@ -78,31 +82,40 @@ class Arena:
 
 @dataclass
 class Buffers:
-    """Where graphs read and write: x, and rows (B, padded T, D) for the output, its gradient and that of x in turn."""
+    """Where graphs read and write: x, and rows (B, padded T, D) for the output, its gradient and that of x in turn.
+
+    ``bands``: what tokens see within each window, of packed or padded rows.
+    """
 
     x: Tensor
     rows: Tensor
     tables: list[tuple[Tensor, Tensor]]
+    bands: dict[int | None, Band]
 
     @classmethod
     def of(cls, taken: Pass) -> Buffers:
         x = taken.x
         length = padded(x.shape[1])
         rows = [torch.empty(x.shape[0], length, x.shape[2], dtype=x.dtype, device=x.device) for _ in range(2)]
-        return cls(*rows, [tuple(_longer(table, length) for table in pair) for pair in taken.tables.values()])
+        tables = [tuple(_longer(table, length) for table in pair) for pair in taken.tables.values()]
+        numbers = partial(torch.empty, x.shape[0], length, dtype=torch.int32, device=x.device)
+        return cls(*rows, tables, {window: Band(*(numbers() for _ in range(4))) for window in taken.windows()})
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> Buffers:
-        return Buffers(function(self.x), function(self.rows), [tuple(map(function, pair)) for pair in self.tables])
+        tables = [tuple(map(function, pair)) for pair in self.tables]
+        return Buffers(
+            function(self.x), function(self.rows), tables, {w: _mapped(function, seen) for w, seen in self.bands.items()}
+        )
 
 
 class Program:
     """The layers' forward and backward over ``buffers``, which the first forward makes."""
 
     def __init__(self, taken: Pass) -> None:
-        self.new_buffers = functools.partial(Buffers.of, taken)
+        self.new_buffers = partial(Buffers.of, taken)
         self.wants_x = taken.x.requires_grad
         self.layers = [
-            (run.blocks, replace(run.call, cos=None, sin=None), run.plan.mode, which)
+            (run.blocks, replace(run.call, cos=None, sin=None, mask=None, segments=None), run.plan.mode, which)
             for run, which in zip(taken.layers, taken.which, strict=True)
         ]
         self.buffers: Buffers | None = None
@@ -166,13 +179,17 @@ class Recording:
         self.program.let_go(arena.alias)
 
     @torch.no_grad()
-    def start(self, x: Tensor, tables: Iterable[tuple[Tensor, Tensor]]) -> None:
+    def start(self, taken: Pass) -> None:
         """Run the forward of x (B, T, D)."""
         buffers = self.program.buffers
-        _fill(buffers.x, x)
-        for fixed, given in zip(buffers.tables, tables, strict=True):
+        _fill(buffers.x, taken.x)
+        for fixed, given in zip(buffers.tables, taken.tables.values(), strict=True):
             _fill(fixed[0], given[0])
             _fill(fixed[1], given[1])
+        for window in buffers.bands:
+            given = taken.band(window)
+            for name, value in vars(given).items():
+                getattr(buffers.bands[window], name).copy_(value)
         self.forward_graph.replay()
 
     def output(self, length: int) -> Tensor:
@@ -192,7 +209,7 @@ class Flight:
     def __init__(self, recording: Recording, taken: Pass) -> None:
         self.recording, self.length = recording, taken.x.shape[1]
         self.landed = False
-        recording.start(taken.x, taken.tables.values())
+        recording.start(taken)
 
 
 class Stack(torch.autograd.Function):
@@ -229,10 +246,15 @@ def copies(tensors: list[Tensor]) -> list[Tensor]:
     return [next(found[tensor.dtype]) for tensor in tensors]
 
 
-def _on(buffers: Buffers, call: object, which: int) -> object:
-    """The call with the tables of ``buffers``."""
+def _on(buffers: Buffers, call: Call, which: int) -> Call:
+    """The call with the tables and the bands of ``buffers``."""
     cos, sin = buffers.tables[which]
-    return replace(call, cos=cos, sin=sin)
+    segments = Padding(None, None, buffers.bands) if buffers.bands else None  # known by its bands: of packed rows too
+    return replace(call, cos=cos, sin=sin, segments=segments)
+
+
+def _mapped(function: Callable[[Tensor], Tensor], seen: Band) -> Band:
+    return Band(*map(function, vars(seen).values()))
 
 
 def _longer(table: Tensor, length: int) -> Tensor:
