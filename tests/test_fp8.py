@@ -274,7 +274,8 @@ def in_8_bits(model: nn.Module, kind: str, mode: Mode = Mode.KEEP) -> nn.Module:
 
 @pytest.fixture
 def several_chunks(monkeypatch):
-    monkeypatch.setattr(blocks, "ROWS", 20)
+    for name in ("ROWS", "KEPT_ROWS", "NARROW_ROWS"):
+        monkeypatch.setattr(blocks, name, 20)
 
 
 @pytest.mark.parametrize("family", DENSE)

@@ -58,7 +58,8 @@ def everything_is_parked(monkeypatch):
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch):
     """A few rows a chunk, so that small batches go through the loop over chunks too."""
-    monkeypatch.setattr(blocks, "ROWS", 20)
+    for name in ("ROWS", "KEPT_ROWS", "NARROW_ROWS"):
+        monkeypatch.setattr(blocks, name, 20)
 
 
 def assert_same(model, inputs, truth):

@@ -39,7 +39,8 @@ def all_of_it_is_fused():
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch):
     """A few rows a chunk, so that gradients of weights and the masks of rows go over chunks too."""
-    monkeypatch.setattr(blocks, "ROWS", 20)
+    for name in ("ROWS", "KEPT_ROWS", "NARROW_ROWS"):
+        monkeypatch.setattr(blocks, name, 20)
     monkeypatch.setattr(blocks, "TRAINED_ROWS", 20)
 
 

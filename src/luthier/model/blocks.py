@@ -23,7 +23,9 @@ from luthier.ops.lora_linear import Projection
 from luthier.ops.rms_norm import rms_norm_backward, rms_norm_forward, rms_norm_gradients
 from luthier.ops.rotary import rotate
 
-ROWS = 4096  # rows that products and what is element-wise handle at a time: bounds their transients
+ROWS = 4096  # rows of the MLP that products and what is element-wise handle at a time: bounds their transients
+KEPT_ROWS = 8192  # where gate and up are kept: the transients of as many rows are half as large
+NARROW_ROWS = 1 << 14  # of q, k and v, beside which attention itself takes more
 TRAINED_ROWS = 1 << 14  # where the weights train: over several chunks their gradients are summed in fp32
 BY_HEAD = ("cudnn", "flash", "cpu")  # kernels whose heads may come a few at a time
 LONG = 1 << 17  # tokens of a sequence from which on memory is dearer than a product, and attention longer than any copy
@@ -185,7 +187,7 @@ class AttentionBlock:
         written = self.qkv.written(grad)
         norm_trains = self.norm is not None and self.norm.weight.requires_grad
         grad_x = torch.empty_like(kept.x) if wants_x or norm_trains else None
-        chunks = _chunks(grad.shape[0], self.qkv)
+        chunks = _chunks(grad.shape[0], NARROW_ROWS, self.qkv)
         for chunk in chunks:
             own = {"row": chunk.start, "whole": len(chunks) == 1}
             h_grad, low = self.qkv.input_gradient(qkv_grad[chunk], written, chunk.start)
@@ -233,7 +235,7 @@ class AttentionBlock:
         """(qkv (n, N), the attention's output (n, H * W), what its backward needs); the last two only if ``attends``."""
         written = self.qkv.written(x)
         qkv, lows = torch.empty(x.shape[0], self.qkv.width_out, dtype=x.dtype, device=x.device), []
-        for chunk in _chunks(x.shape[0], self.qkv):
+        for chunk in _chunks(x.shape[0], NARROW_ROWS, self.qkv):
             h, low = _input(self.qkv, self.norm, x[chunk], written, _rows(kept.low_qkv, chunk), chunk.start)
             self.qkv.forward(h, written, qkv[chunk])
             lows.append(low)
@@ -302,17 +304,19 @@ class MlpBlock:
         kept.gate_up = torch.empty(n, self.gate_up.width_out, dtype=x.dtype, device=x.device) if keeps else None
         kept.mlp_branch = torch.empty_like(x) if keeps and self.post_norm else None
         lows = []
-        for chunk in _chunks(n, self.gate_up, self.down):
+        for chunk in self._chunks(n, keeps):
             h, low = _input(self.gate_up, self.norm, x[chunk], gate_up, row=chunk.start)
             both = self.gate_up.forward(h, gate_up, _rows(kept.gate_up, chunk))
+            del h
             act, low_down, rounded = self._activated(both, down, None, chunk.start)
             lows.append((low, low_down))
             del both
             if self.post_norm is None:
                 self.down.add_to(residual[chunk], act, down, self.residual_scale, outputs[chunk], rounded)
-                continue
-            branch = self.down.forward(act, down, _rows(kept.mlp_branch, chunk), rounded)
-            torch.add(residual[chunk], self.post_norm.forward(branch), alpha=self.residual_scale, out=outputs[chunk])
+            else:
+                branch = self.down.forward(act, down, _rows(kept.mlp_branch, chunk), rounded)
+                torch.add(residual[chunk], self.post_norm.forward(branch), alpha=self.residual_scale, out=outputs[chunk])
+            act = rounded = branch = None  # before the next chunk's
         kept.low_gate_up, kept.low_down = map(_joined, zip(*lows, strict=True))
         return outputs
 
@@ -322,7 +326,7 @@ class MlpBlock:
         ``adds``: x is also what the branch was added to, so its gradient holds ``grad`` itself.
         """
         gate_up, down = self.gate_up.written(grad), self.down.written(grad)
-        chunks = _chunks(grad.shape[0], self.gate_up, self.down)
+        chunks = self._chunks(grad.shape[0], kept.gate_up is not None)
         for chunk in chunks:
             own = {"row": chunk.start, "whole": len(chunks) == 1}
             low_gate_up, low_down = _rows(kept.low_gate_up, chunk), _rows(kept.low_down, chunk)
@@ -351,6 +355,9 @@ class MlpBlock:
             else:
                 torch.add(h_grad, grad[chunk], out=grad_x[chunk]) if adds else grad_x[chunk].copy_(h_grad)
 
+    def _chunks(self, n: int, keeps: bool) -> list[slice]:
+        return _chunks(n, KEPT_ROWS if keeps else ROWS, self.gate_up, self.down)
+
     def _activated(
         self, both: Tensor, down: Tensor | None, low: Tensor | None, row: int
     ) -> tuple[Tensor, Tensor | None, Rows8 | None]:
@@ -370,9 +377,9 @@ def _input(
     return h, projection.extend(h, written, low, row)
 
 
-def _chunks(n: int, *projections: Projection) -> list[slice]:
-    """The rows 0 to n that these projections work on at a time."""
-    rows = TRAINED_ROWS if any(part.trains for projection in projections for part in projection.parts) else ROWS
+def _chunks(n: int, rows: int, *projections: Projection) -> list[slice]:
+    """The rows 0 to n that these projections work on at a time: ``rows``, if they are frozen."""
+    rows = TRAINED_ROWS if any(part.trains for projection in projections for part in projection.parts) else rows
     return [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
 
 

@@ -17,7 +17,7 @@ from itertools import combinations
 import torch
 from torch import Tensor, nn
 
-from luthier.model.blocks import LONG, ROWS, Mode
+from luthier.model.blocks import KEPT_ROWS, LONG, ROWS, Mode
 from luthier.model.host_memory import HostEmbedding, free_host_memory
 from luthier.model.offload import Host, Offload
 from luthier.ops.experts import WRITTEN_BYTES
@@ -93,18 +93,19 @@ class Shape:
         if mode == Mode.KEEP:
             in_attention -= 2 * self.mlp  # given back before
             chunk -= 2 * self.mlp
-        rows = self._rows(tokens)
+        rows = self._rows(tokens, mode)
         rounded = 0 if self.compute == "bf16" else rows * 2 * self.mlp  # the widest product's input in 8 bits
         return rounded + self.size * max(tokens * in_attention, tokens * in_mlp + rows * (chunk + self.choices * self.hidden))
 
-    def forward(self, tokens: int) -> int:
+    def forward(self, tokens: int, mode: Mode) -> int:
         """Bytes of the MLP's work in the forward, its result, and the first layer's input, which lives as long as the loop."""
-        rounded = self._rows(tokens) * self.mlp if self.compute == "fp8" else 0
-        return rounded + self.size * (2 * tokens * self.hidden + self._rows(tokens) * (self.hidden + 3 * self.mlp))
+        rows = self._rows(tokens, mode)
+        rounded = rows * self.mlp if self.compute == "fp8" else 0
+        return rounded + self.size * (2 * tokens * self.hidden + rows * self.mlp * (1 if mode == Mode.KEEP else 3))
 
-    def _rows(self, tokens: int) -> int:
+    def _rows(self, tokens: int, mode: Mode) -> int:
         """That the MLP works on at a time; experts work on all."""
-        return tokens if self.choices else min(tokens, ROWS)
+        return tokens if self.choices else min(tokens, KEPT_ROWS if mode == Mode.KEEP else ROWS)
 
     def head(self, tokens: int) -> int:
         """Bytes that the head needs: chunks of logits, and the last hidden states and their gradient with a copy of each."""
@@ -361,7 +362,8 @@ class Cost:
         shape, tokens, is_long = self.shape, self.tokens, (self.length or self.tokens) >= LONG
         last, parked = shape.kept(plan[-1].mode) - shape.parked(plan[-1]), max(map(shape.parked, {*plan}))
         under_way, ahead = (0, 0) if is_long else (Offload.DEPTH, 1)  # layers whose copies go out, or come back early
-        forward = tokens * (1 + under_way) * parked + shape.forward(tokens)
+        forward = max(tokens * shape.parked(layer) + shape.forward(tokens, layer.mode) for layer in {*plan})
+        forward = tokens * under_way * parked + max(forward, tokens * last + shape.forward(tokens, plan[-1].mode))
         backward = tokens * (max(last, parked) + ahead * parked)
         return max(forward, backward + max(shape.transient(tokens, mode, is_long) for mode in {layer.mode for layer in plan}))
 
