@@ -319,7 +319,7 @@ def test_a_step_from_graphs_needs_little_more_than_one_without():
     for rows, length in ((1, 512), (2, 2048), (4, 2048)):
         plan = [LayerPlan(Mode.KEEP)] * 32
         eager, graphs = (Cost(LLAMA_8B, rows * length, length, from_graphs=kind).device(plan) for kind in (False, True))
-        assert eager < graphs < eager + GIB
+        assert eager < graphs < eager + 1.5 * GIB
 
 
 def test_rows_are_planned_with_what_graphs_pad_them_by(monkeypatch):

@@ -191,5 +191,5 @@ def _plan(
     if mode == "offload":
         return offload_plan(shape, tokens, layers, host)
     if mode == "auto" and budget is not None:
-        return plan_for(shape, tokens, layers, budget * GIB - taken, host)
+        return plan_for(Cost(shape, tokens), layers, budget * GIB - taken, host)
     return [LayerPlan(Mode.RECOMPUTE)] * layers
