@@ -7,9 +7,11 @@ template breaks, or prints a Python list, is left out there.
 
 import functools
 import json
+from datetime import datetime
 from pathlib import Path
 
 from tiny import tiny_tokenizer
+from transformers.utils import chat_template_utils
 
 from luthier.data.chat import TABLE, get_chat_template, strip_generation_marks
 from luthier.data.render import render, render_spans
@@ -45,8 +47,15 @@ def unmarked(name: str):
     return tokenizer
 
 
-def dated(pattern: str) -> str:
-    return {"%d %b %Y": "01 Jan 2025", "%Y-%m-%d": "2025-01-01"}[pattern]
+class NewYear(datetime):
+    @classmethod
+    def now(cls, tz=None):
+        return cls(2025, 1, 1)
+
+
+def set_date(monkeypatch) -> None:
+    """Templates that print today's date print 1 January 2025. (transformers 5.24 takes no function from a caller.)"""
+    monkeypatch.setattr(chat_template_utils, "datetime", NewYear)
 
 
 def spoken(tokenizer, case: dict) -> list[str]:

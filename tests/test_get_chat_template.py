@@ -3,7 +3,7 @@
 import warnings
 
 import pytest
-from chats import ANSWER, CONVERSATIONS, NAMES, SHAREGPT, USER, dated, spoken, tokenizer_of, tokenizer_with, unmarked
+from chats import ANSWER, CONVERSATIONS, NAMES, SHAREGPT, USER, set_date, spoken, tokenizer_of, tokenizer_with, unmarked
 from llama_server import rendered
 from tiny import save_tiny, tiny_tokenizer
 
@@ -199,10 +199,11 @@ def test_stripped_marks_render_the_same_bytes(opening, closing, frame):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_stripped_templates_render_the_same_bytes(name):
+def test_stripped_templates_render_the_same_bytes(name, monkeypatch):
+    set_date(monkeypatch)
     marked, plain = tokenizer_of(name), unmarked(name)
     for case in CONVERSATIONS.values():
-        settings = {**case.get("kwargs", {}), "strftime_now": dated}
+        settings = case.get("kwargs", {})
         try:
             expected = render(marked, case["messages"], case.get("tools"), **settings)
         except ValueError:

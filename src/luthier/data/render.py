@@ -7,6 +7,7 @@ one that ``tokenizer.apply_chat_template`` gives at inference. Messages are dict
 
 from __future__ import annotations
 
+import functools
 import re
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,9 @@ from luthier.errors import UnsupportedError
 
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 """The tag that opens an answer in a template that marks what trains."""
+
+RENAMED = frozenset({"reasoning_content", "thinking"})
+"""The names under which a template finds thoughts of any name, where ``thoughts_are_renamed``."""
 
 _habits: weakref.WeakKeyDictionary[Any, dict[tuple[str, int], Habits]] = weakref.WeakKeyDictionary()
 
@@ -181,14 +185,33 @@ def _refuse_losses(template: str, messages: Sequence[Mapping[str, Any]], tools: 
     """Refuse what the template never reads: it would be dropped without a word, and never train."""
     read = [key for key in ("tool_calls", *THOUGHTS) if re.search(rf"[.'\"]{key}\b", template)]
     read += ["tools"] * bool(re.search(r"\btools\b", template))
-    given = ["tools"] * bool(tools) + sorted({key for message in messages for key in message if message[key]})
-    lost = [key for key in given if key in ("tools", "tool_calls", *THOUGHTS) and key not in read]
+    renamed = thoughts_are_renamed() and bool(RENAMED.intersection(read))
+    given = {key for message in messages for key in _said(message, thoughts=not renamed)}
+    lost = [key for key in ["tools"] * bool(tools) + sorted(given) if key not in read]
     if lost:
         raise ValueError(
             f"The chat template never prints {', '.join(map(repr, lost))}, so training would drop it silently. "
             f"Beside content it reads {', '.join(read) or 'nothing'}: rename the key, remove it, or choose another template "
             "with get_chat_template."
         )
+
+
+def _said(message: Mapping[str, Any], thoughts: bool) -> list[str]:
+    """The keys beside content under which a message says something; with ``thoughts`` False not that of its thoughts, if
+    it has them under one name only."""
+    names = [key for key in THOUGHTS if message.get(key)]
+    return ["tool_calls"] * bool(message.get("tool_calls")) + (names if thoughts or len(names) > 1 else [])
+
+
+@functools.cache
+def thoughts_are_renamed() -> bool:
+    """Whether transformers gives templates a message's thoughts under all names of ``RENAMED``, whatever they are called.
+
+    Version 5.24 does; 5.17 hands them over as they come, so a template that reads another name drops them.
+    """
+    message = {"role": "assistant", "content": "", "thinking": "Hm."}
+    texts, _ = render_jinja_template([[message]], chat_template="{{ messages[0].reasoning_content }}")
+    return texts == ["Hm."]
 
 
 def _learned(spans: list[tuple[int, int]], messages: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
