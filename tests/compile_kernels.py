@@ -145,7 +145,7 @@ def kernels_of_experts(dtype: str, capability: int) -> dict[str, tuple]:
         "grouped gradient": (grouped._gradient_kernel, [x, x, "*fp32", "*i32", "*i32", "i64", "fp32"], sums, 4, 3),
         "combine": (grouped._combine_kernel, [x, "*i32", x, x, "*i32", "i32", "i64"], combine, 4),
         "clamped gate": (expert_gate._gate_forward, [x, x, "i32", "fp32", "fp32"], clamped, 4),
-        "clamped gate backward": (expert_gate._gate_backward, backward, {**clamped, "E": 32}, 4),
+        "clamped gate backward": (expert_gate._gate_backward, backward, {**clamped, "E": 32, "EDGE": True}, 4),
     }
 
 

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -446,11 +447,10 @@ def test_unknown_key(broken, run, tmp_path):
 
 
 def test_a_gated_model(broken, run, monkeypatch):
-    import httpx
     import huggingface_hub
 
     def gated(*args, **kwargs):
-        response = httpx.Response(403, request=httpx.Request("GET", "https://huggingface.co/x/gated"))
+        response = SimpleNamespace(headers={}, request=None)  # of httpx, or of httpx2 with huggingface_hub 2
         raise hub_errors.GatedRepoError("gated", response=response)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", gated)

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import socket
+import traceback
 from functools import partial
 from pathlib import Path
 
@@ -306,6 +307,8 @@ def start(work) -> int:
         try:
             work()
             os._exit(0)
+        except BaseException:
+            traceback.print_exc()
         finally:  # whatever happens, the copy does not go on with the tests
             os._exit(1)
     return child

@@ -9,6 +9,7 @@ that scale, so that the second product's output need not be kept.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -64,6 +65,14 @@ def gated_backward_reference_(u: Tensor, gate_up: Tensor, weights: Tensor, routi
     return router.view(weights.shape)
 
 
+@functools.cache
+def clamp_passes_at_its_bound() -> bool:
+    """Whether torch's clamp has a derivative where a value is just the bound: 1 up to torch 2.13, 0 from 2.14 on."""
+    bound = torch.ones((), requires_grad=True)
+    with torch.enable_grad():
+        return bool(torch.autograd.grad(bound.clamp(max=1.0), bound)[0])
+
+
 def gated(gate_up: Tensor, gate: Gate) -> Tensor:
     """gate_up (S, 2F) -> (S, F). Not differentiable."""
     if gate.kind is None or not has_kernels(gate_up):
@@ -94,7 +103,8 @@ def launch_backward_(u: Tensor, gate_up: Tensor, weights: Tensor, routing: Routi
     router = torch.zeros(weights.shape, dtype=torch.float32, device=u.device)
     _gate_backward[(rows,)](
         u, gate_up, weights, router, routing.order, routing.offsets, width, gate.alpha, gate.limit, E=routing.experts,
-        KIND=gate.number, ALTERNATES=gate.alternates, BLOCK=min(BLOCK, power_of_2(width)), num_warps=4,
+        KIND=gate.number, ALTERNATES=gate.alternates, EDGE=clamp_passes_at_its_bound(), BLOCK=min(BLOCK, power_of_2(width)),
+        num_warps=4,
     )  # fmt: skip
     return router
 
@@ -114,15 +124,18 @@ def _gate_up(AT, start, width, ALTERNATES: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @jit
-def _act(gate, up, alpha, limit, KIND: tl.constexpr):
-    """(act, its derivative by gate, by up)."""
+def _act(gate, up, alpha, limit, KIND: tl.constexpr, EDGE: tl.constexpr):
+    """(act, its derivative by gate, by up); ``EDGE``: the derivative at the limit is that of what lies within, else 0."""
     if KIND == 3:  # CLAMPED
         low, high = tl.minimum(gate, limit), tl.minimum(tl.maximum(up, -limit), limit)
         sigmoid = 1.0 / (1.0 + tl.exp(-alpha * low))
         slope = sigmoid * (1.0 + alpha * low * (1.0 - sigmoid))
         value = low * sigmoid
-        by_gate = tl.where(gate <= limit, (high + 1.0) * slope, 0.0)
-        return value * (high + 1.0), by_gate, tl.where((up >= -limit) & (up <= limit), value, 0.0)
+        gate_within, up_within = gate < limit, tl.abs(up) < limit
+        if EDGE:
+            gate_within, up_within = gate <= limit, tl.abs(up) <= limit
+        by_gate = tl.where(gate_within, (high + 1.0) * slope, 0.0)
+        return value * (high + 1.0), by_gate, tl.where(up_within, value, 0.0)
     else:
         value, slope = _activation(gate, KIND)
         return value * up, slope * up, value
@@ -135,14 +148,14 @@ def _gate_forward(
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     gate, up = _gate_up(GATE_UP + row * 2 * width, tl.program_id(1) * BLOCK, width, ALTERNATES, BLOCK)
-    act, _, _ = _act(gate, up, alpha, limit, KIND)
+    act, _, _ = _act(gate, up, alpha, limit, KIND, True)
     tl.store(OUT + row * width + column, act.to(OUT.dtype.element_ty), mask=column < width)
 
 
 @jit
 def _gate_backward(
     U, GATE_UP, WEIGHTS, ROUTER, ORDER, OFFSETS, width, alpha, limit,
-    E: tl.constexpr, KIND: tl.constexpr, ALTERNATES: tl.constexpr, BLOCK: tl.constexpr,
+    E: tl.constexpr, KIND: tl.constexpr, ALTERNATES: tl.constexpr, EDGE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     if row < tl.load(OFFSETS + E):
@@ -155,7 +168,7 @@ def _gate_backward(
             inside = column < width
             gate, up = _gate_up(at, start, width, ALTERNATES, BLOCK)
             u = tl.load(U + row * width + column, mask=inside, other=0.0).to(tl.float32)
-            act, by_gate, by_up = _act(gate, up, alpha, limit, KIND)
+            act, by_gate, by_up = _act(gate, up, alpha, limit, KIND, EDGE)
             router += u * act
             grad_gate = (weight * u * by_gate).to(GATE_UP.dtype.element_ty)
             grad_up = (weight * u * by_up).to(GATE_UP.dtype.element_ty)

@@ -276,6 +276,8 @@ class CheckpointMixin:
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """As transformers', with the arguments as JSON: no pickle is written beside the weights."""
         super()._save(output_dir, state_dict)
+        if not self.args.should_save:  # transformers 5.24 calls this in every process
+            return
         directory = Path(output_dir or self.args.output_dir)
         (directory / TRAINING_ARGS_NAME).unlink(missing_ok=True)
         (directory / ARGUMENTS).write_text(self.args.to_json_string() + "\n", encoding="utf-8")

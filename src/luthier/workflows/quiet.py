@@ -18,5 +18,5 @@ def quiet_libraries() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    for name in ("bitsandbytes", "httpx", "huggingface_hub", "torch.utils.cpp_extension"):
+    for name in ("bitsandbytes", "httpx", "httpx2", "huggingface_hub", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
