@@ -50,7 +50,7 @@ def kernels(dtype: str) -> dict[str, tuple]:
     extension = {"COPIES": True, "RANK": 16, "EXTENSION": 16, "RANK_BLOCK": 16, "ROWS": lora_linear.GRADIENT_ROWS}
     of_128 = {"RANK": 128, "EXTENSION": 128, "RANK_BLOCK": 128, "COLUMNS": 32}
     mask = {"ADDS": True, "ROUNDS": 7, "SHIFT": 8, "ROWS": 8, "TILE": 256}
-    head = [x, "*i64", "*fp32", "i64", "fp32", "fp32"]
+    head, logits = [x, "*i64", "*fp32", "i64", "fp32", "fp32"], {"V": 128256, "BLOCK": 8192, "CAPPED": True}
     return {
         "norm": (rms_norm._norm_forward, forward, norm, 16),
         "norm of heads": (rms_norm._norm_forward, forward, head_norm, 16),
@@ -70,7 +70,8 @@ def kernels(dtype: str) -> dict[str, tuple]:
         "gradient of a wide adapter": (lora_linear._gradient_kernel, gradient, {**extension, **of_128}, 4),
         "dropout": (dropout._dropout_kernel, [x, x, x, "i64", *["i32"] * 5, *["i64"] * 3], mask, 4),
         **quantising_kernels(),
-        "cross-entropy": (linear_cross_entropy._cross_entropy_kernel, head, {"V": 128256, "BLOCK": 8192, "CAPPED": True}, 16),
+        "cross-entropy": (linear_cross_entropy._cross_entropy_kernel, head, {**logits, "GRAD": True}, 16),
+        "cross-entropy, no gradient": (linear_cross_entropy._cross_entropy_kernel, head, {**logits, "GRAD": False}, 16),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 
 import pytest
@@ -139,6 +140,15 @@ def test_a_known_family_without_its_layers_is_an_error():
 def test_something_else_than_a_model_is_an_error():
     with pytest.raises(TypeError, match="Linear"):
         accelerate(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
+def test_a_batch_without_a_token_is_an_error(shape):
+    """Stock says "cannot reshape tensor of 0 elements"."""
+    model, ids = accelerate(with_lora(tiny_model("llama3"))).train(), torch.zeros(shape, dtype=torch.long)
+    for masks in ({}, {"attention_mask": torch.ones_like(ids)}):
+        with pytest.raises(ValueError, match=re.escape(f"no token: its labels are of shape {shape}")):
+            model(input_ids=ids, labels=ids, **masks)
 
 
 def test_save_pretrained_names_the_stock_class(tmp_path):

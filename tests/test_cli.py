@@ -158,6 +158,22 @@ def test_inspect_without_a_model_uses_the_embedded_one(place, run):
     assert result.code == 0 and "embedded demo model" in result.err and "rows that train" in result.err
 
 
+def test_pictures_are_never_left_out_in_silence(place, run, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", [{**chat("What is it?", "A cat."), "image": "cat.png"}])
+    shown = run("inspect", rows, "--model", place / "model")
+    assert shown.code == 0 and "'image' is not shown" in shown.err and "luthier vision" in shown.err
+    model, text = ("--model", place / "model"), ("--data", place / "rows.jsonl")
+    for command in (
+        ("eval", place / "model", "--data", rows),
+        ("sft", *model, "--data", rows, "--output", tmp_path / "out"),
+        ("sft", *model, "--data", rows, "--output", tmp_path / "out", "--dry-run"),
+        ("sft", *model, *text, "--eval-data", rows, "--output", tmp_path / "out", "--dry-run"),
+    ):
+        result = run(*command)
+        assert result.code == 2 and f"{rows} has a column 'image'" in result.err, command
+    assert not (tmp_path / "out").exists()
+
+
 def test_estimate(place, run):
     result = run("estimate", place / "model", "--json")
     assert result.code == 0, result.err

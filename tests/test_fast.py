@@ -1,5 +1,7 @@
 """What a user holds: FastLanguageModel and the methods of the models it gives."""
 
+import io
+import pickle
 import re
 import warnings
 
@@ -24,6 +26,19 @@ def adapted(directory):
         if "lora_B" in name:
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
     return model, tokenizer
+
+
+def test_a_whole_model_is_pickled_once_it_is_restored(adapted):
+    model, tokenizer = adapted
+    for write in (pickle.dumps, lambda whole: torch.save(whole, io.BytesIO())):
+        with pytest.raises(pickle.PicklingError, match=r"luthier\.restore\(model\)"):
+            write(model)
+    again = pickle.loads(pickle.dumps(restore(model.eval())))
+    inputs = tokenizer("The import statement", return_tensors="pt")
+    assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+    generated = again.generate(**inputs, max_new_tokens=5, do_sample=False)
+    assert torch.equal(generated, model.generate(**inputs, max_new_tokens=5, do_sample=False))
+    assert again.save_pretrained_merged.args[0] is again and again.get_base_model().generate.args[0] is again.get_base_model()
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

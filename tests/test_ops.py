@@ -345,6 +345,31 @@ def test_a_frozen_head_gets_no_gradient_and_costs_no_memory_for_one():
     assert weight.grad is None and hidden.grad.any()
 
 
+@pytest.mark.parametrize("shaping", HEADS.values(), ids=HEADS)
+def test_a_loss_without_a_backward_computes_no_gradient(path, shaping, monkeypatch):
+    asked, chunk = [], linear_cross_entropy.loss_and_grad_
+
+    def watched(*arguments, wants_grad):
+        losses, grad = chunk(*arguments, wants_grad=wants_grad)
+        asked.append((wants_grad, grad is not None))
+        return losses, grad
+
+    monkeypatch.setattr(linear_cross_entropy, "loss_and_grad_", watched)
+    hidden, weight, targets = randn(7, 24), randn(131, 24, seed=1), torch.arange(7, device=DEVICE)
+    loss = functools.partial(linear_cross_entropy.linear_cross_entropy, weight=weight, targets=targets, **shaping, chunk_rows=4)
+    leaf = hidden.clone().requires_grad_()
+    expected = loss(leaf)
+    with torch.no_grad():
+        without = loss(leaf)
+    assert asked == [(True, True)] * 2 + [(False, False)] * 2
+    assert torch.equal(expected, without) and torch.equal(expected, loss(hidden))
+    assert asked[4:] == [(False, False)] * 2
+    raw = F.linear(hidden, weight)
+    before = raw.clone()
+    chunk(raw, targets, shaping.get("softcap"), shaping.get("scale", 1.0), wants_grad=False)
+    assert torch.equal(raw, before)
+
+
 def test_mismatched_tokens_are_an_error():
     with pytest.raises(ValueError, match="(5, 8)"):
         linear_cross_entropy.linear_cross_entropy(randn(5, 8), randn(9, 8), torch.zeros(4, dtype=torch.long))

@@ -304,6 +304,19 @@ def test_the_workflow_teaches_a_model_to_read(checkpoints, tmp_path):
     assert (before >= 1, after) == (True, 0)
 
 
+def test_pictures_of_held_out_rows_lie_beside_their_own_file(checkpoints, tmp_path):
+    place = tmp_path / "held out"
+    place.mkdir()
+    picture(7).save(place / "there.png")
+    row = {"prompt": "What is it?", "completion": "cat", "image": "there.png"}
+    (place / "rows.jsonl").write_text(json.dumps(row))
+    fields = {"max_steps": 1, "eval_data": str(place / "rows.jsonl"), "eval_steps": 1, "save_steps": 1}
+    recipe = recipe_for(checkpoints["qwen2_5_vl"], tmp_path, **fields)
+    assert set(vision.run(recipe)) == {"adapter"}
+    state = json.loads((tmp_path / "out" / "checkpoint-1" / "trainer_state.json").read_text())
+    assert any("eval_loss" in entry for entry in state["log_history"])
+
+
 def test_the_workflow_refuses_what_cannot_train_before_it_writes(checkpoints, tmp_path):
     with pytest.raises(ValueError, match="None of the 4 rows can train"):
         vision.run(recipe_for(checkpoints["gemma3"], tmp_path, max_seq_length=8))

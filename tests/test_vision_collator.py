@@ -242,6 +242,20 @@ def test_relative_paths_start_from_the_root_that_was_given(tmp_path):
         collator()([row])
 
 
+def test_a_row_may_say_where_its_paths_start(tmp_path):
+    for seed, place in enumerate(("train", "held_out")):
+        (tmp_path / place).mkdir()
+        picture(seed).save(tmp_path / place / "1.png")
+    row = {
+        "messages": [{"role": "user", "content": "<image>What is it?"}, {"role": "assistant", "content": "?"}],
+        "image": "1.png",
+    }
+    collate = collator(image_root=tmp_path / "train")
+    own = collate([{**row, "image_root": None}, {**row, "image_root": str(tmp_path / "held_out")}])
+    direct = collator()([{**row, "image": picture(0)}, {**row, "image": picture(1)}])
+    assert torch.equal(own["pixel_values"], direct["pixel_values"])
+
+
 def test_transparent_and_turned_pictures_are_seen_as_a_person_sees_them():
     clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
     assert load_image(clear).getpixel((0, 0)) == (255, 255, 255)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from luthier.model.accelerate import accelerate, base_model, state_of
@@ -116,14 +116,21 @@ def _ready(
 
 def _with_methods(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel | PeftModel:
     base = base_model(model)
-    base.generate = MethodType(generate, base)
+    base.generate = _bound(generate, base)
     if isinstance(model, PeftModel):
-        model.save_pretrained = MethodType(_save_adapter, model)
+        model.save_pretrained = _bound(_save_adapter, model)
     for name, method in SAVERS.items():
-        setattr(model, name, MethodType(method, model))
+        setattr(model, name, _bound(method, model))
     if tokenizer is not None:
         model.fast_generate = functools.partial(fast_generate, model, tokenizer=tokenizer)
     return model
+
+
+def _bound(method: Callable, model: nn.Module) -> Callable:
+    """No MethodType: pickle would look for the method in the class, where it is not."""
+    bound = functools.partial(method, model)
+    bound.__doc__ = method.__doc__
+    return bound
 
 
 def _save_adapter(model: PeftModel, save_directory: str | Path, **kwargs: Any) -> None:

@@ -43,6 +43,12 @@ def load_image(source: object, root: Path | None = None) -> Image.Image:
     )
 
 
+def image_root(data: str) -> Path | None:
+    """Where the relative image paths of a data set start: beside its file, or in its directory; None for a hub set."""
+    path = Path(data).expanduser()
+    return (path if path.is_dir() else path.parent) if path.exists() else None
+
+
 def resize_image(image: Image.Image, resize: Resize, default_side: int | None) -> Image.Image:
     """``image`` at the size that ``resize`` asks for; only ``(w, h)`` enlarges or changes the aspect ratio.
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset, IterableDataset
 from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
@@ -24,11 +25,12 @@ from luthier.data.images import Resize, check_resize, load_image, resize_image
 from luthier.data.ledger import NO_TRAINED_TOKEN, TOO_LONG, Ledger
 from luthier.data.masks import IGNORED, ResponseMask
 from luthier.data.render import covered, render, render_spans
-from luthier.data.rows import BadRow, Row
+from luthier.data.rows import BadRow, Row, column_names
 from luthier.errors import UnsupportedError, unknown
 from luthier.terminal import progress
 
 IMAGE_COLUMNS = ("images", "image")
+ROOT_COLUMN = "image_root"  # where the relative paths of a row start, if not where the collator's do
 IMAGE_KEYS = ("image", "image_url", "url", "path", "base64", "bytes")
 PLACEHOLDER = "<image>"  # where a picture of the column stands in a message that is plain text
 TOO_LONG_POLICIES = ("drop", "truncate", "raise")
@@ -79,7 +81,8 @@ class VisionDataCollator:
     A row holds ``messages``, ``conversations`` or ``prompt`` and ``completion``. Its pictures are parts of a message,
     ``{"type": "image", "image": X}`` or ``{"type": "image_url", ...}``, or in a column ``images`` or ``image``, whose places
     are the parts ``{"type": "image"}``, or ``<image>`` in the text, or else before the first question. X is a PIL image, a
-    path (from ``image_root``, else the working directory), bytes, or base64; nothing is downloaded.
+    path (from the row's column ``image_root``, else from the argument, else from the working directory), bytes, or base64;
+    nothing is downloaded.
 
     What trains: of prompt and completion the completion (``completion_only_loss``); of messages every token, or with
     ``train_on_responses_only`` the assistant's answers, found by the processor's own template or by ``instruction_part``
@@ -182,13 +185,14 @@ class VisionDataCollator:
 
     def example(self, row: Row) -> Example:
         """A row as text with the places of its pictures, the pictures, and what trains."""
+        root = self.image_root if row.get(ROOT_COLUMN) is None else Path(row[ROOT_COLUMN])
         if self.formatting_func is not None:
             row = _formatted(self.formatting_func(row))
         source = find_format(list(row))
         if source is None:
             raise ValueError(f"A vision row needs messages, conversations, or prompt and completion; it has {sorted(row)}")
         messages, images = place_images(row_messages(row, source, exact=False), column_images(row))
-        images = [resize_image(load_image(image, self.image_root), self.resize, self.side) for image in images]
+        images = [resize_image(load_image(image, root), self.resize, self.side) for image in images]
         tools = row_tools(row)
         completion = _completion_length(row, source) if self.completion_only_loss else 0
         if not (self.responses_only or completion) or self.mask is not None:
@@ -283,6 +287,17 @@ class VisionDataCollator:
                 [mask, mask.new_zeros(len(mask), length - mask.shape[1], *mask.shape[2:])], 1
             )
         return batch | dict(BatchFeature(rest, tensor_type="pt"))
+
+
+def without_images(dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
+    """``dataset``, to be read as text; ``ValueError`` if it has a column of images, which would be left out without a word."""
+    found = set(IMAGE_COLUMNS).intersection(column_names(dataset))
+    if found:
+        raise ValueError(
+            f"{name} has a column {min(found)!r}, and as text its rows would be read without their images: use `luthier "
+            "vision`, or a VisionDataCollator with a model of FastVisionModel; or remove the column."
+        )
+    return dataset
 
 
 def place_images(messages: Sequence[Message], column: Sequence[Any]) -> tuple[list[Message], list[Any]]:

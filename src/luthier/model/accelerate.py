@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import pickle
 from collections.abc import Callable
 from types import MethodType
 
@@ -141,10 +142,31 @@ def _stock_class(module: nn.Module) -> type:
 def subclass(stock: type, **members: object) -> type:
     """A class that is ``stock`` with some members replaced, under the same name: configs and reports show that name."""
     names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__}
-    made = type(stock.__name__, (stock,), {**names, "_luthier_stock": stock, **members})
+    made = type(stock.__name__, (stock,), {**names, "_luthier_stock": stock, "__reduce_ex__": _reduce, **members})
     if "forward" in members:
         made.forward = members["forward"]  # transformers 5.24 checkpoints the forward of every subclass of a layer
     return made
+
+
+class _New:
+    """Makes an empty module of a class, for copies; pickle, which would look for the class by its name, is told why not."""
+
+    def __init__(self, made: type[nn.Module]) -> None:
+        self.made = made
+
+    def __call__(self) -> nn.Module:
+        return self.made.__new__(self.made)
+
+    def __reduce__(self) -> None:
+        raise pickle.PicklingError(
+            f"A {self.made.__name__} with Luthier's forward passes cannot be pickled (by torch.save of a whole model, or to "
+            "reach another process): call luthier.restore(model) first, or save its weights with model.save_pretrained."
+        )
+
+
+def _reduce(self: nn.Module, protocol: int) -> tuple:
+    _, _, *state = object.__reduce_ex__(self, protocol)
+    return _New(type(self)), (), *state
 
 
 @functools.cache

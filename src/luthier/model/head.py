@@ -88,6 +88,8 @@ def training_forward(model: PreTrainedModel, stock: type[PreTrainedModel], spec:
     usual_loss = model.loss_function is ForCausalLMLoss and isinstance(call.get("logits_to_keep", 0), int)
     if not model.training or labels is None or call.get("logits_to_keep") or not usual_loss:
         return stock.forward(model, *args, **kwargs)
+    if not labels.numel():
+        raise ValueError(f"The batch holds no token: its labels are of shape {tuple(labels.shape)}. Leave it out.")
 
     loss_arguments = {key: call.pop(key, None) for key in ("labels", "shift_labels", "num_items_in_batch")}
     ignore_index, return_dict = call.pop("ignore_index", -100), call.pop("return_dict", None)

@@ -55,7 +55,8 @@ def linear_cross_entropy(
         bias = None if bias is None else bias.to(dtype)
     rows = chunk_rows or rows_per_chunk(weight)
     flat = hidden.reshape(-1, hidden.shape[-1])
-    return _LinearCrossEntropy.apply(flat, weight, bias, targets.reshape(-1), softcap, scale, ignore_index, rows)
+    with_grad = torch.is_grad_enabled()  # an autograd function sees it off always
+    return _LinearCrossEntropy.apply(flat, weight, bias, targets.reshape(-1), softcap, scale, ignore_index, rows, with_grad)
 
 
 def shape_logits(logits: Tensor, softcap: float | None = None, scale: float = 1.0) -> Tensor:
@@ -73,15 +74,16 @@ def rows_per_chunk(weight: Tensor) -> int:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, softcap, scale, ignore_index, rows):
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+    def forward(ctx, hidden, weight, bias, targets, softcap, scale, ignore_index, rows, with_grad):
+        wants_hidden, wants_weight, wants_bias = wants = [with_grad and needed for needed in ctx.needs_input_grad[:3]]
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.zeros_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
         for index in (targets != ignore_index).nonzero().squeeze(1).split(rows):
             chunk, target = hidden[index], targets[index]
-            losses, grad = loss_and_grad_(torch.nn.functional.linear(chunk, weight, bias), target, softcap, scale)
+            raw = torch.nn.functional.linear(chunk, weight, bias)
+            losses, grad = loss_and_grad_(raw, target, softcap, scale, wants_grad=any(wants))
             loss += losses.sum()
             if wants_hidden:
                 grad_hidden.index_copy_(0, index, grad @ weight)
@@ -102,7 +104,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if grad_hidden is None else _scaled(grad_hidden, grad_loss),
             None if grad_weight is None else (grad_weight * grad_loss).to(weight_dtype),
             None if grad_bias is None else (grad_bias * grad_loss).to(bias_dtype),
-            *(None,) * 5,
+            *(None,) * 6,
         )
 
 
@@ -113,19 +115,25 @@ def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
     return (grad.float() * factor).to(grad.dtype)
 
 
-def loss_and_grad_(raw: Tensor, target: Tensor, softcap: float | None, scale: float) -> tuple[Tensor, Tensor]:
+def loss_and_grad_(
+    raw: Tensor, target: Tensor, softcap: float | None, scale: float, wants_grad: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """raw (n, V) logits before shaping, target (n,) -> (losses (n,) in fp32, their gradient by ``raw``, in its place)."""
     if has_kernels(raw):
-        return launch_(raw, target, softcap, scale), raw
-    return loss_and_grad_reference(raw, target, softcap, scale)
+        return launch_(raw, target, softcap, scale, wants_grad), raw if wants_grad else None
+    return loss_and_grad_reference(raw, target, softcap, scale, wants_grad)
 
 
-def loss_and_grad_reference(raw: Tensor, target: Tensor, softcap: float | None, scale: float) -> tuple[Tensor, Tensor]:
+def loss_and_grad_reference(
+    raw: Tensor, target: Tensor, softcap: float | None, scale: float, wants_grad: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """The same in plain torch, and not in place."""
     logits = shape_logits(raw.float(), softcap, scale)
     column = target.unsqueeze(1)
     log_probs = torch.log_softmax(logits, dim=-1)
     losses = -log_probs.gather(1, column).squeeze(1)
+    if not wants_grad:
+        return losses, None
     grad = log_probs.exp_()
     grad.scatter_add_(1, column, torch.full_like(column, -1, dtype=grad.dtype))
     if softcap is not None:
@@ -133,10 +141,11 @@ def loss_and_grad_reference(raw: Tensor, target: Tensor, softcap: float | None, 
     return losses, (grad * scale).to(raw.dtype)
 
 
-def launch_(raw: Tensor, target: Tensor, softcap: float | None, scale: float) -> Tensor:
-    """The losses (n,) in fp32; ``raw`` (n, V) becomes their gradient. Two reads and one write of raw."""
+def launch_(raw: Tensor, target: Tensor, softcap: float | None, scale: float, wants_grad: bool = True) -> Tensor:
+    """The losses (n,) in fp32; ``raw`` (n, V) becomes their gradient, if wanted. Two reads and one write of raw."""
     losses = torch.empty(raw.shape[0], dtype=torch.float32, device=raw.device)
     constants = {"V": raw.shape[1], "BLOCK": min(8192, power_of_2(raw.shape[1])), "CAPPED": softcap is not None}
+    constants["GRAD"] = wants_grad
     _cross_entropy_kernel[(raw.shape[0],)](raw, target, losses, raw.stride(0), softcap or 1.0, scale, **constants, num_warps=16)
     return losses
 
@@ -160,8 +169,9 @@ def _shaped(LOGITS, column, softcap, scale, V: tl.constexpr, CAPPED: tl.constexp
 
 @jit
 def _cross_entropy_kernel(
-    RAW, TARGET, LOSS, stride, softcap, scale, V: tl.constexpr, BLOCK: tl.constexpr, CAPPED: tl.constexpr
-):
+    RAW, TARGET, LOSS, stride, softcap, scale,
+    V: tl.constexpr, BLOCK: tl.constexpr, CAPPED: tl.constexpr, GRAD: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(TARGET + row)
     logits = RAW + row * stride
@@ -176,11 +186,12 @@ def _cross_entropy_kernel(
     sum_exp = tl.sum(total * tl.exp(largest - peak), 0)
     chosen = tl.sum(_shaped(logits, target + tl.arange(0, 1), softcap, scale, V, CAPPED), 0)
     tl.store(LOSS + row, tl.log(sum_exp) - (chosen - peak))
-    tl.debug_barrier()  # every thread has read the target's logit before one of them overwrites it
-    for start in range(0, V, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        x = _shaped(logits, column, softcap, scale, V, CAPPED)
-        grad = tl.exp(x - peak) / sum_exp - tl.where(column == target, 1.0, 0.0)
-        if CAPPED:
-            grad *= 1.0 - (x / softcap) * (x / softcap)
-        tl.store(logits + column, (grad * scale).to(RAW.dtype.element_ty), mask=column < V)
+    if GRAD:
+        tl.debug_barrier()  # every thread has read the target's logit before one of them overwrites it
+        for start in range(0, V, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            x = _shaped(logits, column, softcap, scale, V, CAPPED)
+            grad = tl.exp(x - peak) / sum_exp - tl.where(column == target, 1.0, 0.0)
+            if CAPPED:
+                grad *= 1.0 - (x / softcap) * (x / softcap)
+            tl.store(logits + column, (grad * scale).to(RAW.dtype.element_ty), mask=column < V)

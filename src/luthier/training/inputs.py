@@ -18,14 +18,13 @@ from luthier.data.masks import IGNORED
 from luthier.data.prepare import prepare_chat
 from luthier.data.render import encode
 from luthier.data.rows import column_names
-from luthier.data.vision import VisionDataCollator
+from luthier.data.vision import VisionDataCollator, without_images
 from luthier.terminal import say
 from luthier.training.arguments import TrainingArguments
 
 AnyTokenizer = PreTrainedTokenizerBase | ProcessorMixin
 AnyDataset = Dataset | IterableDataset
 FormattingFunction = Callable[[Any], str | list[str]]
-PICTURES = {"image", "images"}
 Labelled = {"labels", "completion_mask", "assistant_masks"}
 
 
@@ -56,14 +55,7 @@ def as_dataset(rows: Any, name: str, raw: bool = False) -> AnyDataset:
 
 def as_text(rows: Any, name: str) -> AnyDataset:
     """``as_dataset``, of rows without images, which would be left out without a word."""
-    dataset = as_dataset(rows, name)
-    pictures = PICTURES.intersection(column_names(dataset))
-    if pictures:
-        raise ValueError(
-            f"{name} has a column {min(pictures)!r}, and as text its rows would train without their images: give a "
-            "VisionDataCollator and a model of FastVisionModel, or remove the column."
-        )
-    return dataset
+    return without_images(as_dataset(rows, name), name)
 
 
 def prepare_rows(

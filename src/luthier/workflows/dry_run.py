@@ -8,6 +8,7 @@ from typing import Any
 from luthier.config import GRPORecipe, SFTRecipe, TrainRecipe, VisionRecipe
 from luthier.data.prepare import prepare_chat
 from luthier.data.read import read_dataset
+from luthier.data.vision import without_images
 from luthier.gguf import architectures
 from luthier.model import memory
 from luthier.model.load import DEFAULT_LENGTH, find_files, is_vision
@@ -26,8 +27,7 @@ def dry_run(recipe: TrainRecipe) -> dict[str, Any]:
     checked(recipe)
     grpo.arguments(recipe) if isinstance(recipe, GRPORecipe) else training_arguments(recipe)
     rows = read_dataset(recipe.data, recipe.split)
-    if recipe.eval_data:
-        read_dataset(recipe.eval_data)
+    held_out = read_dataset(recipe.eval_data) if recipe.eval_data else None
     result: dict[str, Any] = {"rows": len(rows), "compute": recipe.compute}
     hub = {"revision": recipe.revision} if recipe.revision else {}
     if Path(recipe.model).is_dir():
@@ -42,6 +42,9 @@ def dry_run(recipe: TrainRecipe) -> dict[str, Any]:
     length = recipe.max_seq_length or min(DEFAULT_LENGTH, native_length(config) or DEFAULT_LENGTH)
 
     if isinstance(recipe, SFTRecipe):
+        without_images(rows, recipe.data)
+        if held_out is not None:
+            without_images(held_out, recipe.eval_data)
         tokenizer = tokenizer_of(recipe.model, recipe.chat_template, **hub)
         _, ledger = prepare_chat(rows, tokenizer, length, recipe.train_on, recipe.too_long)
         ledger.table(f"Data: {recipe.data}")

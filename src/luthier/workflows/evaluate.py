@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json as json_format
-from pathlib import Path
 from typing import Annotated, Literal
 
 from peft import PeftModel
 from tyro.conf import Positional, arg
 
 from luthier.data.chat import get_chat_template
+from luthier.data.images import image_root
 from luthier.data.prepare import prepare_chat
 from luthier.data.read import read_dataset
+from luthier.data.vision import without_images
 from luthier.evaluation.aime import aime
 from luthier.evaluation.compare import compare, measure_loss
 from luthier.evaluation.ocr import ocr
@@ -54,6 +55,8 @@ def evaluate(
     if not data:
         raise ValueError("There is nothing to evaluate on: give --data a file, a directory of files, or a hub dataset")
     rows = read_dataset(data, split)
+    if task == "loss":
+        without_images(rows, data)
     kind = FastVisionModel if task == "ocr" else FastLanguageModel
     loaded, processor = kind.from_pretrained(model, max_seq_length, load_in_16bit=load_in_16bit)
     kind.for_inference(loaded)
@@ -61,8 +64,7 @@ def evaluate(
         processor = get_chat_template(processor, chat_template or "chatml")
 
     if task == "ocr":
-        root = Path(data).parent if Path(data).is_file() else None
-        report = ocr(loaded, processor, rows, max_new_tokens or 128, batch_size, image_root=root)
+        report = ocr(loaded, processor, rows, max_new_tokens or 128, batch_size, image_root=image_root(data))
     elif task == "aime":
         sampling = {"temperature": temperature, "max_tokens": max_new_tokens, "seed": seed, "batch_size": batch_size}
         report = aime(loaded, processor, rows, n, **sampling)

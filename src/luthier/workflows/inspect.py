@@ -15,6 +15,7 @@ from luthier.data.chat import get_chat_template
 from luthier.data.prepare import prepare_chat
 from luthier.data.preview import preview, preview_rows
 from luthier.data.read import read_dataset
+from luthier.data.vision import IMAGE_COLUMNS
 from luthier.model import checkpoint, memory
 from luthier.model.load import read_config
 from luthier.model.tokenizer import load_tokenizer
@@ -48,6 +49,8 @@ def inspect(
     if rows < 0:
         raise ValueError(f"rows is {rows}: give the number of rows to show, or 0 for the counts alone")
     dataset = read_dataset(file, split)
+    for name in set(IMAGE_COLUMNS).intersection(dataset.column_names):
+        say(f"The column {name!r} is not shown: these are the rows as text. `luthier vision` trains with their images.")
     if model is None:
         say("No --model was given: the tokens are those of the embedded demo model.")
     tokenizer = tokenizer_of(model or str(EMBEDDED), chat_template)

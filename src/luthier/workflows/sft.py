@@ -9,6 +9,7 @@ from peft import PeftModel
 from luthier.config import SFTRecipe
 from luthier.data.chat import get_chat_template
 from luthier.data.read import read_dataset
+from luthier.data.vision import without_images
 from luthier.fast import FastLanguageModel
 from luthier.training.trainer import Trainer
 from luthier.workflows.common import checked, save_outputs, training_arguments
@@ -19,8 +20,8 @@ def run(recipe: SFTRecipe) -> dict[str, Path]:
     resume = checked(recipe)
 
     # 1. Rows: read before the model, so that a mistake in them costs a second and not a download
-    rows = read_dataset(recipe.data, recipe.split)
-    held_out = read_dataset(recipe.eval_data) if recipe.eval_data else None
+    rows = without_images(read_dataset(recipe.data, recipe.split), recipe.data)
+    held_out = without_images(read_dataset(recipe.eval_data), recipe.eval_data) if recipe.eval_data else None
 
     # 2. The model, quantised as it is read, and its tokenizer
     model, tokenizer = FastLanguageModel.from_pretrained(recipe.model, **recipe.loading())

@@ -7,8 +7,9 @@ from pathlib import Path
 from peft import PeftModel
 
 from luthier.config import VisionRecipe
+from luthier.data.images import image_root
 from luthier.data.read import read_dataset
-from luthier.data.vision import VisionDataCollator
+from luthier.data.vision import ROOT_COLUMN, VisionDataCollator
 from luthier.fast import FastVisionModel
 from luthier.training.trainer import Trainer
 from luthier.workflows.common import checked, save_outputs, training_arguments
@@ -20,7 +21,10 @@ def run(recipe: VisionRecipe) -> dict[str, Path]:
 
     # 1. Rows: read before the model, so that a mistake in them costs a second and not a download
     rows = read_dataset(recipe.data, recipe.split)
-    held_out = read_dataset(recipe.eval_data) if recipe.eval_data else None
+    held_out = None
+    if recipe.eval_data:
+        held_out, root = read_dataset(recipe.eval_data), image_root(recipe.eval_data) or ""
+        held_out = held_out.add_column(ROOT_COLUMN, [str(root)] * len(held_out))  # the collator's is that of the training rows
 
     # 2. The model, its language part quantised as it is read, and its processor
     model, processor = FastVisionModel.from_pretrained(recipe.model, **recipe.loading())
@@ -65,9 +69,3 @@ def run(recipe: VisionRecipe) -> dict[str, Path]:
 
     # 6. What was trained: the adapter always, merged weights as asked
     return save_outputs(model, processor, recipe)
-
-
-def image_root(data: str) -> Path | None:
-    """Where the relative image paths of a data set start: beside its file, or in its directory; None for a hub set."""
-    path = Path(data).expanduser()
-    return (path if path.is_dir() else path.parent) if path.exists() else None
