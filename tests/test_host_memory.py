@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import threading
+import weakref
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -100,8 +103,58 @@ def test_without_gradients_nothing_is_parked(monkeypatch):
     dial.set_plan([LayerPlan(Mode.KEEP, Host.EVERYTHING)] * dial.layers)
     with torch.no_grad():
         model(**batch())
-    pool = dial.offload.pool
-    assert pool.free and not any(slab.views for slab in pool.free)
+    assert dial.offload is None
+
+
+class TestABackwardThatBreaksOff:
+    """In the last layer, when the tensors of the one before are on their way back and nobody has fetched them."""
+
+    @pytest.mark.parametrize("mode", [Mode.RECOMPUTE, Mode.KEEP])
+    def test_the_next_step_is_that_of_a_fresh_model(self, mode, monkeypatch):
+        monkeypatch.setattr(offload, "SMALL", 0)
+
+        def fresh():
+            model = accelerate(with_lora(tiny_model("llama3")))
+            dial = dial_of(model)
+            dial.set_plan([LayerPlan(mode, Host.EVERYTHING)] * dial.layers)
+            return model
+
+        def break_off(grad):
+            raise KeyboardInterrupt
+
+        model, started = fresh(), []
+        loss_and_gradients(model, **batch())
+        pool = dial_of(model).offload.pool
+        slabs = {id(slab) for slab in pool.free}
+        start = offload.Offload._start
+        monkeypatch.setattr(offload.Offload, "_start", lambda self, kept: (start(self, kept), started.append(kept.parked.back)))
+        for seed in (1, 2):
+            started.clear()
+            trained = model.get_base_model().model.layers[-1].mlp.down_proj.lora_A["default"].weight
+            hook = trained.register_hook(break_off)
+            with pytest.raises(KeyboardInterrupt):
+                loss_and_gradients(model, **batch(seed=seed))
+            hook.remove()
+            assert len(started) == 2, "the tensors of the last layer, and of the one before it"
+        started.clear()
+        loss, gradients = loss_and_gradients(model, **batch(seed=9))
+        expected, truth = loss_and_gradients(fresh(), **batch(seed=9))
+        assert torch.equal(loss, expected) and all(torch.equal(gradients[name], truth[name]) for name in truth)
+        gc.collect()
+        assert {id(slab) for slab in pool.free} >= slabs and len(pool.free) <= len(slabs) + 1, (
+            "autograd holds a layer of a backward that broke off until the next one, no longer"
+        )
+
+    def test_memory_of_a_copy_that_nobody_fetched_is_free_behind_it(self):
+        """On a GPU the copy writes beside the stream that takes the memory next; here a list stands for that stream."""
+        waited, parked = [], offload.Parked({"x": torch.ones(3)}, Slab(256, CPU))
+        parked.back = {"x": torch.ones(3)}
+        memory, pool = weakref.ref(parked.back["x"]), SlabPool(CPU)
+        parked.slab.read = "copied"
+        parked.slab.waits = SimpleNamespace(wait_event=lambda event: waited.append((event, memory() is not None)))
+        weakref.finalize(parked, offload._give_back, parked.slab, pool)
+        del parked
+        assert waited == [("copied", True)] and memory() is None and pool.free[0].waits is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU stands for a device here")

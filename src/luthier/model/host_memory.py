@@ -72,10 +72,11 @@ def unpin(memory: Tensor) -> None:
 
 
 class Slab:
-    """Pinned memory on loan. ``read``: the event behind which what it held has been copied out; ``views``: by their layout."""
+    """Pinned memory on loan. ``read``: the event behind which what it held has been copied out; ``waits``: the stream that
+    has not waited for that yet; ``views``: by their layout."""
 
     def __init__(self, capacity: int, device: torch.device, maker: ThreadPoolExecutor | None = None) -> None:
-        self.capacity, self.read, self.views = capacity, None, {}
+        self.capacity, self.read, self.waits, self.views = capacity, None, None, {}
         self._made: Future[Tensor] = Future()
         maker.submit(self._make, device) if maker else self._make(device)
 

@@ -78,7 +78,7 @@ class Offload:
         self.pool = self.pool or SlabPool(kept.x.device)
         slab = self.pool.take(sum(_aligned(value.nbytes) for value in tensors.values()))
         kept.parked = Parked(tensors, slab)
-        weakref.finalize(kept.parked, self.pool.give, slab).atexit = False
+        weakref.finalize(kept.parked, _give_back, slab, self.pool).atexit = False
         self._copy_out(tensors, kept.parked, 0 if kept.is_long else self.DEPTH)
         for name in tensors:
             setattr(kept, name, None)
@@ -96,6 +96,7 @@ class Offload:
         if parked is not None:
             if parked.ready is not None:
                 torch.cuda.current_stream(parked.device).wait_event(parked.ready)
+                parked.slab.waits = None
             for name, value in parked.back.items():
                 setattr(kept, name, value)
         before = kept.before and kept.before()
@@ -136,6 +137,16 @@ class Offload:
             for name, value in parked.back.items():
                 value.copy_(parked.host[name], non_blocking=True)
             parked.ready = parked.slab.read = down.record_event()
+        parked.slab.waits = current
+
+
+def _give_back(slab: Slab, pool: SlabPool) -> None:
+    """Called before ``Parked`` goes. If nobody fetched it (an error in a backward), copies may still be written to tensors
+    whose memory is free from now on: what their stream does next comes behind them."""
+    if slab.waits is not None:
+        slab.waits.wait_event(slab.read)
+        slab.waits = None
+    pool.give(slab)
 
 
 def _views(tensors: dict[str, Tensor], memory: Tensor) -> dict[str, Tensor]:
