@@ -43,11 +43,11 @@ CHECKS = {"qwen3-30b-a3b": "check-qwen3-moe", "gpt-oss-20b": "check-gpt-oss"}  #
 GROUPS = {  # what a kernel's name holds -> the row of the profile
     "attention": ("flash", "fmha", "cudnn_generated", "sdpa", "attention"),
     "products": ("gemm", "cutlass", "cublas", "nvjet", "xmma", "sm90_", "sm80_", "_product_kernel"),
-    "dequantisation": ("nf4", "dequant", "_write_kernel", "_riders_"),
+    "dequantisation": ("nf4", "dequant", "_write_kernel", "_riders_", "_rows_kernel", "_columns_kernel", "_adapter_kernel"),
     "copies": ("memcpy", "copy", "memset", "fill"),
     "element-wise": (
         *("elementwise", "vectorized", "reduce", "softmax"),
-        *("_norm_", "_gated_", "_gate_", "_combine_", "_rotary_", "_quantise_", "_cross_entropy_"),
+        *("_norm_", "_gated_", "_gate_", "_combine_", "_rotary_", "_quantise_", "_ride_", "_cross_entropy_"),
     ),
 }
 

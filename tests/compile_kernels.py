@@ -24,6 +24,7 @@ from luthier.ops import (
     linear_cross_entropy,
     lora_linear,
     nf4,
+    nf4_e4m3,
     rms_norm,
     rotary,
 )
@@ -81,7 +82,7 @@ def kernels_in_8_bits(dtype: str) -> dict[str, tuple]:
     rider = {"RANK": 48, "WIDTH": 192, "RIDERS": 256}
     rows, riders = [x, x, e4m3, "*fp32", "i32", "i64", "i64"], ["*fp32", x, "*fp32", e4m3, "i32", "i64", "i64", "i64"]
     nf4_weight, blocks = ["*u8", "*u8", *["*fp32"] * 5, e4m3], {"SIZE": 64, "NESTED": 256}
-    tile = {"ROWS": fp8.COLUMN_TILE[0] // 4, "BLOCKS": fp8.COLUMN_TILE[1] // 64}
+    tile = {"ROWS": nf4_e4m3.QUADS, "BLOCKS": nf4_e4m3.BLOCKS}
     dense = [x, "*fp32", e4m3, "i32", "i32", "i64", "i64"]
     gated = [x, x, x, e4m3, "*fp32", "i64", "i32", *["i64"] * 3]
     return {
@@ -91,15 +92,15 @@ def kernels_in_8_bits(dtype: str) -> dict[str, tuple]:
         },
         "riders of rows": (fp8._ride_kernel, rows, {**rider, "BLOCK": fp8.RIDE_BLOCK}, 1),
         "e4m3 rows": (fp8._quantise_kernel, rows, {**rider, "STEPS": 2, "BLOCK": fp8.ROW_BLOCK}, 16),
-        "e4m3 riders": (fp8._riders_kernel, riders, {**rider, "ROWS": fp8.RIDER_ROWS}, 4),
+        "e4m3 riders": (fp8._riders_kernel, riders, {**rider, "ROWS": 64, "GROUP": 64}, 8),
         "weight to e4m3": (fp8._write_kernel, dense, {"TRANSPOSED": False, "TILE": fp8.TILE}, 8),
         "weight to e4m3, transposed": (fp8._write_kernel, dense, {"TRANSPOSED": True, "TILE": fp8.TILE}, 8),
-        "nf4 to e4m3": (fp8._nf4_rows_kernel, [*nf4_weight, "i32", "i64"], {**blocks, "BLOCKS": 64}, 4),
+        "nf4 to e4m3": (nf4_e4m3._rows_kernel, [*nf4_weight, "i32", "i64"], {**blocks, "BLOCKS": 64}, 2),
         "nf4 to e4m3, transposed": (
-            fp8._nf4_columns_kernel,
+            nf4_e4m3._columns_kernel,
             [*nf4_weight, "i32", "i32", "i64"],
             {**blocks, **tile},
-            fp8.COLUMN_WARPS,
+            nf4_e4m3.WARPS,
         ),
     }
 

@@ -192,6 +192,22 @@ def test_buffers_in_the_same_memory_are_written_again_where_another_lay(path, ev
     assert torch.equal(ours.input_gradient(grad, ours.written(grad))[0], back["input"])
 
 
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+def test_4_bit_weights_and_riders_of_any_size_have_one_scale(path, transposed):
+    """Transposed, 64 columns share it: then a block of 4-bit weights holds 16 numbers in 8 bits, too."""
+    parts = [lora_linear.Part(weights(rows, 192)["nested"], None, randn(3, 192), randn(rows, 3)) for rows in (68, 36)]
+    parts[0].a[:, 70] *= 500
+    ours = Fp8Projection("gate_up", parts, lora_linear.Workspace(), everywhere=True).written(randn(1, 1))
+    written = ours.columns if transposed else ours.rows
+    dense = torch.cat([nf4.dequantise_reference(part.weight, torch.float32) for part in parts])
+    dense, riders = (dense.T, ours.a(ours).T) if transposed else (dense, ours.b(ours))
+    inverse = (1 / written.scales)[:, None]
+    assert torch.equal(bits(written.values[:, : dense.shape[1]]), bits((dense * inverse).to(E4M3)))
+    assert torch.equal(bits(written.values[:, dense.shape[1] :]), bits(fp8._in_two(riders * inverse, low=2)))
+    if transposed:
+        assert written.scales[70] > 2 * written.scales[130] and (written.scales.view(-1, 64).diff(dim=1) == 0).all()
+
+
 def test_8_bits_are_written_into_the_memory_of_16():
     part = lora_linear.Part(randn(512, 512), None, randn(16, 512), randn(512, 16))
     like, workspaces = randn(1, 1, dtype=torch.bfloat16), [lora_linear.Workspace() for _ in range(3)]

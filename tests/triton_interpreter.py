@@ -49,6 +49,48 @@ def rounded_to_e4m3(values: np.ndarray) -> np.ndarray:
     return torch.from_numpy(values).clamp(-448.0, 448.0).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
 
 
+def run_ptx(asm: str, outputs: int, inputs: list[np.ndarray]) -> list[np.ndarray]:
+    """What a few instructions of PTX make of ``inputs``, which are $outputs, $outputs + 1, and so on: 32 bits as uint32."""
+    registers = {f"${outputs + index}": values for index, values in enumerate(inputs)}
+
+    def read(name: str) -> np.ndarray:
+        return registers[name].view(np.uint32) if name in registers else np.uint32(int(name, 0))
+
+    for line in asm.strip("{ }").split(";"):
+        operation, _, operands = line.strip().partition(" ")
+        if not operation or operation == ".reg":
+            continue
+        target, *names = (name.strip() for name in operands.split(","))
+        if operation == "cvt.rn.satfinite.e4m3x2.f32":  # the first operand to the upper half
+            upper, lower = (rounded_to_e4m3(registers[name]).astype(np.uint32) for name in names)
+            registers[target] = upper << 8 | lower
+        else:
+            registers[target] = PTX[operation](*map(read, names))
+    return [np.ascontiguousarray(registers[f"${index}"]) for index in range(outputs)]
+
+
+def picked_bytes(a: np.ndarray, b: np.ndarray, selectors: np.ndarray) -> np.ndarray:
+    """PTX's prmt, whose selectors are three bits here: the fourth would ask for a sign."""
+    both, result = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32), np.zeros_like(a)
+    for index in range(4):
+        selector = selectors >> np.uint32(4 * index) & np.uint32(15)
+        assert (selector < 8).all()
+        picked = both >> (8 * selector.astype(np.uint64)) & np.uint64(255)
+        result = result | picked.astype(np.uint32) << np.uint32(8 * index)
+    return result
+
+
+PTX = {
+    "and.b32": np.bitwise_and,
+    "or.b32": np.bitwise_or,
+    "shl.b32": np.left_shift,
+    "shr.u32": np.right_shift,
+    "mov.b32": np.copy,
+    "cvt.u32.u16": np.copy,
+    "prmt.b32": picked_bytes,
+}
+
+
 @contextlib.contextmanager
 def repaired() -> Iterator[None]:
     """While open, the interpreter converts and multiplies bf16 as a GPU does, and converts to e4m3."""
@@ -65,11 +107,10 @@ def repaired() -> Iterator[None]:
         return shipped(self, source, target_type)
 
     def inline_asm(self, asm, constraints, values, types, is_pure, pack):
-        """The one instruction that Luthier's kernels write out: two numbers to e4m3, the first's byte in the lowest bits."""
-        assert asm.count("cvt.rn.satfinite.e4m3x2.f32") == 1 and constraints == "=r,f,f" and pack == 1
-        first, second = (rounded_to_e4m3(value.data).astype(np.int32) for value in values)
-        word = TensorHandle(first | second << 8, tl.int32)
-        return SimpleNamespace(get_result=lambda index: word)
+        assert pack == 1
+        results = run_ptx(asm, constraints.count("="), [value.data for value in values])
+        handles = [TensorHandle(result.view(np.int32), tl.int32) for result in results]
+        return SimpleNamespace(get_result=lambda index: handles[index])
 
     def dot(self, a, b, accumulator, input_precision, max_num_imprecise_acc):
         product = np.matmul(widened(a), widened(b), dtype=np.float32)

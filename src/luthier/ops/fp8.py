@@ -21,8 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from luthier.ops import nf4_e4m3
 from luthier.ops.backend import has_kernels, jit, power_of_2, tl, triton, warps_for
-from luthier.ops.nf4 import Quantised, blocks_of_a_program, dequantise
+from luthier.ops.nf4 import Quantised, dequantise
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -30,8 +31,7 @@ TINY = 1e-30  # the least bound of a row: its scale stays a normal number
 RIDER_ROWS = 32  # of a weight that one program adds riders to
 ROW_BLOCK = 16384  # elements of a row that a program holds at a time
 RIDE_BLOCK = 1024  # the same, of a row that is rounded again
-TILE, COLUMN_TILE = 64, (128, 128)  # rows and columns of a weight that one program writes; of one in 4 bits, transposed
-COLUMN_WARPS = 8
+TILE = 64  # rows and columns of a weight that one program writes
 ALIGNMENT = 16  # what the tensor cores' product wants widths to be multiples of
 RIDER_ALIGNMENT = 64  # riders are padded to it: other inner widths are a third slower
 
@@ -98,15 +98,24 @@ def scales_of(bounds: Tensor) -> Tensor:
     return bounds.clamp_min(TINY) * (1 / LARGEST)
 
 
-def write_riders(bounds: Tensor, riders: Tensor | None, out: Tensor) -> Tensor:
-    """Scales (N,) of a weight's rows, which ``bounds`` (N,) bound, and of ``riders`` (N, R), written to the end of ``out``."""
+def write_riders(bounds: Tensor, riders: Tensor | None, out: Tensor, group: int = 1) -> Tensor:
+    """Scales (N,) of a weight's rows, which ``bounds`` (N,) bound, and of ``riders`` (N, R), written to the end of ``out``.
+
+    ``group``: rows that follow each other and get one scale.
+    """
     if has_kernels(out):
-        return launch_riders(bounds, riders, out)
-    if riders is None:
-        return scales_of(bounds)
-    scales = scales_of(torch.maximum(bounds, riders.float().abs().amax(1)))
-    out[:, -rider_width(riders.shape[1]) :] = _in_two(riders.float() * (1.0 / scales)[:, None], low=2)
+        return launch_riders(bounds, riders, out, group)
+    if riders is not None:
+        bounds = torch.maximum(bounds, riders.float().abs().amax(1))
+    scales = scales_of(bounds.view(-1, group).amax(1).repeat_interleave(group))
+    if riders is not None:
+        out[:, -rider_width(riders.shape[1]) :] = _in_two(riders.float() * (1.0 / scales)[:, None], low=2)
     return scales
+
+
+def columns_of_one_scale(weight: Tensor | Quantised) -> int:
+    """How many columns in succession need one scale where ``weight`` is written transposed."""
+    return weight.blocksize if isinstance(weight, Quantised) and nf4_e4m3.fits(weight) else 1
 
 
 def weight_bounds(weight: Tensor | Quantised) -> tuple[Tensor, Tensor]:
@@ -119,9 +128,10 @@ def weight_bounds(weight: Tensor | Quantised) -> tuple[Tensor, Tensor]:
 def write_weight(weight: Tensor | Quantised, scales: Tensor, out: Tensor, transposed: bool = False) -> Tensor:
     """Write a weight (N, K) to ``out`` in e4m3: (N, K) with ``scales`` (N,), or ``transposed`` (K, N) with ``scales`` (K,).
 
+    Those of ``columns_of_one_scale`` are the same.
     The rows of ``out`` begin at multiples of four bytes and may be further apart than they are wide.
     """
-    if isinstance(weight, Quantised) and (weight.shape[1] % weight.blocksize or weight.shape[0] % 4):
+    if isinstance(weight, Quantised) and not nf4_e4m3.fits(weight):
         weight = dequantise(weight, dtype=torch.float32)
     if has_kernels(out):
         return launch_write(weight, scales, out, transposed)
@@ -172,38 +182,24 @@ def launch_quantise(x: Tensor, riders: Tensor | None) -> Rows8:
     return Rows8(values, scales)
 
 
-def launch_riders(bounds: Tensor, riders: Tensor | None, out: Tensor) -> Tensor:
+def launch_riders(bounds: Tensor, riders: Tensor | None, out: Tensor, group: int) -> Tensor:
     rows, rank = out.shape[0], 0 if riders is None else riders.shape[1]
     scales, strides = torch.empty_like(bounds), (0, 0) if riders is None else riders.stride()
-    columns = out[:, out.shape[1] - rider_width(rank) :]
-    _riders_kernel[(triton.cdiv(rows, RIDER_ROWS),)](
+    columns, block = out[:, out.shape[1] - rider_width(rank) :], max(RIDER_ROWS, group)
+    _riders_kernel[(triton.cdiv(rows, block),)](
         bounds, bounds if riders is None else riders, scales, columns, rows, *strides, out.stride(0),
-        RANK=rank, WIDTH=rider_width(rank), RIDERS=power_of_2(rider_width(rank)), ROWS=RIDER_ROWS, num_warps=4,
+        RANK=rank, WIDTH=rider_width(rank), RIDERS=power_of_2(rider_width(rank)), ROWS=block, GROUP=group, num_warps=block // 8,
         enable_fp_fusion=False,
     )  # fmt: skip
     return scales
 
 
 def launch_write(weight: Tensor | Quantised, scales: Tensor, out: Tensor, transposed: bool) -> Tensor:
-    rows, columns = weight.shape
-    if not isinstance(weight, Quantised):
-        grid = triton.cdiv(rows, TILE), triton.cdiv(columns, TILE)
-        strides = weight.stride(0), out.stride(0)
-        _write_kernel[grid](weight, scales, out, rows, columns, *strides, TRANSPOSED=transposed, TILE=TILE, num_warps=8)
-        return out
-    size, nested = weight.blocksize, weight.nested_absmax is not None
-    outer = (weight.nested_absmax, weight.nested_code, weight.offset) if nested else (weight.absmax,) * 3
-    source = weight.packed, weight.absmax, weight.code, *outer, scales, out
-    how = {"SIZE": size, "NESTED": weight.nested_blocksize if nested else 0, "enable_fp_fusion": False}
-    if transposed:
-        blocks = max(1, COLUMN_TILE[1] // size)
-        grid = triton.cdiv(rows, COLUMN_TILE[0]), triton.cdiv(columns, blocks * size)
-        tile = {"ROWS": COLUMN_TILE[0] // 4, "BLOCKS": blocks, "num_warps": COLUMN_WARPS}
-        _nf4_columns_kernel[grid](*source, rows, columns, out.stride(0), **how, **tile)
-    else:
-        blocks = blocks_of_a_program(columns // size, size)
-        grid = (rows * triton.cdiv(columns // size, blocks),)
-        _nf4_rows_kernel[grid](*source, columns, out.stride(0), **how, BLOCKS=blocks, num_warps=4)
+    if isinstance(weight, Quantised):
+        return nf4_e4m3.launch(weight, scales, out, transposed)
+    (rows, columns), strides = weight.shape, (weight.stride(0), out.stride(0))
+    grid = triton.cdiv(rows, TILE), triton.cdiv(columns, TILE)
+    _write_kernel[grid](weight, scales, out, rows, columns, *strides, TRANSPOSED=transposed, TILE=TILE, num_warps=8)
     return out
 
 
@@ -216,22 +212,6 @@ def _on_grid(x):
     exponent = tl.maximum((x.to(tl.int32, bitcast=True) >> 23) & 255, 121)  # below 2^-6 steps stay as they are
     magic = (((exponent + 20) << 23) | 0x400000).to(tl.float32, bitcast=True)
     return (x + magic) - magic
-
-
-@jit
-def _two_bytes(first, second):
-    """Two fp32 numbers -> the bytes of the nearest values of e4m3 as one int32, the first's in the lowest 8 bits.
-
-    Written out as one instruction: ptxas 12.8 loses bytes that Triton converts and then packs into words.
-    """
-    return tl.inline_asm_elementwise(
-        "{ .reg .b16 both; cvt.rn.satfinite.e4m3x2.f32 both, $2, $1; cvt.u32.u16 $0, both; }",
-        "=r,f,f",
-        [first, second],
-        dtype=tl.int32,
-        is_pure=True,
-        pack=1,
-    )
 
 
 @jit
@@ -301,6 +281,7 @@ def _ride_kernel(
 def _riders_kernel(
     BOUNDS, B, SCALES, OUT, rows, stride_row, stride_column, stride_out,
     RANK: tl.constexpr, WIDTH: tl.constexpr, RIDERS: tl.constexpr, ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
@@ -310,6 +291,9 @@ def _riders_kernel(
         at = row.to(tl.int64)[:, None] * stride_row + (rider % RANK)[None, :] * stride_column
         b = tl.load(B + at, mask=inside[:, None], other=0.0).to(tl.float32)
         bound = tl.maximum(bound, tl.max(tl.abs(b), 1))
+    if GROUP > 1:
+        largest = tl.max(tl.reshape(bound, (ROWS // GROUP, GROUP)), 1)
+        bound = tl.reshape(tl.broadcast_to(largest[:, None], (ROWS // GROUP, GROUP)), (ROWS,))
     scale = _scale_of(bound)
     tl.store(SCALES + row, scale, mask=inside)
     if RANK > 0:
@@ -334,65 +318,3 @@ def _write_kernel(
         value *= tl.div_rn(1.0, tl.load(SCALES + row, mask=row < rows, other=1.0))[:, None]
         target = OUT + row.to(tl.int64)[:, None] * stride_out + column[None, :]
         tl.store(target, value.to(OUT.dtype.element_ty), mask=inside)
-
-
-@jit
-def _block_scale(ABSMAX, NESTED_ABSMAX, NESTED_CODE, OFFSET, block, inside, NESTED: tl.constexpr):
-    scale = tl.load(ABSMAX + block, mask=inside, other=0)
-    if NESTED > 0:
-        outer = tl.load(NESTED_ABSMAX + block // NESTED, mask=inside, other=0.0)
-        scale = tl.load(NESTED_CODE + scale.to(tl.int32)) * outer + tl.load(OFFSET)
-    return scale
-
-
-@jit
-def _nf4_rows_kernel(
-    PACKED, ABSMAX, CODE, NESTED_ABSMAX, NESTED_CODE, OFFSET, SCALES, OUT, columns, stride_out,
-    SIZE: tl.constexpr, NESTED: tl.constexpr, BLOCKS: tl.constexpr,
-):  # fmt: skip
-    """``BLOCKS`` runs of ``SIZE`` weights of one row a program; the two weights of a byte are stored as one word."""
-    programs = tl.cdiv(columns, BLOCKS * SIZE)
-    row, byte = (tl.program_id(0) // programs).to(tl.int64), tl.arange(0, SIZE // 2)
-    within = tl.program_id(0) % programs * BLOCKS + tl.arange(0, BLOCKS)
-    inside = within * SIZE < columns
-    block = row * (columns // SIZE) + within
-    scale = _block_scale(ABSMAX, NESTED_ABSMAX, NESTED_CODE, OFFSET, block, inside, NESTED)[:, None]
-    at = block[:, None] * (SIZE // 2) + byte[None, :]
-    pair = tl.load(PACKED + at, mask=inside[:, None], other=0).to(tl.int32)
-    inverse = tl.div_rn(1.0, tl.load(SCALES + row))
-    word = _two_bytes(tl.load(CODE + (pair >> 4)) * scale * inverse, tl.load(CODE + (pair & 15)) * scale * inverse)
-    words = OUT.to(tl.pointer_type(tl.int16)) + (row * stride_out + within * SIZE)[:, None] // 2 + byte[None, :]
-    tl.store(words, word.to(tl.int16), mask=inside[:, None])
-
-
-@jit
-def _nf4_columns_kernel(
-    PACKED, ABSMAX, CODE, NESTED_ABSMAX, NESTED_CODE, OFFSET, SCALES, OUT, rows, columns, stride_out,
-    SIZE: tl.constexpr, NESTED: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
-):  # fmt: skip
-    """A tile of 4 * ``ROWS`` rows and ``BLOCKS`` blocks of each: four rows of a column are stored as one word."""
-    word = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    within = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
-    byte = tl.arange(0, SIZE // 2)
-    inside = (4 * word < rows)[:, None] & (within * SIZE < columns)[None, :]
-    column = within[:, None] * SIZE + 2 * byte[None, :]
-    of_high = tl.div_rn(1.0, tl.load(SCALES + column, mask=column < columns, other=1.0))[None, :, :]
-    of_low = tl.div_rn(1.0, tl.load(SCALES + column + 1, mask=column < columns, other=1.0))[None, :, :]
-    high, low = tl.zeros((ROWS, BLOCKS, SIZE // 2), tl.int32), tl.zeros((ROWS, BLOCKS, SIZE // 2), tl.int32)
-    for half in tl.static_range(2):  # two rows in one conversion
-        block = (4 * word + 2 * half).to(tl.int64)[:, None] * (columns // SIZE) + within[None, :]
-        scale = _block_scale(ABSMAX, NESTED_ABSMAX, NESTED_CODE, OFFSET, block, inside, NESTED)[:, :, None]
-        below = block + columns // SIZE
-        scale_below = _block_scale(ABSMAX, NESTED_ABSMAX, NESTED_CODE, OFFSET, below, inside, NESTED)[:, :, None]
-        at = block[:, :, None] * (SIZE // 2) + byte[None, None, :]
-        pair = tl.load(PACKED + at, mask=inside[:, :, None], other=0).to(tl.int32)
-        pair_below = tl.load(PACKED + at + columns // 2, mask=inside[:, :, None], other=0).to(tl.int32)
-        upper, lower = tl.load(CODE + (pair >> 4)) * scale, tl.load(CODE + (pair_below >> 4)) * scale_below
-        high |= _two_bytes(upper * of_high, lower * of_high) << (16 * half)
-        upper, lower = tl.load(CODE + (pair & 15)) * scale, tl.load(CODE + (pair_below & 15)) * scale_below
-        low |= _two_bytes(upper * of_low, lower * of_low) << (16 * half)
-    flat = tl.program_id(1) * BLOCKS * (SIZE // 2) + tl.arange(0, BLOCKS * SIZE // 2)
-    inside = (2 * flat < columns)[:, None] & (4 * word < rows)[None, :]
-    target = OUT.to(tl.pointer_type(tl.int32)) + (2 * flat).to(tl.int64)[:, None] * (stride_out // 4) + word[None, :]
-    tl.store(target, tl.trans(tl.reshape(high, (ROWS, BLOCKS * SIZE // 2))), mask=inside)
-    tl.store(target + stride_out // 4, tl.trans(tl.reshape(low, (ROWS, BLOCKS * SIZE // 2))), mask=inside)

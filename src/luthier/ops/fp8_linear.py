@@ -17,6 +17,7 @@ from torch import Tensor
 from luthier.ops.fp8 import (
     E4M3,
     Rows8,
+    columns_of_one_scale,
     product,
     quantise_rows,
     ride,
@@ -178,7 +179,9 @@ class Fp8Projection(Projection):
         buffer = self._inside(high if transposed else wide, like, start=0 if transposed else _aligned(high))
         bounds = [weight_bounds(part.weight)[transposed] for part in self.parts]
         bounds = reduce(torch.maximum, bounds) if transposed else torch.cat(bounds)
-        scales = write_riders(bounds, (self.a(self).T if transposed else self.b(self)) if rides else None, buffer)
+        riders = (self.a(self).T if transposed else self.b(self)) if rides else None
+        group = max(columns_of_one_scale(part.weight) for part in self.parts) if transposed else 1
+        scales = write_riders(bounds, riders, buffer, group)
         start = 0
         for part, height in zip(self.parts, self.widths, strict=True):
             here = slice(start, start + height)
