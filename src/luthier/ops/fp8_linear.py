@@ -106,10 +106,13 @@ class Fp8Projection(Projection):
         low = self.low_gradient(grad, written)
         return self._input_gradient(grad, low, written, row, rounded), low
 
+    def new_gradient(self, n: int, like: Tensor) -> Tensor:
+        """Without the extension, which is rounded apart: here and below."""
+        return torch.empty(n, self.width_out, dtype=like.dtype, device=like.device)
+
     def extended_gradient(
         self, grad: Tensor, written: Fp8Projection, alpha: float = 1.0, wide: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Without the extension, which is rounded apart."""
         grad = grad if alpha == 1.0 else grad * alpha
         return grad, self.low_gradient(grad, written)
 
