@@ -158,9 +158,9 @@ def layer_bytes(model) -> float:
 
 
 def fastest(shape, tokens: int, room: float, host: float, speeds):
-    from luthier.model.dial import plan_for
+    from luthier.model.dial import Cost, plan_for
 
-    return plan_for(shape, tokens, LAYERS, room, host, speeds, tokens)
+    return plan_for(Cost(shape, tokens, tokens, speeds), LAYERS, room, host)
 
 
 def longest(shape, room: float, host: float, speeds) -> int:

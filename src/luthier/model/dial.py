@@ -98,10 +98,10 @@ class Shape:
         return rounded + self.size * max(tokens * in_attention, tokens * in_mlp + rows * (chunk + self.choices * self.hidden))
 
     def forward(self, tokens: int, mode: Mode) -> int:
-        """Bytes of the MLP's work in the forward, its result, and the first layer's input, which lives as long as the loop."""
-        rows = self._rows(tokens, mode)
+        """Bytes of the MLP's work in the forward, what goes in and out, and the first layer's input, which lives as long."""
+        rows, given = self._rows(tokens, mode), 2 if mode >= Mode.ALL_BUT_GATE_UP else 3  # the MLP's input may be kept
         rounded = rows * self.mlp if self.compute == "fp8" else 0
-        return rounded + self.size * (2 * tokens * self.hidden + rows * self.mlp * (1 if mode == Mode.KEEP else 3))
+        return rounded + self.size * (given * tokens * self.hidden + rows * self.mlp * (1 if mode == Mode.KEEP else 3))
 
     def _rows(self, tokens: int, mode: Mode) -> int:
         """That the MLP works on at a time; experts work on all."""
