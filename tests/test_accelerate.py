@@ -291,6 +291,20 @@ class TestLoss:
         for ours, theirs in zip(fast.hidden_states, stock.hidden_states, strict=True):
             torch.testing.assert_close(ours, theirs)
 
+    @pytest.mark.filterwarnings("error:.*stock forward")
+    def test_a_loss_of_the_logits_takes_fused_layers(self):
+        """Without use_cache=False too: nobody trains with a cache that he did not ask for."""
+        inputs = {name: value for name, value in batch().items() if name != "labels"}
+
+        def gradients(model):
+            output = model(**inputs)
+            output.logits[inputs["attention_mask"].bool()].logsumexp(-1).mean().backward()
+            return output.past_key_values, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+        _, stock = gradients(with_lora(tiny_model("llama3")).train())
+        cache, fast = gradients(accelerate(with_lora(tiny_model("llama3"))).train())
+        assert cache is None and difference(fast, stock) < 1e-5
+
     def test_a_loss_function_of_the_user_is_honoured(self):
         model = accelerate(tiny_model("llama3")).train()
         model.loss_function = lambda logits, labels, vocab_size, **kwargs: logits.float().mean()

@@ -337,8 +337,8 @@ def test_a_copy_is_a_model_of_its_own():
     assert layers(model) and not layers(twin)
 
 
-def hooked(model):
-    model.get_base_model().model.layers[0].mlp.up_proj.register_forward_hook(lambda module, args, output: 2 * output)
+def hooked(model, name="up_proj"):
+    getattr(model.get_base_model().model.layers[0].mlp, name).register_forward_hook(lambda module, args, output: 2 * output)
     return model
 
 
@@ -356,6 +356,14 @@ def with_trained_sinks(model):
 FALLBACKS = {
     "DoRA": (lambda: with_lora(tiny_model("llama3"), use_dora=True), "DoRA"),
     "a hook": (lambda: hooked(with_lora(tiny_model("llama3"))), "hooks are attached"),
+    "a hook on the activation": (
+        lambda: hooked(with_lora(tiny_model("llama3")), "act_fn"),
+        "hooks are attached to one of its SiLU",
+    ),
+    "a hook on Phi's": (
+        lambda: hooked(with_lora(tiny_model("phi3")), "activation_fn"),
+        "hooks are attached to one of its SiLU",
+    ),
     "another attention": (lambda: with_lora(eager(tiny_model("llama3"))), "'eager'"),
     "trained sinks": (lambda: with_trained_sinks(with_lora(tiny_model("gpt_oss"))), "sinks are trained"),
 }

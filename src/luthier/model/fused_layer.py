@@ -395,6 +395,7 @@ def _check_structure(layer: nn.Module, spec: Spec) -> None:
     _check_hooks(attention)
     if not hasattr(mlp, "experts"):
         _check_hooks(mlp)
+        _check_hooks(mlp.activation_fn if hasattr(mlp, "activation_fn") else mlp.act_fn)  # transformers has both names
 
 
 def _check_hooks(module: nn.Module) -> None:

@@ -85,15 +85,16 @@ def training_forward(model: PreTrainedModel, stock: type[PreTrainedModel], spec:
     """``stock.forward(model, *args, **kwargs)``, with the loss computed chunk by chunk where there is one to compute."""
     call = _by_name(stock, model, args, kwargs)
     labels = call.get("labels")
+    if model.training and torch.is_grad_enabled() and call.get("use_cache") is None and cache_of(call) is None:
+        call["use_cache"] = False  # a cache would keep every key and value alive, and turn packed rows into one
     usual_loss = model.loss_function is ForCausalLMLoss and isinstance(call.get("logits_to_keep", 0), int)
     if not model.training or labels is None or call.get("logits_to_keep") or not usual_loss:
-        return stock.forward(model, *args, **kwargs)
+        return stock.forward(model, **call)
     if not labels.numel():
         raise ValueError(f"The batch holds no token: its labels are of shape {tuple(labels.shape)}. Leave it out.")
 
     loss_arguments = {key: call.pop(key, None) for key in ("labels", "shift_labels", "num_items_in_batch")}
     ignore_index, return_dict = call.pop("ignore_index", -100), call.pop("return_dict", None)
-    call.setdefault("use_cache", False)  # a cache would keep every key and value alive, and turn packed rows into one
     call["logits_to_keep"] = torch.empty(0, dtype=torch.long, device=labels.device)
     router = call.get("output_router_logits")
     counts_tokens = model.config.output_router_logits if spec.mlp == "experts" and router is None else router
