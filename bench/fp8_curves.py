@@ -1,10 +1,11 @@
 """Loss curves of 8-bit compute on a model that has learnt something, unlike the random ones that bench/step.py times.
 
-    python bench/fp8_curves.py [--pretraining 500] [--steps 300]
+    python bench/fp8_curves.py [--pretraining 500] [--steps 300] [--embedded]
 
 A Llama of 27 million parameters reads the standard library's source, is quantised to NF4, and learns the demo's task
 through LoRA once for each ``compute``: the same rows in the same order. Beside them stands a bf16 run whose embeddings
-are off by one bf16 rounding in every step: curves that differ no more than that one's are the same.
+are off by one bf16 rounding in every step: curves that differ no more than that one's are the same. ``--embedded`` takes
+the demo's base of 7 million parameters instead, and needs no GPU: a CPU emulates 8 bits with the same numbers.
 """
 
 from __future__ import annotations
@@ -38,22 +39,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pretraining", type=int, default=500, help="steps on source code, 32,768 tokens each")
     parser.add_argument("--steps", type=int, default=300, help="steps of fine-tuning, 32 rows each")
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--embedded", action="store_true", help="the demo's own base")
     parser.add_argument("--out", type=Path, help="JSON file with the curves")
     arguments = parser.parse_args()
-    require_gpu()
-    tokenizer = AutoTokenizer.from_pretrained(Path(make_base.__file__).parent / "base")
+    if not arguments.embedded:
+        require_gpu()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    directory = Path(make_base.__file__).parent / "base"
+    tokenizer = AutoTokenizer.from_pretrained(directory)
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**CONFIG)).to(arguments.device)
-    started = time.perf_counter()
-    history = make_base.pretrain(model, windows(tokenizer, arguments.pretraining), arguments.pretraining, arguments.device)
-    print(f"{model.num_parameters() / 1e6:.0f} M parameters, source code {history[-1]}, {time.perf_counter() - started:.0f} s")
+    if arguments.embedded:
+        model, history = LlamaForCausalLM.from_pretrained(directory).to(device), []
+    else:
+        started, model = time.perf_counter(), LlamaForCausalLM(LlamaConfig(**CONFIG)).to(device)
+        history = make_base.pretrain(model, windows(tokenizer, arguments.pretraining), arguments.pretraining, device)
+        print(f"source code {history[-1]}, {time.perf_counter() - started:.0f} s")
+    print(f"{model.num_parameters() / 1e6:.0f} M parameters")
     base = in_nf4(model.to(torch.bfloat16))
     rows, held_out = (encoded(tokenizer, chat_rows(held, limit=2000 if not held else 300)) for held in (False, True))
     print(f"loss every {EVERY} steps (their mean)")
     curves = {}
     for name in RUNS:
-        curves[name] = tuned(base, name, rows, held_out, arguments.steps, arguments.device)
+        curves[name] = tuned(base, name, rows, held_out, arguments.steps, device)
         show(name, curves[name])
     if arguments.out:
         arguments.out.write_text(json.dumps({"pretraining": history, "curves": curves}, indent=1) + "\n")
