@@ -182,17 +182,24 @@ class Graphs:
         self.loop: Iterable[nn.Module] = ()  # the layers of the backbone that runs
         self.structure: Structure | None = None  # of its batch
         self.is_chain = False  # a pass went from layer to layer, untouched between them
-        self.retreats = 0  # times that graphs gave way to a pass without
         self.clear()
 
     def clear(self) -> None:
-        """Give up all graphs and their memory; new ones are made when shapes come again."""
+        """Give up all graphs and their memory; new ones are made when batches come again."""
+        self.retreats = 0  # times that graphs gave way to a pass without
+        self._give_back()
+
+    def _give_back(self) -> None:
         self.seen: Counter[tuple] = Counter()  # passes of one state without a graph
         self.flight: Callable[[], Flight | None] = lambda: None
         self.has_trained = False
-        self._leave()
+        self._forget()
 
-    def _leave(self) -> None:
+    def _retreat(self) -> None:
+        self.retreats += 1
+        self._give_back()
+
+    def _forget(self) -> None:
         self.recordings: dict[tuple, Recording] = {}
         self.latest: dict[tuple, Recording] = {}  # by shape
         self.arena: Arena | None = None
@@ -262,7 +269,7 @@ class Graphs:
             return
         self.has_trained = False
         if available_memory(self.arena.device, None) < 2 * self.dial.graph_bytes:
-            self.clear()
+            self._give_back()
 
     def _obstacle(self, blocks: Blocks, x: Tensor) -> str:
         if not self.enabled:
@@ -299,8 +306,7 @@ class Graphs:
         if self.arena is None or self._in_flight():
             return
         if self.dial.planned.needed > self.dial.room(self.arena.device) - self.dial.graph_bytes:
-            self.retreats += 1
-            self.clear()
+            self._retreat()
 
     def _start_early(self, taken: Pass) -> None:
         """Start the graph that such an x took last, once the tables are there, while the other layers are still read.
@@ -356,13 +362,12 @@ class Graphs:
         try:
             with torch.no_grad(), torch.autocast(taken.x.device.type, enabled=False):
                 if self.arena is None or self.arena.size < needed:  # the others are made again in the larger one
-                    self._leave()
+                    self._forget()
                     self.arena = self.arena_class(needed, taken.x.device)
                 self.recordings[key] = Recording(taken, self.arena, self.workspace)
                 self.dial.graph_bytes = self.arena.bytes
         except torch.OutOfMemoryError:
-            self.retreats += 1
-            self.clear()
+            self._retreat()
             return "the device had no memory for them"
         except RuntimeError as error:  # a kernel that cannot be recorded
             self.clear()
