@@ -400,7 +400,7 @@ def test_something_between_the_layers_is_found():
         second = model.get_base_model().model.layers[1]
         second.__class__ = shifted(type(second))
     assert_equal(models, batch(seed=1), replays=0)
-    assert not graphs_of(models[0]).enabled
+    assert not graphs_of(models[0]).enabled and not graphs_of(models[0]).recordings
 
 
 def test_a_skipped_layer():
@@ -581,6 +581,19 @@ class Full(Again):
         if Full.full:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return super().record(function)
+
+
+def test_graphs_of_settings_that_are_gone_leave_room_for_others(monkeypatch):
+    monkeypatch.setattr(graphs_module, "GRAPHS", 2)
+    models = pair()
+    warm(models, batch(length=128))
+    assert_equal(models, batch(), replays=1)
+    assert_equal(models, batch(length=192), replays=0)
+    assert graphs_of(models[0]).why == "2 other shapes or states have graphs"
+    for model in models:
+        change_scaling(model)
+    warm(models)
+    assert_equal(models, batch(length=128), replays=1)
 
 
 def test_a_device_that_is_full_is_asked_again_later():

@@ -222,6 +222,7 @@ class Graphs:
                     return output
         finally:
             self.loop, self.structure, self.taken = (), None, None
+        self.clear()
         self.enabled, self.broken = False, "something happens between the layers"  # though it had not before
         return forward()
 
@@ -352,6 +353,8 @@ class Graphs:
         self.seen[state] += 1
         if self.seen[state] <= REPEATS << min(self.retreats, 10):
             return "its weights and adapters have not come often enough"
+        if len(self.recordings) >= GRAPHS:  # those of weights or settings that the model has no more, perhaps
+            self.recordings = {known: recording for known, recording in self.recordings.items() if known[-1] == state}
         if len(self.recordings) >= GRAPHS:
             return f"{GRAPHS} other shapes or states have graphs"
         if any(table.shape[1] != taken.x.shape[1] for pair in taken.tables.values() for table in pair):
