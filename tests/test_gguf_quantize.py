@@ -211,6 +211,11 @@ def test_wrong_importance_is_refused(wide_model, tmp_path):
         convert_to_gguf(wide_model, tmp_path / "x.gguf", "q2_k_s")
     with pytest.raises(ValueError, match="not of this model: blk.0.ffn_up.weight is .7,., in the model .512, 256."):
         convert_to_gguf(wide_model, tmp_path / "x.gguf", "q2_k", imatrix={"blk.0.ffn_up.weight": torch.ones(7)})
+    for number in (float("nan"), float("inf"), -1.0):
+        with pytest.raises(ValueError, match="importance of blk.0.ffn_up.weight holds NaN"):
+            convert_to_gguf(
+                wide_model, tmp_path / "x.gguf", "q2_k", imatrix={"blk.0.ffn_up.weight": torch.full((256,), number)}
+            )
     (file,) = convert_to_gguf(wide_model, tmp_path / "y.gguf", "bf16")
     with pytest.raises(ValueError, match="not an importance matrix"):
         quantize_gguf(file, tmp_path / "x.gguf", "q2_k", imatrix=file)

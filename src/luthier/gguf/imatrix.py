@@ -29,12 +29,16 @@ def require_importance(target: FileType, importance: Importance) -> None:
 
 
 def check_importance(importance: Importance, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """``ValueError`` for an importance matrix of another model than the one whose tensors have these shapes."""
+    """``ValueError`` for an importance matrix of another model than the one whose tensors have these shapes, or a broken one."""
     for name, values in importance.items():
         shape = shapes.get(name)
         if shape is None or values.shape[-1] != shape[-1] or (values.ndim > 1 and len(values) != shape[0]):
             raise ValueError(
                 f"The importance matrix is not of this model: {name} is {tuple(values.shape)}, in the model {shape}."
+            )
+        if not (values.isfinite() & (values >= 0)).all():
+            raise ValueError(
+                f"The importance of {name} holds NaN, infinity or a number below 0, and is a mean of squares: compute it anew."
             )
 
 
