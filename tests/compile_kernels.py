@@ -22,7 +22,7 @@ from luthier.ops import (
     gated_mlp,
     grouped,
     linear_cross_entropy,
-    lora_linear,
+    lora_kernels,
     nf4,
     nf4_e4m3,
     rms_norm,
@@ -48,8 +48,10 @@ def kernels(dtype: str) -> dict[str, tuple]:
     x32, adapter = "*fp32", {"RANK": 16, "EXTENSION": 48, "BLOCK": 64, "HAS_BIAS": True, "ROWS": 64, "COLUMNS": 1024}
     gated = [x] * 5 + ["i64", "i32"] + ["i64"] * 3
     gradient = [x, x, x, x, "i32", "i32", *["i64"] * 3, "fp32", "fp32"]
-    extension = {"COPIES": True, "RANK": 16, "EXTENSION": 16, "RANK_BLOCK": 16, "ROWS": lora_linear.GRADIENT_ROWS}
+    extension = {"COPIES": True, "RANK": 16, "EXTENSION": 16, "RANK_BLOCK": 16, "ROWS": lora_kernels.GRADIENT_ROWS}
     of_128 = {"RANK": 128, "EXTENSION": 128, "RANK_BLOCK": 128, "COLUMNS": 32}
+    total, (rows, columns) = [x, x, x, x, "i32", "i32", *["i64"] * 3, "fp32"], lora_kernels.SUM_TILE
+    of_sum = {"RANK": 128, "RANK_BLOCK": 128, "ROWS": rows, "COLUMNS": columns}
     mask = {"ADDS": True, "ROUNDS": 7, "SHIFT": 8, "ROWS": 8, "TILE": 256}
     head, logits = [x, "*i64", "*fp32", "i64", "fp32", "fp32"], {"V": 128256, "BLOCK": 8192, "CAPPED": True}
     return {
@@ -66,9 +68,10 @@ def kernels(dtype: str) -> dict[str, tuple]:
         },
         "nf4": (nf4._nf4_kernel, ["*u8", "*u8", *weights], {"NESTED": 256, **whole}, 4),
         "nf4, plain scales": (nf4._nf4_kernel, ["*u8", "*fp32", *weights], {"NESTED": 0, **broken}, 4),
-        "adapter": (lora_linear._adapter_kernel, [x32, x32, x, x, x, *["i32"] * 5, *["i64"] * 4], adapter, 4),
-        "gradient of an adapter": (lora_linear._gradient_kernel, gradient, {**extension, "COLUMNS": 256}, 4),
-        "gradient of a wide adapter": (lora_linear._gradient_kernel, gradient, {**extension, **of_128}, 4),
+        "adapter": (lora_kernels._adapter_kernel, [x32, x32, x, x, x, *["i32"] * 5, *["i64"] * 4], adapter, 4),
+        "gradient of an adapter": (lora_kernels._gradient_kernel, gradient, {**extension, "COLUMNS": 256}, 4),
+        "gradient of a wide adapter": (lora_kernels._gradient_kernel, gradient, {**extension, **of_128}, 4),
+        "sum with an adapter": (lora_kernels._sum_kernel, total, of_sum, 4),
         "dropout": (dropout._dropout_kernel, [x, x, x, "i64", *["i32"] * 5, *["i64"] * 3], mask, 4),
         **quantising_kernels(),
         "cross-entropy": (linear_cross_entropy._cross_entropy_kernel, head, {**logits, "GRAD": True}, 16),

@@ -489,6 +489,25 @@ def test_a_gradient_is_extended_by_what_goes_to_the_adapter(path, dtype, rank, a
     assert_as_good({"low": low}, {"low": torchs}, {"low": truth})
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rank", [3, 16, 40, 0])
+def test_a_layer_is_added_to_a_residual(path, dtype, rank):
+    """residual + alpha * layer(x) for an x without room for its extension, the residual in longer rows."""
+    adapter = [randn(rank, 20, seed=1), randn(300, rank, seed=2)] if rank else [None, None]
+    part = lora_linear.Part(randn(300, 20), randn(300, seed=3), *adapter, 0.5)
+    projection = lora_linear.Projection("o", [part], lora_linear.Workspace())
+    x, residual = randn(37, 20, seed=4, dtype=dtype), randn(37, 310, seed=5, dtype=dtype)[:, :300]
+    before, written = residual.clone(), projection.written(x)
+    ours = projection.apply(x, projection.low(x, written), written, residual, 0.25)
+
+    def definition(wide: torch.dtype) -> torch.Tensor:
+        tensors = [None if t is None else t.to(wide) for t in (part.weight, part.bias, part.a, part.b)]
+        return residual.to(wide) + 0.25 * lora_linear.lora_linear_reference(x.to(wide), lora_linear.Part(*tensors, 0.5))
+
+    assert_as_good({"y": ours}, {"y": definition(dtype)}, {"y": definition(torch.float64)})
+    assert torch.equal(residual, before)
+
+
 SHARED_MEMORY = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227}  # KiB a block may use
 
 

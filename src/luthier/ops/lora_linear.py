@@ -22,13 +22,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from luthier.ops.backend import has_kernels, jit, power_of_2, tl, triton
+from luthier.ops.backend import has_kernels
 from luthier.ops.dropout import Dropout, add_dropped_, drop, kept_reference
 from luthier.ops.fp8 import Rows8
+from luthier.ops.lora_kernels import WIDEST, launch_adapter, launch_gradient, launch_sum
 from luthier.ops.nf4 import Quantised, dequantise
 
-TILE_ROWS, TILE_COLUMNS = 64, 1024  # of B and A that one program copies
-GRADIENT_ROWS = 16  # of a gradient that one program extends
 ALIGNMENT = 16  # elements to which E and R are padded: products with odd widths leave the fast kernels
 
 
@@ -152,7 +151,7 @@ class Projection:
     def write_adapter(self, part: Part, columns: Tensor, rows: Tensor, rank: int) -> None:
         """One part's columns (N_i, E) of B and bias, with zeros where the other parts' are, and its rows (r_i, K) of A."""
         if has_kernels(columns):
-            launch_adapter(part, columns, rows, rank, self.rank)
+            launch_adapter(part.a, part.b, part.bias, columns, rows, rank, self.rank)
             return
         columns.zero_()
         if part.rank:
@@ -235,9 +234,13 @@ class Projection:
             return self.forward(x, None) if residual is None else self.add_to(residual, x, None, alpha)
         weight, columns = buffer[: self.width_out, : self.width_in], buffer[: self.width_out, self.width_in :]
         alpha = 1.0 if residual is None else alpha
-        y = x @ weight.T if residual is None else torch.addmm(residual, x, weight.T, alpha=alpha)
-        if low is not None:
-            y.addmm_(low, columns[:, : self.rank].T, alpha=alpha)
+        if residual is not None and low is not None and self.rank <= WIDEST and has_kernels(x):
+            y = launch_sum(residual, low, columns[:, : self.rank], alpha)  # addmm would copy the residual first
+            y.addmm_(x, weight.T, alpha=alpha)
+        else:
+            y = x @ weight.T if residual is None else torch.addmm(residual, x, weight.T, alpha=alpha)
+            if low is not None:
+                y.addmm_(low, columns[:, : self.rank].T, alpha=alpha)
         return y.add_(columns[:, self.rank], alpha=alpha) if self.has_bias else y
 
     def forward_again(self, x: Tensor, buffer: Tensor | None) -> Tensor:
@@ -286,7 +289,7 @@ class Projection:
             return grad, None
         if wide is None or alpha != 1.0:
             wide = self.new_gradient(grad.shape[0], grad)
-        if 0 < self.rank <= 128 and self.scale is not None and has_kernels(grad):
+        if 0 < self.rank <= WIDEST and self.scale is not None and has_kernels(grad):
             return wide, launch_gradient(grad, self.b(buffer), alpha, self.scale, wide)
         own = wide[:, : self.width_out]
         if own.data_ptr() != grad.data_ptr():
@@ -360,82 +363,6 @@ class Projection:
         for part, columns in zip(self.parts, low.split(self.ranks, dim=1), strict=True):
             columns.mul_(part.scale)
         return low
-
-
-def launch_adapter(part: Part, columns: Tensor, rows: Tensor, rank_start: int, bias_column: int) -> None:
-    """``write_adapter`` in one kernel: columns (N, E) and rows (r, K) may be views of one buffer."""
-    height, extension = columns.shape
-    a, b = (columns, columns) if part.a is None else (part.a, part.b)
-    of_b, of_a = triton.cdiv(height, TILE_ROWS), part.rank * triton.cdiv(rows.shape[1], TILE_COLUMNS)
-    _adapter_kernel[(of_b + of_a,)](
-        a, b, columns if part.bias is None else part.bias, columns, rows, height, rows.shape[1], of_b, rank_start,
-        bias_column, a.stride(0), b.stride(0), columns.stride(0), rows.stride(0), RANK=part.rank, EXTENSION=extension,
-        BLOCK=power_of_2(extension), HAS_BIAS=part.bias is not None, ROWS=TILE_ROWS, COLUMNS=TILE_COLUMNS, num_warps=4,
-    )  # fmt: skip
-
-
-@jit
-def _adapter_kernel(
-    A, B, BIAS, OUT_COLUMNS, OUT_ROWS, height, width, programs_of_b, rank_start, bias_column, stride_a, stride_b,
-    stride_columns, stride_rows, RANK: tl.constexpr, EXTENSION: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    program = tl.program_id(0)
-    if program < programs_of_b:
-        row, column = program * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
-        inside = (row < height)[:, None] & (column < EXTENSION)[None, :]
-        value = tl.zeros((ROWS, BLOCK), tl.float32)
-        own = column - rank_start
-        if RANK > 0:
-            mine = inside & ((own >= 0) & (own < RANK))[None, :]
-            value += tl.load(B + row[:, None] * stride_b + own[None, :], mask=mine, other=0.0).to(tl.float32)
-        if HAS_BIAS:
-            bias = tl.load(BIAS + row, mask=row < height, other=0.0).to(tl.float32)
-            value += tl.where(column == bias_column, 1.0, 0.0)[None, :] * bias[:, None]
-        target = OUT_COLUMNS + row.to(tl.int64)[:, None] * stride_columns + column[None, :]
-        tl.store(target, value.to(OUT_COLUMNS.dtype.element_ty), mask=inside)
-    elif RANK > 0:
-        blocks = tl.cdiv(width, COLUMNS)
-        rank = ((program - programs_of_b) // blocks).to(tl.int64)
-        at = (program - programs_of_b) % blocks * COLUMNS + tl.arange(0, COLUMNS)
-        copied = tl.load(A + rank * stride_a + at, mask=at < width, other=0.0)
-        tl.store(OUT_ROWS + rank * stride_rows + at, copied.to(OUT_ROWS.dtype.element_ty), mask=at < width)
-
-
-def launch_gradient(grad: Tensor, b: Tensor, alpha: float, scale: float, wide: Tensor) -> Tensor:
-    """``wide`` (n, N + R) becomes [alpha grad | s alpha grad @ b | 0], which gives the second; reads ``grad`` (n, N) once."""
-    (rows, width), rank = grad.shape, b.shape[1]
-    low = torch.empty(rows, rank, dtype=grad.dtype, device=grad.device)
-    block = power_of_2(max(16, wide.shape[1] - width))
-    _gradient_kernel[(triton.cdiv(rows, GRADIENT_ROWS),)](
-        grad, b, wide, low, rows, width, grad.stride(0), b.stride(0), wide.stride(0), alpha, scale,
-        COPIES=alpha != 1.0 or wide.data_ptr() != grad.data_ptr(), RANK=rank, EXTENSION=wide.shape[1] - width,
-        RANK_BLOCK=block, ROWS=GRADIENT_ROWS, COLUMNS=min(256, 4096 // block), num_warps=4,
-    )  # fmt: skip
-    return low
-
-
-@jit
-def _gradient_kernel(
-    GRAD, B, WIDE, LOW, rows, width, stride_grad, stride_b, stride_wide, alpha, scale, COPIES: tl.constexpr,
-    RANK: tl.constexpr, EXTENSION: tl.constexpr, RANK_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    row, rank = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64), tl.arange(0, RANK_BLOCK)
-    low = tl.zeros((ROWS, RANK_BLOCK), tl.float32)
-    for start in range(0, width, COLUMNS):
-        column = start + tl.arange(0, COLUMNS)
-        inside = (row < rows)[:, None] & (column < width)[None, :]
-        grad = tl.load(GRAD + row[:, None] * stride_grad + column[None, :], mask=inside, other=0.0)
-        if COPIES:
-            grad = (grad.to(tl.float32) * alpha).to(WIDE.dtype.element_ty)
-            tl.store(WIDE + row[:, None] * stride_wide + column[None, :], grad, mask=inside)
-        mine = (column < width)[:, None] & (rank < RANK)[None, :]
-        b = tl.load(B + column.to(tl.int64)[:, None] * stride_b + rank[None, :], mask=mine, other=0.0)
-        low = tl.dot(grad, b, low, input_precision="ieee")
-    value = (low * scale).to(LOW.dtype.element_ty)
-    extension = WIDE + row[:, None] * stride_wide + width + rank[None, :]
-    tl.store(extension, value, mask=(row < rows)[:, None] & (rank < EXTENSION)[None, :])
-    tl.store(LOW + row[:, None] * RANK + rank[None, :], value, mask=(row < rows)[:, None] & (rank < RANK)[None, :])
 
 
 def product(x: Tensor, y: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
