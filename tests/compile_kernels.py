@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -43,6 +44,8 @@ def kernels(dtype: str) -> dict[str, tuple]:
     backward = [x, x, x, x, x, "*fp32", "i32", "i64", "i64", "i64", "i64", "fp32"]
     rotation = [x, x, x, x, "i32", *["i64"] * 12]
     weights = ["*fp32", "*fp32", "*fp32", "*fp32", x, "i32", "i32", "i64"]
+    words = ["*fp32", "*fp32", "*fp32", "*fp32", x, "i32", "i64"]
+    in_words = {"SIZE": 64, "NESTED": 256, "STEPS": 7, "WORDS": nf4.WORDS, "PAIRED": nf4.PAIRED[torch.bfloat16]}
     whole = {"SIZE": 64, "BLOCKS": 64, "WHOLE": True, "PAIRS": True}
     broken = {**whole, "WHOLE": False, "PAIRS": False}
     x32, adapter = "*fp32", {"RANK": 16, "EXTENSION": 48, "BLOCK": 64, "HAS_BIAS": True, "ROWS": 64, "COLUMNS": 1024}
@@ -67,6 +70,7 @@ def kernels(dtype: str) -> dict[str, tuple]:
             for name, kernel in (("forward", gated_mlp._gated_forward), ("backward", gated_mlp._gated_backward))
         },
         "nf4": (nf4._nf4_kernel, ["*u8", "*u8", *weights], {"NESTED": 256, **whole}, 4),
+        **({} if dtype == "fp16" else {"nf4, words": (nf4._nf4_words_kernel, ["*u8", "*u8", *words], in_words, 4)}),
         "nf4, plain scales": (nf4._nf4_kernel, ["*u8", "*fp32", *weights], {"NESTED": 0, **broken}, 4),
         "adapter": (lora_kernels._adapter_kernel, [x32, x32, x, x, x, *["i32"] * 5, *["i64"] * 4], adapter, 4),
         "gradient of an adapter": (lora_kernels._gradient_kernel, gradient, {**extension, "COLUMNS": 256}, 4),

@@ -269,7 +269,7 @@ class TestNF4:
         weight = Params4bit(weight, False, None, blocksize, nested, kind)
         return weight._quantize(torch.device(DEVICE))
 
-    @pytest.mark.parametrize("blocksize", [64, 128])
+    @pytest.mark.parametrize("blocksize", [64, 128, 2048])
     @pytest.mark.parametrize("nested", [False, True])
     @pytest.mark.parametrize("kind", ["nf4", "fp4"])
     @pytest.mark.parametrize("shape", [(48, 128), (5, 96), (3, 64, 96)])
@@ -281,6 +281,19 @@ class TestNF4:
         flat.shape = torch.Size((1, weight.quant_state.shape.numel()))
         expected = dequantize_4bit(weight.data, flat).view(shape)
         assert torch.equal(nf4.dequantise(nf4.quantised(weight)), expected)
+
+    @pytest.mark.parametrize("columns, wide", [(1024, 1040), (7168, 7184), (9216, 9216)])
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("nested", [False, True])
+    @pytest.mark.parametrize("blocksize", [64, 128])
+    def test_by_words(self, path, dtype, columns, wide, nested, blocksize, monkeypatch):
+        """Rows of whole steps have a kernel of their own."""
+        monkeypatch.setattr(nf4, "_nf4_kernel", None)
+        weight = nf4.quantised(self.quantise(3, columns, blocksize=blocksize, nested=nested))
+        out = unwritten(4, wide, dtype=dtype)
+        nf4.dequantise(weight, out[:3, :columns])
+        assert torch.equal(out[:3, :columns], nf4.dequantise_reference(weight, dtype))
+        assert torch.isnan(out[3:]).all() and torch.isnan(out[:, columns:]).all()
 
     @pytest.mark.parametrize("columns, wide", [(128, 144), (128, 145), (4096 + 64, 4192), (96, 112)])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

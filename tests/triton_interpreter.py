@@ -64,6 +64,9 @@ def run_ptx(asm: str, outputs: int, inputs: list[np.ndarray]) -> list[np.ndarray
         if operation == "cvt.rn.satfinite.e4m3x2.f32":  # the first operand to the upper half
             upper, lower = (rounded_to_e4m3(registers[name]).astype(np.uint32) for name in names)
             registers[target] = upper << 8 | lower
+        elif operation in PAIRS:
+            upper, lower = (PAIRS[operation](registers[name]).astype(np.uint32) for name in names)
+            registers[target] = upper << 16 | lower
         else:
             registers[target] = PTX[operation](*map(read, names))
     return [np.ascontiguousarray(registers[f"${index}"]) for index in range(outputs)]
@@ -80,6 +83,10 @@ def picked_bytes(a: np.ndarray, b: np.ndarray, selectors: np.ndarray) -> np.ndar
     return result
 
 
+PAIRS = {
+    "cvt.rn.bf16x2.f32": rounded_to_bf16,
+    "cvt.rn.f16x2.f32": lambda values: values.astype(np.float16).view(np.uint16),
+}
 PTX = {
     "and.b32": np.bitwise_and,
     "or.b32": np.bitwise_or,

@@ -9,7 +9,7 @@ in fp32, rounded once to the dtype asked for: bit for bit what ``bitsandbytes.fu
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from torch import Tensor
 from luthier.ops.backend import has_kernels, jit, tl, triton
 
 TILE = 4096  # weights that one program dequantises at most
+WORDS = 128  # of 8 weights that a program handles at a time, a word a thread
+STEPS = 8  # times that it does at most
+PAIRED = {torch.bfloat16: "cvt.rn.bf16x2.f32 $0, $1, $2;", torch.float16: "cvt.rn.f16x2.f32 $0, $1, $2;"}  # upper half first
 
 
 @dataclass(frozen=True)
@@ -139,12 +142,29 @@ def launch(weight: Quantised, out: Tensor) -> Tensor:
     per_program = blocks_of_a_program(columns // size if whole else triton.cdiv(total, size), size)
     programs = total // columns * triton.cdiv(columns // size, per_program) if whole else triton.cdiv(total, size * per_program)
     pairs = whole and out.element_size() == 2 and out.stride(-2) % 2 == 0 and out.data_ptr() % 4 == 0
+    step = 8 * WORDS  # weights; a step has whole blocks, and lies within one block of scales
+    in_steps = columns % step == 0 and step % size == 0 and (not nested or weight.nested_blocksize * size % step == 0)
+    aligned = out.data_ptr() % 16 == 0 and out.stride(-2) % 8 == 0 and weight.packed.data_ptr() % 4 == 0
+    if pairs and in_steps and aligned and _has_pairs(out.device):
+        most = max(count for count in range(1, STEPS + 1) if columns // step % count == 0)
+        _nf4_words_kernel[(total // (step * most),)](
+            weight.packed, weight.absmax, weight.code, *scales, out, columns, out.stride(-2),
+            NESTED=weight.nested_blocksize if nested else 0, SIZE=size, STEPS=most, WORDS=WORDS,
+            PAIRED=PAIRED[out.dtype], num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+        return out
     _nf4_kernel[(programs,)](
         weight.packed, weight.absmax, weight.code, *scales, out, total, columns, out.stride(-2),
         NESTED=weight.nested_blocksize if nested else 0, SIZE=size, BLOCKS=per_program, WHOLE=whole, PAIRS=pairs,
         num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return out
+
+
+@cache
+def _has_pairs(device: torch.device) -> bool:
+    """Whether its instructions round two numbers at once: NVIDIA's from Ampere on. Where kernels are interpreted, they do."""
+    return device.type != "cuda" or (torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0))
 
 
 def blocks_of_a_program(blocks: int, size: int) -> int:
@@ -191,3 +211,34 @@ def _nf4_kernel(
             tl.store(OUT + index, value, mask=inside[:, None])
         else:
             tl.store(OUT + index // columns * stride + index % columns, value, mask=index < total)
+
+
+@jit
+def _nf4_words_kernel(
+    PACKED, ABSMAX, CODE, NESTED_ABSMAX, NESTED_CODE, OFFSET, OUT, columns, stride,
+    NESTED: tl.constexpr, SIZE: tl.constexpr, STEPS: tl.constexpr, WORDS: tl.constexpr, PAIRED: tl.constexpr,
+):  # fmt: skip
+    """The same for rows of whole steps of ``WORDS`` words: a thread reads 8 weights at once, and writes them at once."""
+    weights: tl.constexpr = 8 * WORDS
+    programs = columns // (STEPS * weights)
+    row, start = (tl.program_id(0) // programs).to(tl.int64), tl.program_id(0) % programs * (STEPS * weights)
+    words = PACKED.to(tl.pointer_type(tl.int32)) + (row * columns + start) // 8
+    target = OUT.to(tl.pointer_type(tl.int32)) + (row * stride + start) // 2
+    lane, pair = tl.arange(0, WORDS), tl.arange(0, 4 * WORDS)
+    for step in tl.static_range(STEPS):
+        first = (row * columns + start) // SIZE + step * (weights // SIZE)
+        scale = tl.load(ABSMAX + first + lane // (SIZE // 8))
+        if NESTED > 0:
+            scale = tl.load(NESTED_CODE + scale.to(tl.int32)) * tl.load(NESTED_ABSMAX + first // NESTED) + tl.load(OFFSET)
+        word = tl.load(words + step * WORDS + lane)
+        a, b = _two_weights(CODE, word, scale, 0, PAIRED), _two_weights(CODE, word, scale, 8, PAIRED)
+        c, d = _two_weights(CODE, word, scale, 16, PAIRED), _two_weights(CODE, word, scale, 24, PAIRED)
+        tl.store(target + step * 4 * WORDS + pair, tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (4 * WORDS,)))
+
+
+@jit
+def _two_weights(CODE, word, scale, SHIFT: tl.constexpr, PAIRED: tl.constexpr):
+    """Those of the byte at ``SHIFT``, side by side as they are stored: the high nibble's first."""
+    first = tl.load(CODE + (word >> (SHIFT + 4) & 15)) * scale
+    second = tl.load(CODE + (word >> SHIFT & 15)) * scale
+    return tl.inline_asm_elementwise(PAIRED, "=r,f,f", [second, first], dtype=tl.int32, is_pure=True, pack=1)
