@@ -51,7 +51,7 @@ def kernels(dtype: str) -> dict[str, tuple]:
     x32, adapter = "*fp32", {"RANK": 16, "EXTENSION": 48, "BLOCK": 64, "HAS_BIAS": True, "ROWS": 64, "COLUMNS": 1024}
     gated = [x] * 5 + ["i64", "i32"] + ["i64"] * 3
     gradient = [x, x, x, x, "i32", "i32", *["i64"] * 3, "fp32", "fp32"]
-    extension = {"COPIES": True, "RANK": 16, "EXTENSION": 16, "RANK_BLOCK": 16, "ROWS": lora_kernels.GRADIENT_ROWS}
+    extension = {"COPIES": True, "RANK": 16, "EXTENSION": 16, "RANK_BLOCK": 16, "ROWS": lora_kernels.GRADIENT_ROWS[1]}
     of_128 = {"RANK": 128, "EXTENSION": 128, "RANK_BLOCK": 128, "COLUMNS": 32}
     total, (rows, columns) = [x, x, x, x, "i32", "i32", *["i64"] * 3, "fp32"], lora_kernels.SUM_TILE
     of_sum = {"RANK": 128, "RANK_BLOCK": 128, "ROWS": rows, "COLUMNS": columns}

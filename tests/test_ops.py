@@ -33,6 +33,7 @@ from luthier.ops import (  # noqa: E402
     flash_attention,
     gated_mlp,
     linear_cross_entropy,
+    lora_kernels,
     lora_linear,
     nf4,
     rms_norm,
@@ -482,8 +483,9 @@ def computed(projection: lora_linear.Projection, x: Tensor, grad: Tensor, chunk:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("rank", "alpha"), [(3, 1.0), (16, 0.25), (40, 1.0), (0, 0.25)])
 @pytest.mark.parametrize("in_place", [True, False])
-def test_a_gradient_is_extended_by_what_goes_to_the_adapter(path, dtype, rank, alpha, in_place):
+def test_a_gradient_is_extended_by_what_goes_to_the_adapter(path, dtype, rank, alpha, in_place, monkeypatch):
     """[alpha dy | s alpha dy @ B | 0], also where dy lies in the room that is left for it."""
+    monkeypatch.setattr(lora_kernels, "MANY", 20 + rank)
     adapter = [randn(rank, 20, seed=1), randn(300, rank, seed=2)] if rank else [None, None]
     projection = lora_linear.Projection("o", [lora_linear.Part(randn(300, 20), None, *adapter, 0.5)], lora_linear.Workspace())
     given = randn(21, 300, seed=4, dtype=dtype)

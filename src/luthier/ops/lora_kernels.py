@@ -8,7 +8,8 @@ from torch import Tensor
 from luthier.ops.backend import jit, power_of_2, tl, triton
 
 TILE_ROWS, TILE_COLUMNS = 64, 1024  # of B and A that one program copies
-GRADIENT_ROWS = 16  # of a gradient that one program extends
+GRADIENT_ROWS = 16, 32  # of a gradient that one program extends, and where there are many: each of them reads all of B
+MANY = 8192
 SUM_TILE = 64, 64  # rows and columns that one program adds to
 WIDEST = 128  # ranks that the kernels with products in them hold
 
@@ -59,11 +60,11 @@ def launch_gradient(grad: Tensor, b: Tensor, alpha: float, scale: float, wide: T
     """``wide`` (n, N + R) becomes [alpha grad | s alpha grad @ b | 0], which gives the second; reads ``grad`` (n, N) once."""
     (rows, width), rank = grad.shape, b.shape[1]
     low = torch.empty(rows, rank, dtype=grad.dtype, device=grad.device)
-    block = power_of_2(max(16, wide.shape[1] - width))
-    _gradient_kernel[(triton.cdiv(rows, GRADIENT_ROWS),)](
+    block, own = power_of_2(max(16, wide.shape[1] - width)), GRADIENT_ROWS[rows >= MANY]
+    _gradient_kernel[(triton.cdiv(rows, own),)](
         grad, b, wide, low, rows, width, grad.stride(0), b.stride(0), wide.stride(0), alpha, scale,
         COPIES=alpha != 1.0 or wide.data_ptr() != grad.data_ptr(), RANK=rank, EXTENSION=wide.shape[1] - width,
-        RANK_BLOCK=block, ROWS=GRADIENT_ROWS, COLUMNS=min(256, 4096 // block), num_warps=4,
+        RANK_BLOCK=block, ROWS=own, COLUMNS=min(256, 8192 // (block * grad.element_size())), num_warps=4,
     )  # fmt: skip
     return low
 
