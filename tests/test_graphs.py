@@ -28,7 +28,7 @@ from luthier.model.compute import set_compute
 from luthier.model.dial import LayerPlan, padded
 from luthier.model.graphs import REPEATS
 from luthier.model.offload import Host
-from luthier.model.recording import copies
+from luthier.model.recording import Gradients, copies
 from luthier.ops import attention as attention_module
 
 
@@ -60,8 +60,8 @@ class Again:
             for program in self.programs if starts else ():
                 if program is not function.__self__:
                     program.buffers.mapped(lambda t: t.fill_(torch.nan if t.is_floating_point() else 99))
-                    for gradient in program.gradients:
-                        gradient.fill_(torch.nan)
+                    for piece in [piece for layer in program.gradients for piece in layer.pieces.values()]:
+                        piece.fill_(torch.nan)
             function()
             Again.replayed += not starts
 
@@ -461,11 +461,16 @@ def test_an_experts_model_runs_without():
 
 
 def test_gradients_of_several_dtypes():
-    gradients = [torch.full((2, 3), 0.0), torch.full((4,), 1.0, dtype=torch.bfloat16), torch.full((5,), 2.0)]
-    copied = copies(gradients)
-    for index, (copy_, gradient) in enumerate(zip(copied, gradients, strict=True)):
-        gradient.fill_(9)
-        assert copy_.shape == gradient.shape and copy_.dtype == gradient.dtype and (copy_ == index).all()
+    tensors = [torch.full((2, 3), 0.0), torch.full((4,), 1.0, dtype=torch.bfloat16), torch.full((5,), 2.0).expand(3, 5)]
+    layers = [Gradients(tensors[:2]), Gradients([]), Gradients(tensors[2:])]
+    copied = copies(layers)
+    for layer in layers:
+        for piece in layer.pieces.values():
+            piece.fill_(9)
+    for index, (copy_, tensor) in enumerate(zip(copied, tensors, strict=True)):
+        assert copy_.shape == tensor.shape and copy_.dtype == tensor.dtype and (copy_ == index).all()
+    alone = copies([Gradients(tensors[:1])])[0]
+    assert alone.data_ptr() != tensors[0].data_ptr()
 
 
 @pytest.mark.parametrize("compute", ["fp8-backward", "fp8"])

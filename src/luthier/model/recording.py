@@ -120,7 +120,7 @@ class Program:
         ]
         self.buffers: Buffers | None = None
         self.kept: list = []
-        self.gradients: list[Tensor] = []
+        self.gradients: list[Gradients] = []  # of each layer
 
     def warm_up(self) -> None:
         """Every layer once, by itself: kernels are compiled and libraries choose theirs now, not while a graph is recorded."""
@@ -146,7 +146,7 @@ class Program:
             _, call, _, which = self.layers[index]
             blocks, kept = self.kept.pop()
             grad, gradients = blocks.backward(grad, _on(self.buffers, call, which), kept, index > 0 or self.wants_x)
-            found[:0] = [gradient.contiguous() for gradient in gradients]
+            found.insert(0, Gradients(gradients))
         if self.wants_x:
             self.buffers.rows.flatten(0, 1).copy_(grad)
         self.gradients = found
@@ -154,7 +154,9 @@ class Program:
     def let_go(self, alias: Callable[[Tensor], Tensor]) -> None:
         """Leave the memory to the recordings that follow, and the batch at hand to its own pass."""
         self.new_buffers = None
-        self.buffers, self.gradients = self.buffers.mapped(alias), [alias(gradient) for gradient in self.gradients]
+        self.buffers = self.buffers.mapped(alias)
+        for layer in self.gradients:
+            layer.pieces = {dtype: alias(piece) for dtype, piece in layer.pieces.items()}
 
 
 class Recording:
@@ -234,16 +236,25 @@ class Stack(torch.autograd.Function):
         return grad_x, None, *gradients
 
 
-def copies(tensors: list[Tensor]) -> list[Tensor]:
-    """Of contiguous tensors, in one piece of memory for each dtype."""
-    found = {}
-    for dtype in {tensor.dtype for tensor in tensors}:
-        alike = [tensor for tensor in tensors if tensor.dtype == dtype]
-        flat = torch.empty(sum(tensor.numel() for tensor in alike), dtype=dtype, device=alike[0].device)
-        views = _unflatten_dense_tensors(flat, alike)
-        torch._foreach_copy_(views, alike)
-        found[dtype] = iter(views)
-    return [next(found[tensor.dtype]) for tensor in tensors]
+class Gradients:
+    """Of what one layer trains, in one piece for each dtype: many small ones would not find room in the arena."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self.like = [torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for tensor in tensors]
+        self.pieces = {dtype: torch.cat([t.flatten() for t in tensors if t.dtype == dtype]) for dtype in _dtypes(tensors)}
+
+
+def copies(layers: list[Gradients]) -> list[Tensor]:
+    """The gradients of all layers, in memory of their own."""
+    like, found = [tensor for layer in layers for tensor in layer.like], {}
+    for dtype in _dtypes(like):
+        flat = torch.cat([layer.pieces[dtype] for layer in layers if dtype in layer.pieces])
+        found[dtype] = iter(_unflatten_dense_tensors(flat, [tensor for tensor in like if tensor.dtype == dtype]))
+    return [next(found[tensor.dtype]) for tensor in like]
+
+
+def _dtypes(tensors: list[Tensor]) -> set[torch.dtype]:
+    return {tensor.dtype for tensor in tensors}
 
 
 def _on(buffers: Buffers, call: Call, which: int) -> Call:
