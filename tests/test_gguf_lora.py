@@ -55,6 +55,9 @@ def test_the_adapter_acts_in_llama_cpp_as_in_peft(name, tmp_path):
     "family, settings, message",
     [
         ("llama3", {"use_dora": True}, "DoRA"),
+        ("llama3", {"alora_invocation_tokens": [7, 8]}, "invocation tokens"),
+        ("llama3", {"layer_replication": [[0, 2], [1, 2]]}, "layers that the base has once"),
+        ("llama3", {"init_lora_weights": "pissa"}, "init_lora_weights='pissa', which changed the base"),
         ("llama3", {"modules_to_save": ["lm_head"]}, "modules saved whole"),
         ("llama3", {"trainable_token_indices": [1, 2]}, "new or retrained tokens"),
         ("qwen2", {"bias": "lora_only"}, "trained biases"),

@@ -29,7 +29,7 @@ def require_importance(target: FileType, importance: Importance) -> None:
 
 
 def check_importance(importance: Importance, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """``ValueError`` for an importance matrix of another model than the one whose tensors have these shapes, or a broken one."""
+    """``ValueError`` for an importance matrix of another model than that whose tensors have these shapes, or a broken one."""
     for name, values in importance.items():
         shape = shapes.get(name)
         if shape is None or values.shape[-1] != shape[-1] or (values.ndim > 1 and len(values) != shape[0]):

@@ -22,6 +22,7 @@ from luthier.gguf.writer import GGUFWriter, TensorInfo, Value, plan
 
 KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>A|B|embedding_A|embedding_B)(?:\.weight)?$")
 MERGE = "Merge it instead: leave save_method out."
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # these put a part of the base into the adapter
 
 
 def convert_lora_to_gguf(adapter_dir: str | Path, config: PreTrainedConfig, out: str | Path) -> Path:
@@ -29,7 +30,7 @@ def convert_lora_to_gguf(adapter_dir: str | Path, config: PreTrainedConfig, out:
 
     llama.cpp scales every pair by one alpha over the pair's rank. rsLoRA and patterns of ranks and alphas are right here:
     what one alpha cannot say is multiplied into the B matrices. Raises ``UnsupportedError`` for what cannot be an adapter
-    there: DoRA, modules saved whole, new tokens, adapters of biases, experts or tied embeddings.
+    there: DoRA, modules saved whole, new tokens, adapters of biases, experts or tied embeddings, or over a changed base.
     """
     adapter_dir = Path(adapter_dir)
     settings = json.loads((adapter_dir / "adapter_config.json").read_text("utf8"))
@@ -86,8 +87,12 @@ def _of_pattern(pattern: Mapping[str, float] | None, module: str, default: float
 def _refuse_others(settings: Mapping[str, Any], weights: Mapping[str, torch.Tensor], config: PreTrainedConfig) -> None:
     if settings.get("peft_type") != "LORA":
         raise UnsupportedError(f"llama.cpp knows LoRA adapters, not {settings.get('peft_type')}. {MERGE}")
+    init = settings.get("init_lora_weights")
     reasons = {
         "DoRA": settings.get("use_dora"),
+        "invocation tokens (aLoRA)": settings.get("alora_invocation_tokens"),
+        "layers that the base has once (layer_replication)": settings.get("layer_replication"),
+        f"init_lora_weights={init!r}, which changed the base": str(init).lower().startswith(BASE_CHANGING_INITS),
         "modules saved whole (modules_to_save)": settings.get("modules_to_save"),
         "new or retrained tokens": settings.get("trainable_token_indices"),
         "trained biases": settings.get("bias", "none") != "none" or settings.get("lora_bias"),

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from luthier import adapters
 from luthier.errors import UnsupportedError, unknown
+from luthier.gguf.lora import BASE_CHANGING_INITS
 from luthier.model import checkpoint
 from luthier.model.accelerate import base_model
 from luthier.model.checkpointing import checkpointing_mode, set_checkpointing
@@ -30,7 +31,6 @@ from luthier.model.vocab import resize_embeddings
 BIASES = ("none", "all", "lora_only")
 # Names that a dense MLP has, or had in a checkpoint, for what a stack of expert weights holds
 STACK_OF = dict.fromkeys(("gate_proj", "up_proj", "w1", "w3"), "gate_up_proj") | {"w2": "down_proj"}
-BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 LINEAR = (nn.Linear, Conv1D)  # the 4-bit and 8-bit layers are Linears too
 OF_AN_ADAPTER = (".lora_", ".modules_to_save.", ".trainable_tokens_", ".token_indices.")
 WRAPPINGS = (".base_layer", ".original_module", ".token_adapter")

@@ -25,9 +25,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from luthier.errors import UnsupportedError, unknown
+from luthier.gguf.lora import BASE_CHANGING_INITS
 from luthier.model import checkpoint, experts
 from luthier.model.layout import Group, Layout
-from luthier.model.lora import BASE_CHANGING_INITS, LINEAR, plain_name
+from luthier.model.lora import LINEAR, plain_name
 from luthier.ops.nf4 import dequantise, quantised
 
 Base = Literal["16bit", "nf4"]
