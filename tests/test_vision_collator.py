@@ -14,6 +14,7 @@ from datasets import Dataset, Features, Json, List
 from datasets import Image as ImageFeature
 from PIL import Image
 from tiny_vision import FAMILIES, picture, picture_row, tiny_processor, tiny_vision_config, tiny_vision_model
+from torch.utils.data import DataLoader
 
 from luthier.data.images import load_image, resize_image
 from luthier.data.vision import VisionDataCollator, place_images
@@ -310,6 +311,16 @@ def test_a_row_that_does_not_fit_is_left_out_and_counted(family):
         collator(family, max_seq_length=limit, too_long="raise")([long, short])
     with pytest.raises(ValueError, match="No row of this batch of 1 can train"):
         collate([long])
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_rows_that_workers_leave_out_are_counted(start):
+    rows = [picture_row(seed, "a cat" if seed % 2 else "a very " + "long " * 200 + "word") for seed in range(8)]
+    collate = collator(max_seq_length=100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        batches = list(DataLoader(rows, batch_size=2, collate_fn=collate, num_workers=2, multiprocessing_context=start))
+    assert [len(batch["input_ids"]) for batch in batches] == [1] * 4 and collate.dropped == {"too long": 4}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

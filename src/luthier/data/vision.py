@@ -6,6 +6,7 @@ decided on the characters of the text as it was rendered, and carried over to th
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +34,8 @@ IMAGE_COLUMNS = ("images", "image")
 ROOT_COLUMN = "image_root"  # where the relative paths of a row start, if not where the collator's do
 IMAGE_KEYS = ("image", "image_url", "url", "path", "base64", "bytes")
 PLACEHOLDER = "<image>"  # where a picture of the column stands in a message that is plain text
+REASONS = (TOO_LONG, NO_TRAINED_TOKEN)  # why a row is left out of its batch
+COUNTERS = 1021  # every process counts in a place of its own: adding to one place is not atomic
 TOO_LONG_POLICIES = ("drop", "truncate", "raise")
 PADDED = {"attention_mask": 0, "mm_token_type_ids": 0, "token_type_ids": 0}
 VISION_TOKENS = (  # names under which configs and tokenizers keep the ids of tokens that stand for or around a picture
@@ -129,7 +132,13 @@ class VisionDataCollator:
         self.one_kind = model.config.model_type == "mllama"  # cross-attention: all rows of a batch have pictures, or none
         self.vision_tokens = _vision_tokens(model.config, processor)
         self.image_root = Path(image_root) if image_root is not None else None
-        self.dropped: Counter[str] = Counter()
+        self._counts = torch.zeros(COUNTERS, len(REASONS), dtype=torch.long).share_memory_()
+
+    @property
+    def dropped(self) -> Counter[str]:
+        """Rows that were left out of the batches made so far, by reason; those of a data loader's workers too."""
+        counts = dict(zip(REASONS, self._counts.sum(0).tolist(), strict=True))
+        return Counter({reason: count for reason, count in counts.items() if count})
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """The batch of ``rows``, less those that are too long or train no token.
@@ -266,7 +275,8 @@ class VisionDataCollator:
                 "collator.dropped counts them; collator.select(dataset) leaves them out beforehand, with a ledger.",
                 stacklevel=3,
             )
-        self.dropped += new
+        for reason, count in new.items():
+            self._counts[os.getpid() % COUNTERS, REASONS.index(reason)] += count
 
     def _tensors(self, features: BatchFeature, tokens: list[Tokens]) -> dict[str, Tensor]:
         tokenizer = self.processor.tokenizer
