@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from luthier.data.ledger import Ledger
 from luthier.data.prepare import prepare_chat
 from luthier.data.preview import preview, preview_rows
 from luthier.data.read import read_dataset
+from luthier.data.rows import processes_for
 
 ASK, SAY = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -551,6 +554,35 @@ def test_all_rows_masked_shows_a_row_and_what_was_looked_for(ids):
 def test_prepare_names_bad_rows_and_arguments(rows, options, reason):
     with pytest.raises(ValueError, match=reason):
         prepare_chat(rows, tiny_tokenizer(), **options)
+
+
+def test_processes_change_neither_rows_nor_errors():
+    rows = [[{**ASK, "content": "2+2? " * number}, {**SAY, "content": str(number)}] for number in range(9)]
+    rows[4] = [rows[4][0], {"role": "assistant", "content": " "}]
+    one, ledger = prepare_chat(chats(*rows), tiny_tokenizer(), 50, num_proc=1)
+    several, same = prepare_chat(chats(*rows), tiny_tokenizer(), 50, num_proc=3)
+    assert several[:] == one[:] and same == ledger and ledger.dropped.total() > 1
+    rows[3], rows[8] = [ASK], [SAY, SYSTEM]
+    told = []
+    for processes in (1, 3):
+        with pytest.raises(ValueError) as error:
+            prepare_chat(chats(*rows), tiny_tokenizer(), num_proc=processes)
+        told.append(str(error.value))
+    assert told[0] == told[1] and "2 of 9 rows cannot be used:\nrow 4: it has no answer" in told[0] and "\nrow 9: " in told[0]
+
+
+def test_processes_only_where_they_pay(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(64), raising=False)
+    assert [processes_for(rows, str) for rows in (3999, 4000, 6500, 10**6)] == [1, 2, 3, 16]
+    running = (row for row in ())
+    assert processes_for(10**6, lambda row: {"running": running}) == 1, "what cannot reach another process"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert processes_for(10**6, str) == 8
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(1), raising=False)
+    assert processes_for(10**6, str) == 1
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert processes_for(10**6, str) == 1
 
 
 def test_plain_text_without_a_template_asks_for_train_on_all():

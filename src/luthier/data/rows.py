@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import dill
+import multiprocess
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 AnyDataset = Dataset | IterableDataset | DatasetDict | IterableDatasetDict
 Row = Mapping[str, Any]
 SHOWN_BAD_ROWS = 5
+ROWS_A_PROCESS = 2000  # below, a process takes longer to start than to convert them
+MOST_PROCESSES = 16
 SHOWN_CHARACTERS = 80
 
 
@@ -19,7 +25,10 @@ class BadRow(ValueError):
 
     def __init__(self, number: int, reason: str) -> None:
         super().__init__(f"row {number}: {reason}")
-        self.number = number
+        self.number, self.reason = number, reason
+
+    def __reduce__(self) -> tuple[type[BadRow], tuple[int, str]]:  # on its way from another process
+        return BadRow, (self.number, self.reason)
 
 
 def column_names(dataset: Dataset | IterableDataset) -> list[str]:
@@ -50,9 +59,22 @@ def map_rows(dataset: Dataset | IterableDataset, convert: Callable[[Row], dict[s
     try:
         return dataset.map(function, with_indices=True, load_from_cache_file=False, **map_arguments)
     except BadRow as first:
-        bad = [first, *_bad_rows(dataset, convert, start=first.number)]
+        if map_arguments.get("num_proc") is None:
+            bad = [first, *_bad_rows(dataset, convert, start=first.number)]
+        else:  # of any of the processes
+            bad = _bad_rows(dataset, convert, start=0)
         shown = "\n".join(map(str, bad[:SHOWN_BAD_ROWS])) + ("\n..." if len(bad) > SHOWN_BAD_ROWS else "")
         raise ValueError(f"{len(bad)} of {len(dataset)} rows cannot be used:\n{shown}") from first
+
+
+def processes_for(rows: int, convert: Callable[[Row], dict[str, Any]]) -> int:
+    """How many processes ``map_rows`` should share ``convert`` among: 1 where copies of this one cost more than they save, or
+    cannot be made (other systems than Linux start them anew, and with them a script that has no ``__main__`` guard)."""
+    if sys.platform != "linux" or multiprocess.current_process().daemon:
+        return 1
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # set by torchrun and accelerate
+    processes = min(cores, MOST_PROCESSES, rows // ROWS_A_PROCESS)
+    return processes if processes > 1 and dill.pickles(convert) else 1
 
 
 def shown(value: object) -> str:

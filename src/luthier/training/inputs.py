@@ -86,7 +86,7 @@ def prepare_rows(
         train_on = "all"
     elif args.completion_only_loss is False and {"prompt", "completion"} <= set(columns):
         train_on = "all"
-    return prepare_chat(dataset, tokenizer, max_length, train_on, args.too_long)
+    return prepare_chat(dataset, tokenizer, max_length, train_on, args.too_long, args.dataset_num_proc)
 
 
 def require_known_tokens(rows: Dataset, known: int) -> None:
