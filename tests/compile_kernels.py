@@ -49,7 +49,7 @@ def kernels(dtype: str) -> dict[str, tuple]:
     whole = {"SIZE": 64, "BLOCKS": 64, "WHOLE": True, "PAIRS": True}
     broken = {**whole, "WHOLE": False, "PAIRS": False}
     x32, adapter = "*fp32", {"RANK": 16, "EXTENSION": 48, "BLOCK": 64, "HAS_BIAS": True, "ROWS": 64, "COLUMNS": 1024}
-    gated = [x] * 5 + ["i64", "i32"] + ["i64"] * 3
+    gated = ["i64", "i32", *["i64"] * 3]
     gradient = [x, x, x, x, "i32", "i32", *["i64"] * 3, "fp32", "fp32"]
     extension = {"COPIES": True, "RANK": 16, "EXTENSION": 16, "RANK_BLOCK": 16, "ROWS": lora_kernels.GRADIENT_ROWS[1]}
     of_128 = {"RANK": 128, "EXTENSION": 128, "RANK_BLOCK": 128, "COLUMNS": 32}
@@ -65,9 +65,12 @@ def kernels(dtype: str) -> dict[str, tuple]:
         "rotary": (rotary._rotary_kernel, rotation, {**table, "INVERSE": False}, 8),
         "rotary, part of a head": (rotary._rotary_kernel, rotation, {**partial, "INVERSE": True}, 8),
         **{
-            f"{kind} {name}": (kernel, gated, {"KIND": number, "ROUNDS": False, "BLOCK": 1024}, 4)
+            f"{kind} {name}": (kernel, types, {"KIND": number, "BLOCK": 1024, **more}, 4)
             for number, kind in enumerate(gated_mlp.KINDS)
-            for name, kernel in (("forward", gated_mlp._gated_forward), ("backward", gated_mlp._gated_backward))
+            for name, kernel, types, more in (
+                ("forward", gated_mlp._gated_forward, [x] * 5 + gated, {"ROUNDS": False}),
+                ("backward", gated_mlp._gated_backward, [x] * 3 + gated[1:], {}),
+            )
         },
         "nf4": (nf4._nf4_kernel, ["*u8", "*u8", *weights], {"NESTED": 256, **whole}, 4),
         **({} if dtype == "fp16" else {"nf4, words": (nf4._nf4_words_kernel, ["*u8", "*u8", *words], in_words, 4)}),
@@ -93,10 +96,7 @@ def kernels_in_8_bits(dtype: str) -> dict[str, tuple]:
     dense = [x, "*fp32", e4m3, "i32", "i32", "i64", "i64"]
     gated = [x, x, x, e4m3, "*fp32", "i64", "i32", *["i64"] * 3]
     return {
-        **{
-            f"rounded activation {name}": (kernel, gated, {"KIND": 0, "ROUNDS": True, "BLOCK": fp8.ROW_BLOCK}, warps)
-            for name, kernel, warps in (("forward", gated_mlp._gated_forward, 16), ("backward", gated_mlp._gated_backward, 32))
-        },
+        "rounded activation": (gated_mlp._gated_forward, gated, {"KIND": 0, "ROUNDS": True, "BLOCK": fp8.ROW_BLOCK}, 16),
         "riders of rows": (fp8._ride_kernel, rows, {**rider, "BLOCK": fp8.RIDE_BLOCK}, 1),
         "e4m3 rows": (fp8._quantise_kernel, rows, {**rider, "STEPS": 2, "BLOCK": fp8.ROW_BLOCK}, 16),
         "e4m3 riders": (fp8._riders_kernel, riders, {**rider, "ROWS": 64, "GROUP": 64}, 8),

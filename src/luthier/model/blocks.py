@@ -343,13 +343,12 @@ class MlpBlock:
                 del branch
             wide, low_grad = self.down.extended_gradient(branch_grad, down, self.residual_scale)
             act = self.down.backward(wide, low_grad, down, chunk.start)
-            rounded = self.gate_up.room_for_gradient(both.shape[0], both)
-            gated_backward_(act, *both.chunk(2, dim=1), self.activation, rounded)
+            gated_backward_(act, *both.chunk(2, dim=1), self.activation)
             gradients.add(self.down.gradients(wide[:, : self.down.width_out], act, low_grad, low_down, **own))
             del act, wide
-            h_grad, low_grad = self.gate_up.input_gradient(both, gate_up, chunk.start, rounded)
+            h_grad, low_grad = self.gate_up.input_gradient(both, gate_up, chunk.start)
             gradients.add(self.gate_up.gradients(both, h[:, : self.gate_up.width_in], low_grad, low_gate_up, **own))
-            del both, h, rounded
+            del both, h
             if self.norm:
                 self.norm.backward(h_grad, x[chunk], gradients, grad[chunk] if adds else None, out=grad_x[chunk])
             else:

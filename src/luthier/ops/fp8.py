@@ -24,6 +24,7 @@ from torch import Tensor
 from luthier.ops import nf4_e4m3
 from luthier.ops.backend import has_kernels, jit, power_of_2, tl, triton, warps_for
 from luthier.ops.nf4 import Quantised, dequantise
+from luthier.ops.nf4_e4m3 import _two_bytes
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -72,14 +73,14 @@ def quantise_rows(x: Tensor, riders: Tensor | None = None) -> Rows8:
     return launch_quantise(x, riders) if has_kernels(x) else quantise_rows_reference(x, riders)
 
 
-def room(n: int, width: int, rank: int, like: Tensor, parts: int = 1) -> Rows8 | None:
-    """Memory for ``n`` rows that a kernel rounds while it computes them, ``parts`` times ``width`` each, and riders behind.
+def room(n: int, width: int, rank: int, like: Tensor) -> Rows8 | None:
+    """Memory for rows (n, width) that a kernel rounds while it computes them, and for riders behind.
 
     They are complete when ``ride`` has added the riders. None where ``quantise_rows`` has to round them later.
     """
     if not has_kernels(like) or width > ROW_BLOCK:
         return None
-    values = torch.empty(n, parts * width + rider_width(rank), dtype=E4M3, device=like.device)
+    values = torch.empty(n, width + rider_width(rank), dtype=E4M3, device=like.device)
     return Rows8(values, torch.empty(n, dtype=torch.float32, device=like.device))
 
 
@@ -221,10 +222,14 @@ def _scale_of(bound):
 
 
 @jit
-def _riding(x, column, RANK: tl.constexpr, WIDTH: tl.constexpr, LOW: tl.constexpr):
-    """What stands in ``column`` of riders: x, scaled and in fp32, is that of ``column % RANK``."""
+def _riding(x, column, RANK: tl.constexpr, LOW: tl.constexpr):
+    """The byte in ``column`` of riders, as int8: x, scaled and in fp32, is that of ``column % RANK``.
+
+    The zeros behind are chosen among bytes: ptxas 12.8 loses a register where zeros are what is converted.
+    """
     high = _on_grid(x)
-    return tl.where(column < 3 * RANK, tl.where(column // RANK == LOW, x - high, high), 0.0)
+    value = tl.where(column // RANK == LOW, x - high, high)
+    return tl.where(column < 3 * RANK, _two_bytes(value, value) & 255, 0).to(tl.int8)
 
 
 @jit
@@ -251,8 +256,8 @@ def _quantise_kernel(
         x = tl.load(X + row * stride + at, mask=at < width, other=0.0).to(tl.float32)
         tl.store(VALUES + row * (width + WIDTH) + at, (x * inverse).to(VALUES.dtype.element_ty), mask=at < width)
     if RANK > 0:
-        value = _riding(low * inverse, rider, RANK, WIDTH, 1).to(VALUES.dtype.element_ty)
-        tl.store(VALUES + row * (width + WIDTH) + width + rider, value, mask=rider < WIDTH)
+        target = VALUES.to(tl.pointer_type(tl.int8)) + row * (width + WIDTH) + width + rider
+        tl.store(target, _riding(low * inverse, rider, RANK, 1), mask=rider < WIDTH)
     tl.store(SCALES + row, scale)
 
 
@@ -273,8 +278,8 @@ def _ride_kernel(
             column = start + tl.arange(0, BLOCK)
             x = tl.load(X + row * stride + column, mask=column < width, other=0.0).to(tl.float32)
             tl.store(target + column, (x * tl.div_rn(1.0, scale)).to(VALUES.dtype.element_ty), mask=column < width)
-    value = _riding(low * tl.div_rn(1.0, scale), rider, RANK, WIDTH, 1).to(VALUES.dtype.element_ty)
-    tl.store(target + width + rider, value, mask=rider < WIDTH)
+    value = _riding(low * tl.div_rn(1.0, scale), rider, RANK, 1)
+    tl.store(target.to(tl.pointer_type(tl.int8)) + width + rider, value, mask=rider < WIDTH)
 
 
 @jit
@@ -297,8 +302,8 @@ def _riders_kernel(
     scale = _scale_of(bound)
     tl.store(SCALES + row, scale, mask=inside)
     if RANK > 0:
-        value = _riding(b * tl.div_rn(1.0, scale)[:, None], rider[None, :], RANK, WIDTH, 2).to(OUT.dtype.element_ty)
-        target = OUT + row.to(tl.int64)[:, None] * stride_out + rider[None, :]
+        value = _riding(b * tl.div_rn(1.0, scale)[:, None], rider[None, :], RANK, 2)
+        target = OUT.to(tl.pointer_type(tl.int8)) + row.to(tl.int64)[:, None] * stride_out + rider[None, :]
         tl.store(target, value, mask=inside[:, None] & (rider < WIDTH)[None, :])
 
 

@@ -65,9 +65,6 @@ class Fp8Projection(Projection):
     def room_for_input(self, n: int, like: Tensor) -> Rows8 | None:
         return room(n, self.width_in, self.rank, like) if self.everywhere else None
 
-    def room_for_gradient(self, n: int, like: Tensor) -> Rows8 | None:
-        return room(n, self.widths[0], 0 if self.drops else self.rank, like, parts=2)
-
     def forward(self, x: Tensor, written: Fp8Projection, out: Tensor | None = None, rounded: Rows8 | None = None) -> Tensor:
         if self.everywhere:
             return self.forward_again(x, written, out, rounded)
@@ -100,11 +97,9 @@ class Fp8Projection(Projection):
         y = self._forward(x, low, written)
         return y if residual is None else torch.add(residual, y, alpha=alpha)
 
-    def input_gradient(
-        self, grad: Tensor, written: Fp8Projection, row: int = 0, rounded: Rows8 | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    def input_gradient(self, grad: Tensor, written: Fp8Projection, row: int = 0) -> tuple[Tensor, Tensor | None]:
         low = self.low_gradient(grad, written)
-        return self._input_gradient(grad, low, written, row, rounded), low
+        return self._input_gradient(grad, low, written, row), low
 
     def new_gradient(self, n: int, like: Tensor) -> Tensor:
         """Without the extension, which is rounded apart: here and below."""
@@ -133,14 +128,15 @@ class Fp8Projection(Projection):
     def _forward(
         self, x: Tensor, low: Tensor | None, written: Fp8Projection, out: Tensor | None = None, rounded: Rows8 | None = None
     ) -> Tensor:
-        y = product(_complete(rounded, x, low), written.rows, x.dtype, out)
+        if rounded is None:
+            rounded = quantise_rows(x, low)
+        elif low is not None:
+            rounded = ride(rounded, x, low)
+        y = product(rounded, written.rows, x.dtype, out)
         return y.add_(written.adapters[0][:, self.rank]) if self.has_bias else y
 
-    def _input_gradient(
-        self, grad: Tensor, low: Tensor | None, written: Fp8Projection, row: int, rounded: Rows8 | None = None
-    ) -> Tensor:
-        riders = None if self.drops else low
-        dx = product(_complete(rounded, grad, riders), written.columns, grad.dtype)
+    def _input_gradient(self, grad: Tensor, low: Tensor | None, written: Fp8Projection, row: int) -> Tensor:
+        dx = product(quantise_rows(grad, None if self.drops else low), written.columns, grad.dtype)
         return self.add_adapters_(dx, low, written, row) if self.drops else dx
 
     @cached_property
@@ -213,10 +209,3 @@ class Fp8Projection(Projection):
 def _aligned(shape: tuple[int, int]) -> int:
     """Bytes of a matrix in 8 bits, up to where the next one may begin."""
     return -(-shape[0] * shape[1] // ALIGNMENT) * ALIGNMENT
-
-
-def _complete(rounded: Rows8 | None, x: Tensor, riders: Tensor | None) -> Rows8:
-    """x (n, K) in 8 bits with ``riders`` (n, R); ``rounded``: x alone, if that is there already."""
-    if rounded is None:
-        return quantise_rows(x, riders)
-    return rounded if riders is None else ride(rounded, x, riders)

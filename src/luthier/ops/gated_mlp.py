@@ -1,7 +1,7 @@
 """The activation of gated MLPs: ``act(gate) * up`` with act = silu (SwiGLU), tanh-GELU or exact GELU (GeGLU).
 
 One pass each way. The backward writes the gradients over gate and up and, for the gradient of the next layer's adapter,
-the activation again: it is cheaper to compute than to keep. What the next product reads in 8 bits is rounded in the same pass.
+the activation again: it is cheaper to compute than to keep. A forward whose result is read in 8 bits rounds it in the same pass.
 """
 
 from __future__ import annotations
@@ -63,42 +63,34 @@ def gated_forward(gate: Tensor, up: Tensor, activation: str, out: Tensor, rounde
     return launch_forward(gate, up, activation, out, rounded)
 
 
-def gated_backward_(grad: Tensor, gate: Tensor, up: Tensor, activation: str, rounded: Rows8 | None = None) -> Tensor:
-    """In place: gate and up (N, F) become their gradients, and ``grad`` (N, F) becomes the activation's output, returned.
-
-    ``rounded``: ``fp8.room`` for rows of both gradients, side by side, which are written there in 8 bits.
-    """
+def gated_backward_(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """In place: gate and up (N, F) become their gradients, and ``grad`` (N, F) becomes the activation's output, returned."""
     if not has_kernels(gate):
         out, grad_gate, grad_up = gated_backward_reference(grad, gate, up, activation)
         gate.copy_(grad_gate)
         up.copy_(grad_up)
         return grad.copy_(out)
-    return launch_backward_(grad, gate, up, activation, rounded)
+    return launch_backward_(grad, gate, up, activation)
 
 
 def launch_forward(gate: Tensor, up: Tensor, activation: str, out: Tensor, rounded: Rows8 | None = None) -> Tensor:
-    strides = gate.stride(0), up.stride(0), out.stride(0)
-    grid, how, target = _layout(gate, out, rounded)
-    how["num_warps"] = 4 if rounded is None else 16
-    _gated_forward[grid](gate, up, out, *target, gate.shape[1], *strides, KIND=KINDS.index(activation), **how)
+    rows, width = gate.shape
+    strides, kind = (gate.stride(0), up.stride(0), out.stride(0)), KINDS.index(activation)
+    if rounded is None:
+        grid, where, how = (rows, triton.cdiv(width, BLOCK)), (out, out, 0), {"BLOCK": BLOCK, "num_warps": 4}
+    else:  # a program has a whole row
+        where = rounded.values, rounded.scales, rounded.values.stride(0)
+        grid, how = (rows, 1), {"BLOCK": power_of_2(width), "num_warps": 16}
+    _gated_forward[grid](gate, up, out, *where, width, *strides, KIND=kind, ROUNDS=rounded is not None, **how)
     return out
 
 
-def launch_backward_(grad: Tensor, gate: Tensor, up: Tensor, activation: str, rounded: Rows8 | None = None) -> Tensor:
-    strides = grad.stride(0), gate.stride(0), up.stride(0)
-    grid, how, target = _layout(gate, grad, rounded)
-    how["num_warps"] = 4 if rounded is None else 32
-    _gated_backward[grid](grad, gate, up, *target, gate.shape[1], *strides, KIND=KINDS.index(activation), **how)
-    return grad
-
-
-def _layout(gate: Tensor, other: Tensor, rounded: Rows8 | None) -> tuple[tuple[int, ...], dict, tuple[Tensor, Tensor, int]]:
-    """(the grid, constants, where rounded rows go): a program has a whole row if it is rounded."""
+def launch_backward_(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> Tensor:
     rows, width = gate.shape
-    if rounded is None:
-        return (rows, triton.cdiv(width, BLOCK)), {"ROUNDS": False, "BLOCK": BLOCK}, (other, other, 0)
-    how = {"ROUNDS": True, "BLOCK": power_of_2(width)}
-    return (rows, 1), how, (rounded.values, rounded.scales, rounded.values.stride(0))
+    strides = grad.stride(0), gate.stride(0), up.stride(0)
+    grid = (rows, triton.cdiv(width, BLOCK))
+    _gated_backward[grid](grad, gate, up, width, *strides, KIND=KINDS.index(activation), BLOCK=BLOCK, num_warps=4)
+    return grad
 
 
 @jit
@@ -139,10 +131,7 @@ def _gated_forward(
 
 
 @jit
-def _gated_backward(
-    GRAD, GATE, UP, VALUES, SCALES, stride_values, width, stride_grad, stride_gate, stride_up,
-    KIND: tl.constexpr, ROUNDS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+def _gated_backward(GRAD, GATE, UP, width, stride_grad, stride_gate, stride_up, KIND: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
@@ -155,17 +144,9 @@ def _gated_backward(
     up = tl.load(up_at, mask=inside, other=0.0).to(tl.float32)
     grad = tl.load(grad_at, mask=inside, other=0.0).to(tl.float32)
     value, slope = _activation(gate, KIND)
-    of_gate, of_up = (grad * up * slope).to(GATE.dtype.element_ty), (grad * value).to(UP.dtype.element_ty)
     tl.store(grad_at, (value * up).to(GRAD.dtype.element_ty), mask=inside)
-    tl.store(gate_at, of_gate, mask=inside)
-    tl.store(up_at, of_up, mask=inside)
-    if ROUNDS:
-        wide, other = of_gate.to(tl.float32), of_up.to(tl.float32)
-        scale = _scale_of(tl.maximum(tl.max(tl.abs(wide), 0), tl.max(tl.abs(other), 0)))
-        tl.store(SCALES + row, scale)
-        inverse, target = tl.div_rn(1.0, scale), VALUES + row * stride_values + column
-        tl.store(target, (wide * inverse).to(VALUES.dtype.element_ty), mask=inside)
-        tl.store(target + width, (other * inverse).to(VALUES.dtype.element_ty), mask=inside)
+    tl.store(gate_at, (grad * up * slope).to(GATE.dtype.element_ty), mask=inside)
+    tl.store(up_at, (grad * value).to(UP.dtype.element_ty), mask=inside)
 
 
 class _GatedActivation(torch.autograd.Function):

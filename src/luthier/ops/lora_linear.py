@@ -195,10 +195,6 @@ class Projection:
         """Where a kernel that computes ``n`` inputs also rounds them, for ``forward`` or ``add_to``; None: it does not."""
         return None
 
-    def room_for_gradient(self, n: int, like: Tensor) -> Rows8 | None:
-        """The same for the gradients of ``n`` outputs, for ``input_gradient``; of two layers as wide as each other."""
-        return None
-
     def forward(self, x: Tensor, buffer: Tensor | None, out: Tensor | None = None, rounded: Rows8 | None = None) -> Tensor:
         """x (n, K + E) extended -> (n, N)."""
         if buffer is not None:
@@ -261,9 +257,7 @@ class Projection:
             return None
         return self._scaled(grad @ self.b(buffer))
 
-    def input_gradient(
-        self, grad: Tensor, buffer: Tensor | None, row: int = 0, rounded: Rows8 | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    def input_gradient(self, grad: Tensor, buffer: Tensor | None, row: int = 0) -> tuple[Tensor, Tensor | None]:
         """(dx (n, K), s dy @ B (n, R)) from grad (n, N), for wide N: both from one product, then the adapters' added."""
         if buffer is None:
             return self._plain_input_gradient(grad), None
