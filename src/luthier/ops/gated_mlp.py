@@ -1,7 +1,7 @@
 """The activation of gated MLPs: ``act(gate) * up`` with act = silu (SwiGLU), tanh-GELU or exact GELU (GeGLU).
 
 One pass each way. The backward writes the gradients over gate and up and, for the gradient of the next layer's adapter,
-the activation again: it is cheaper to compute than to keep. A forward whose result is read in 8 bits rounds it in the same pass.
+the activation again: it is cheaper to compute than to keep. A forward whose result is read in 8 bits rounds it in that pass.
 """
 
 from __future__ import annotations
