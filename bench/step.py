@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--model", default="llama-8b", help="a shape of bench/models.py")
     parser.add_argument("--shapes", default="2x2048,8x2048,1x8192", help="batch x tokens, comma separated")
     parser.add_argument("--peers", default="hf,liger,luthier")
+    parser.add_argument("--peer-shapes", help="of the others, where they need not run all")
     rows = ",".join(row for row in LUTHIER if row != "luthier without graphs")
     parser.add_argument("--rows", default=rows, help="which of Luthier's rows to time")
     parser.add_argument("--steps", type=int, default=6)
@@ -80,14 +81,14 @@ def main() -> None:
     names = [peer for peer in arguments.peers.split(",") if peer != "luthier"]
     names += [row for row in arguments.rows.split(",") if "luthier" in arguments.peers]
     for name in names:
-        rows[name] = run_worker(arguments, name)
+        rows[name] = run_worker(arguments, name, arguments.shapes if name in LUTHIER else arguments.peer_shapes)
         print_row(name, rows[name])
         path = write(arguments, check, rows)  # after each row: what is measured is kept
     print(f"written to {path}")
 
 
-def run_worker(arguments: argparse.Namespace, name: str) -> dict:
-    command = [sys.executable, __file__, "--worker", name, "--model", arguments.model, "--shapes", arguments.shapes]
+def run_worker(arguments: argparse.Namespace, name: str, shapes: str | None = None) -> dict:
+    command = [sys.executable, __file__, "--worker", name, "--model", arguments.model, "--shapes", shapes or arguments.shapes]
     command += ["--steps", str(arguments.steps), "--warmup", str(arguments.warmup)]
     command += ["--layers", str(arguments.layers)] if arguments.layers else []
     command += ["--profile"] if arguments.profile else []
