@@ -78,9 +78,8 @@ def main() -> None:
     if not check["passed"]:
         sys.exit("The gradients are wrong: nothing is timed.")
     rows = {}
-    names = [peer for peer in arguments.peers.split(",") if peer != "luthier"]
-    names += [row for row in arguments.rows.split(",") if "luthier" in arguments.peers]
-    for name in names:
+    peers, ours = arguments.peers.split(","), arguments.rows.split(",")
+    for name in [name for peer in peers for name in (ours if peer == "luthier" else [peer])]:
         rows[name] = run_worker(arguments, name, arguments.shapes if name in LUTHIER else arguments.peer_shapes)
         print_row(name, rows[name])
         path = write(arguments, check, rows)  # after each row: what is measured is kept
