@@ -102,6 +102,20 @@ def test_logits_and_greedy_tokens_equal_transformers(name, tmp_path, monkeypatch
     assert tokens == wanted[0].tolist()
 
 
+def test_a_head_of_its_own_is_kept_where_the_config_says_tied(tmp_path):
+    directory = tiny.save_tiny("qwen3", tmp_path / "model")
+    weights = load_file(directory / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+    (tied,) = convert_to_gguf(directory, tmp_path / "tied.gguf", "f32")
+    assert "output.weight" not in GGUFFile(tied).tensors
+    weights["lm_head.weight"] *= torch.linspace(0.5, 2, tiny.VOCAB)[:, None]
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+    (apart,) = convert_to_gguf(directory, tmp_path / "apart.gguf", "f32")
+    with Llama(apart) as llama:
+        assert np.abs(llama.logits(IDS) - reference(directory)).max() < 1e-4
+
+
 @pytest.mark.parametrize("quant, dtype", [("f16", torch.float16), ("bf16", torch.bfloat16)])
 def test_16_bit_files_equal_weights_rounded_the_same_way(quant, dtype, tmp_path):
     directory = tiny.save_tiny("llama3.1", tmp_path / "model")

@@ -21,7 +21,7 @@ from luthier.files import atomic_file, require_space
 from luthier.gguf import architectures, mixtures
 from luthier.gguf.chat import chat_metadata
 from luthier.gguf.imatrix import Importance, check_importance, read_importance, require_importance
-from luthier.gguf.metadata import kv_heads, metadata, rope_tensors
+from luthier.gguf.metadata import is_tied, kv_heads, metadata, rope_tensors
 from luthier.gguf.mmproj import (
     Projector,
     find_projector,
@@ -66,14 +66,27 @@ def convert_to_gguf(
 
 
 def read_config(model_dir: str | Path) -> PreTrainedConfig:
-    """The configuration in a directory, defaults filled in; ``UnsupportedError`` for a model transformers does not know."""
+    """The configuration in a directory, defaults filled in; ``UnsupportedError`` for a model transformers does not know.
+
+    A head that is stored beside the embeddings and differs from them is not tied, whatever the file says: as transformers
+    reads it.
+    """
     path = Path(model_dir) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: {model_dir} is not the directory of a model.")
     kind = PreTrainedConfig.get_config_dict(model_dir, local_files_only=True)[0].get("model_type")
     if kind not in CONFIG_MAPPING:
         raise UnsupportedError(f"GGUF export does not cover the model type {kind!r} of {path}.")
-    return AutoConfig.from_pretrained(model_dir, local_files_only=True)
+    config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
+    if is_tied(config) and _has_own_head(CheckpointSource(model_dir)):
+        for part in (config, config.get_text_config()):
+            part.tie_word_embeddings = False
+    return config
+
+
+def _has_own_head(source: CheckpointSource) -> bool:
+    tables = [name for end in ("lm_head.weight", "embed_tokens.weight") for name in source.shapes if name.endswith(end)]
+    return len(tables) == 2 and not torch.equal(*map(source.read, tables))
 
 
 def output_paths(out: str | Path, name: str, quantization_method: str | Sequence[str]) -> dict[Path, str]:

@@ -106,13 +106,14 @@ class CheckpointSource:
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name in self.shapes:
             if name in self._stacks:
-                data = mxfp4.expand(*map(self._read, self._stacks[name]))
+                data = mxfp4.expand(*map(self.read, self._stacks[name]))
             else:
-                data = self._read(name)
+                data = self.read(name)
             yield name, data
             del data  # before there is the next one
 
-    def _read(self, name: str) -> torch.Tensor:
+    def read(self, name: str) -> torch.Tensor:
+        """One stored tensor."""
         file, entry = self._stored[name]
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return read_bytes(file, entry.start, entry.size, device).view(entry.dtype).view(entry.shape)
