@@ -103,7 +103,7 @@ class Copies(Offload):
 
 class Slabs:
     def take(self, size: int) -> types.SimpleNamespace:
-        return types.SimpleNamespace(memory=torch.empty(size, dtype=torch.uint8), views={}, read=None)
+        return types.SimpleNamespace(memory=torch.empty(size, dtype=torch.uint8), views={}, read=None, waits=None)
 
     def give(self, slab: types.SimpleNamespace) -> None:
         """It is gone."""
