@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import json
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jinja2.exceptions import TemplateError
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from luthier.data.chat import EOS, TABLE, ChatTemplate, strip_generation_marks, template_parts
@@ -20,6 +22,7 @@ from luthier.gguf.writer import Value
 SYSTEM = {"role": "system", "content": "Speak briefly."}
 QUESTION = {"role": "user", "content": "What is a lute?"}
 ANSWER = {"role": "assistant", "content": "An instrument."}
+CUT = ("It's 27 DON'Ts:\n  x = 1234 # and so on\r\n\n", "\t Straße/é 你好 e\u0301 ...?!\n")  # as no two tokenizers do
 PROBES = ([QUESTION], [QUESTION, ANSWER, QUESTION], [SYSTEM, QUESTION], [SYSTEM, QUESTION, ANSWER, QUESTION])
 
 
@@ -37,10 +40,31 @@ class Known:
 
 
 def load_tokenizer(tokenizer: Any) -> Any:
-    """The tokenizer in a directory, the one inside a processor, or the one given."""
+    """The tokenizer in a directory, the one inside a processor, or the one given.
+
+    From a directory, text is cut as its tokenizer.json says, which is what a GGUF file follows. transformers cuts it by the
+    model's type for some (qwen2), whatever stands there.
+    """
     if isinstance(tokenizer, str | Path):
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+        tokenizer = _as_stored(Path(tokenizer), AutoTokenizer.from_pretrained(tokenizer, local_files_only=True))
     return text_tokenizer(tokenizer)
+
+
+def _as_stored(directory: Path, tokenizer: Any) -> Any:
+    """``tokenizer`` if it cuts text as the tokenizer.json in ``directory`` says, else one that does."""
+    if not (directory / "tokenizer.json").is_file():
+        return tokenizer
+    stored = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    as_read = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in CUT]
+    if as_read == [stored.encode(text, add_special_tokens=False).ids for text in CUT]:
+        return tokenizer
+    warnings.warn(
+        f"transformers reads the tokenizer in {directory} as a {type(tokenizer).__name__} and cuts text otherwise than its "
+        "tokenizer.json says. The GGUF file follows tokenizer.json, and is compared with that.",
+        UserWarning,
+        stacklevel=3,
+    )
+    return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
 
 
 def chat_templates(directory: str | Path) -> dict[str, str]:

@@ -20,17 +20,29 @@ def experts_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield f"blk.{layer[1]}", module
 
 
-def expert_tensors(prefix: str, experts: nn.Module) -> Mapping[str, torch.Tensor]:
-    """GGUF tensor name -> that part of the module's stacks, a view ``[experts, out, in]``."""
-    up, down = (_stack(experts, name) for name in _names(experts))
-    names = {"down": down}
+def expert_tensors(
+    prefix: str, experts: nn.Module, added: Mapping[str, torch.Tensor] | None = None
+) -> Mapping[str, torch.Tensor]:
+    """GGUF tensor name -> that part of the module's stacks, a view ``[experts, out, in]``.
+
+    ``added``: what is added to a stack (by its name in the module) before, as an adapter does.
+    """
+    stacks = [_stack(experts, name, (added or {}).get(name)) for name in _names(experts)]
+    return {f"{prefix}.ffn_{name}_exps.weight": view for name, view in _parts(experts, *stacks).items()}
+
+
+def expert_biases(prefix: str, experts: nn.Module) -> Mapping[str, torch.Tensor]:
+    """GGUF tensor name -> those biases of the module, ``[experts, out]``; empty where it has none."""
+    biases = [getattr(experts, f"{name}_bias") for name in _names(experts)] if experts.has_bias else None
+    return {f"{prefix}.ffn_{name}_exps.bias": view for name, view in _parts(experts, *biases).items()} if biases else {}
+
+
+def _parts(experts: nn.Module, up: torch.Tensor, down: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What gate and up hold together, apart: ``[experts, out, ...]``."""
     if not experts.has_gate:
-        names["up"] = up
-    elif experts.is_concatenated:
-        names["gate"], names["up"] = up.chunk(2, 1)
-    else:
-        names["gate"], names["up"] = up[:, ::2], up[:, 1::2]
-    return {f"{prefix}.ffn_{name}_exps.weight": view for name, view in names.items()}
+        return {"down": down, "up": up}
+    gate, up = up.chunk(2, 1) if experts.is_concatenated else (up[:, ::2], up[:, 1::2])
+    return {"down": down, "gate": gate, "up": up}
 
 
 @torch.no_grad()
@@ -63,9 +75,11 @@ def _names(experts: nn.Module) -> tuple[str, str]:
     return "gate_up_proj" if experts.has_gate else "up_proj", "down_proj"
 
 
-def _stack(experts: nn.Module, name: str) -> torch.Tensor:
+def _stack(experts: nn.Module, name: str, added: torch.Tensor | None = None) -> torch.Tensor:
     """A stack ``[experts, out, in]``, expanded if it is in 4 bits."""
     stack = getattr(experts, name)
     if isinstance(stack, bnb.nn.Params4bit):
         stack = bnb.functional.dequantize_4bit(stack.data, stack.quant_state)
+    if added is not None:
+        stack = stack.float() + added
     return stack.transpose(1, 2) if experts.is_transposed else stack

@@ -23,12 +23,11 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from luthier.data.chat import strip_generation_marks
 from luthier.data.read import read_dataset
-from luthier.data.render import render
 from luthier.errors import ExportProofError, suggesting_names, unknown
 from luthier.files import atomic_file, make_directory
 from luthier.gguf import architectures, convert
 from luthier.gguf.calibrate import calibrate
-from luthier.gguf.chat import load_tokenizer, stop_tokens
+from luthier.gguf.chat import stop_tokens
 from luthier.gguf.convert import break_token, output_paths, read_config
 from luthier.gguf.dequantize import load_tensor
 from luthier.gguf.imatrix import Importance, read_importance
@@ -47,23 +46,13 @@ from luthier.model.merge import Base, Merge
 from luthier.model.original import computing_with, original_weights
 from luthier.model.save import save_adapter, upload
 from luthier.model.vision import load_vision_model
-from luthier.proof.deviation import as_llama_cpp, measured
 from luthier.proof.gguf_model import GGUFModel
 from luthier.proof.gguf_tokenizer import GGUFTokenizer
-from luthier.proof.vision import VisionReference, compare_vision, vision_reference_of
+from luthier.proof.reference import TEXTS, Reference, conversations, reference_of
+from luthier.proof.tensors import TensorComparison, compare_attention
+from luthier.proof.vision import compare_vision
 from luthier.proof.weights import checksums, compare_weights, stored_damage
 from luthier.terminal import table
-
-LONGEST = 128  # tokens of a prompt
-BATCH = 8  # prompts that the trained model computes at once
-TEXTS = (
-    "A luthier builds and repairs lutes, violins and guitars; the word comes from the French for lute.",
-    "def area(radius):\n    return 3.14159 * radius ** 2\n\nprint(area(2))  # 12.56636\n",
-    "In 1644 the workshop sold 27 instruments, at 1,250 lire each; what did it earn, less 15% for wood?",
-    "Die Straße führt über die Brücke. ¿Qué hora es? 你好,世界。Привет, мир! 🎻",
-    "  two spaces,\ttab,\n\nblank line; it's we'll they've DON'T\r\n",
-)
-QUESTIONS = ("What does a luthier do?", "Name three instruments with strings.")
 
 # file type -> KL divergence from the trained model that is still allowed, mean over positions, in nats: about five times
 # what is usual (docs/gguf.md), as models of a few hundred million parameters lose more than those of eight billion
@@ -73,9 +62,11 @@ THRESHOLDS = {
     "q2_k": 2.2, "q2_k_s": 3.0,
 }  # fmt: skip
 F32_GAP = 1e-4  # largest difference of a logit, as a share of the largest logit, in an F32 file
-ROUNDINGS = 3  # times what noise of the size of the rounding costs, where that is more than the table allows
+ROUNDINGS = 4  # times what noise of the size of the rounding costs, where that is more than the table allows
 ROUGH_REFERENCE = 5e-3  # what a reference in 16 bits adds to the divergence
-NEAR_TIES = 1e-3  # what it adds that rounding chooses another expert where two are as good; never to f32
+# where two experts are as good, rounding chooses another: of a model with experts, the share of positions that are left out,
+# those which diverge most, and what is added for what they do to the others; not where nothing is rounded
+TIES, NEAR_TIES = 0.1, 2e-3
 # what a file says by leaving a number out
 UNSAID = {
     "rope.freq_base": 10000.0, "rope.freq_base_swa": 10000.0, "rope.scaling.factor": 1.0, "rope.scaling.attn_factor": 1.0,
@@ -83,23 +74,6 @@ UNSAID = {
     "final_logit_softcapping": 0.0,
 }  # fmt: skip
 SPACES = "llama.cpp puts a space behind special tokens where the tokenizer puts none"
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What the trained model says: prompts as token ids, and its logits float32 ``[length, vocabulary]`` for each.
-
-    ``deviation``: what no file can say; the logits are then those of the model with it.
-    """
-
-    config: Any
-    tokenizer: Any
-    template: str | None
-    sequences: list[list[int]]
-    logits: list[torch.Tensor]
-    exact: bool  # computed in 32 bits
-    deviation: str = ""
-    vision: VisionReference | None = None
 
 
 @dataclass
@@ -115,11 +89,15 @@ class Proof:
     positions: int = 0
     texts: int = 0
     stop_tokens: list[str] = field(default_factory=list)
-    weights: str = "not compared"
+    tensors: str = "not compared"  # what each of them computes, see `errors`
+    adapter: str = ""
+    attention: str = "not compared"
+    weights: str = "not compared"  # their bytes
     vision: str = ""
     deviation: str = ""  # what llama.cpp computes otherwise, in any file of this model
     notes: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    errors: dict[str, float] = field(default_factory=dict)  # of every matrix, as a share of what it computes
     checksums: dict[str, int] = field(default_factory=dict)  # CRC-32 of the header and of every tensor
 
     def show(self) -> None:
@@ -128,7 +106,10 @@ class Proof:
             ("divergence (KL)", f"{self.divergence:.2e}, allowed {self.allowed_divergence:.2e}"),
             ("largest logit gap", f"{self.largest_gap:.2e}"),
             ("same first choice", f"{self.top1_agreement:.1%} of {self.positions} positions"),
-            ("weights", self.weights),
+            ("tensors", self.tensors),
+            *([("adapter", self.adapter)] if self.adapter else []),
+            ("attention", self.attention),
+            ("bytes of tensors", self.weights),
             *([("vision", self.vision)] if self.vision else []),
             ("tokens", f"equal in {self.texts} texts"),
             ("stop tokens", " ".join(self.stop_tokens)),
@@ -137,41 +118,6 @@ class Proof:
             *(("FAILED", failure) for failure in self.failures),
         ]
         table(f"Proof of {self.file}", ["what", "result"], rows)
-
-
-def reference_of(model: Any, tokenizer: Any, prompts: Sequence[str] | None = None) -> Reference:
-    """What ``model`` says to ``prompts``, by default a few texts and questions in its chat template."""
-    processor, tokenizer = tokenizer, load_tokenizer(tokenizer)
-    texts = list(prompts) if prompts else [*TEXTS, *_conversations(tokenizer)]
-    sequences = [ids for text in texts if (ids := tokenizer(text, add_special_tokens=False)["input_ids"][:LONGEST])]
-    training = model.training
-    model.eval()
-
-    def answer() -> list[torch.Tensor]:
-        batches = [sequences[first : first + BATCH] for first in range(0, len(sequences), BATCH)]
-        return [logits for batch in batches for logits in _logits(model, batch)]
-
-    logits = answer()
-    with as_llama_cpp(model) as deviation:
-        if deviation:
-            trained, logits = logits, answer()
-            deviation = measured(deviation, trained, logits)
-    vision = vision_reference_of(model, processor, tokenizer)
-    model.train(training)
-    exact = all(parameter.dtype == torch.float32 for parameter in model.parameters() if parameter.is_floating_point())
-    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
-    return Reference(model.config, tokenizer, template, sequences, logits, exact, deviation, vision)
-
-
-@torch.no_grad()
-def _logits(model: Any, sequences: list[list[int]]) -> list[torch.Tensor]:
-    """Float32 ``[length, vocabulary]`` for each sequence, on the CPU; all in one forward, which may read the weights anew."""
-    device, longest = next(model.parameters()).device, max(map(len, sequences))
-    ids = torch.tensor([[*sequence, *[0] * (longest - len(sequence))] for sequence in sequences], device=device)
-    lengths = torch.tensor([len(sequence) for sequence in sequences], device=device)
-    mask = torch.arange(longest, device=device) < lengths[:, None]
-    logits = model(ids, attention_mask=mask.long()).logits
-    return [row[: len(sequence)].float().cpu() for row, sequence in zip(logits, sequences, strict=True)]
 
 
 def prove(path: str | Path, reference: Reference) -> Proof:
@@ -205,7 +151,7 @@ def verify(
     config = read_config(against)
     file = GGUFFile(path)
     source = CheckpointSource(against)
-    reference = reference_of(_load(against, config, source), against, prompts)
+    reference = reference_of(_load(against, config, source), against, prompts, read_importance(imatrix))
     parts = [(file, plan_tensors(architectures.find(config), config, source.shapes))]
     vision = mmproj_path(file.path)
     if reference.vision is not None and vision.is_file():
@@ -234,12 +180,6 @@ def write_proof(path: str | Path, proof: Proof) -> Path:
     with atomic_file(target) as place:
         place.write_text(json.dumps(asdict(proof), indent=1), encoding="utf8")
     return target
-
-
-def _conversations(tokenizer: Any) -> list[str]:
-    if not tokenizer.chat_template:
-        return []
-    return [render(tokenizer, [{"role": "user", "content": text}], add_generation_prompt=True) for text in QUESTIONS]
 
 
 def _load(directory: str | Path, config: Any, source: CheckpointSource) -> Any:
@@ -274,53 +214,71 @@ def _close(found: Any, wanted: Any) -> bool:
 
 def _compare_logits(file: GGUFFile, reference: Reference, proof: Proof) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = GGUFModel(file, device).logits(reference.sequences)
+    tensors = TensorComparison(file, reference.probes, reference.importance)
+    model = GGUFModel(file, device, watch=tensors.see)
+    found = model.logits(reference.sequences)
+    _note_tensors(tensors, device, proof)
+    proof.attention, wrong = compare_attention(model, reference.probes)
+    proof.failures += wrong
+    ties = TIES if _has_experts(file) and not (proof.file_type == "f32" and reference.exact) else 0.0
+    proof.divergence = _divergence(reference.logits, found, device, ties)
     same, largest = 0, 1.0
     for wanted, got in zip(reference.logits, found, strict=True):
         wanted, got = wanted.to(device), got[:, : wanted.shape[-1]].to(device)
         proof.positions += len(wanted)
-        proof.divergence += _divergence(wanted, got)
         proof.largest_gap = max(proof.largest_gap, float((wanted - got).abs().max()))
         same += int((wanted.argmax(-1) == got.argmax(-1)).sum())
         largest = max(largest, float(wanted.abs().max()))
-    proof.divergence /= proof.positions
     proof.top1_agreement = same / proof.positions
     proof.allowed_divergence = THRESHOLDS.get(proof.file_type, THRESHOLDS["f16"])  # a mixture of one's own is measured
-    if proof.file_type != "f32" and f"{file.metadata['general.architecture']}.expert_count" in file.metadata:
+    if ties:
         proof.allowed_divergence += NEAR_TIES
+        proof.notes.append(f"the {ties:.0%} of positions that diverge most are left out: rounding chooses other experts there")
     if not reference.exact:
         proof.allowed_divergence += ROUGH_REFERENCE
         proof.notes.append("the model was computed in 16 bits")
     if not proof.divergence <= proof.allowed_divergence:
-        _allow_for_rounding(file, reference, found, proof)
+        _allow_for_rounding(file, reference, found, ties, proof)
     if not proof.divergence <= proof.allowed_divergence:
         proof.failures.append(f"its logits diverge by {proof.divergence:.2e}, allowed {proof.allowed_divergence:.2e}")
     if proof.file_type == "f32" and reference.exact and not proof.largest_gap <= F32_GAP * largest:
         proof.failures.append(f"a logit is off by {proof.largest_gap:.2e}")
 
 
-def _allow_for_rounding(file: GGUFFile, reference: Reference, found: list[torch.Tensor], proof: Proof) -> None:
+def _has_experts(file: GGUFFile) -> bool:
+    return f"{file.metadata['general.architecture']}.expert_count" in file.metadata
+
+
+def _note_tensors(tensors: TensorComparison, device: str, proof: Proof) -> None:
+    tensors.finish(device)
+    proof.tensors, proof.adapter, proof.errors = tensors.summary(), tensors.adapter_summary(), tensors.errors
+    proof.failures += tensors.failures
+    if tensors.unknown:
+        proof.notes.append(f"the model was not asked for {', '.join(tensors.unknown)}")
+
+
+def _allow_for_rounding(file: GGUFFile, reference: Reference, found: list[torch.Tensor], ties: float, proof: Proof) -> None:
     """Some models lose more than others, one of random weights most: measure what rounding of this size costs this one.
 
     Never is more allowed than what the model's answers to something else would cost: a wrong file may be very sensitive.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    again = GGUFModel(file, device, rounded_again=True).logits(reference.sequences)
-    other = [logits.roll(1, 0) for logits in reference.logits]
-    usual, unrelated = (
-        sum(_divergence(one.to(device), two.to(device)) for one, two in zip(*pair, strict=True)) / proof.positions
-        for pair in ((found, again), (reference.logits, other))
-    )
+    usual = _divergence(found, GGUFModel(file, device, rounded_again=True).logits(reference.sequences), device, ties)
+    unrelated = _divergence(reference.logits, [logits.roll(1, 0) for logits in reference.logits], device, ties)
     allowed = min(ROUNDINGS * usual, unrelated)
     if allowed > proof.allowed_divergence:
         proof.allowed_divergence = allowed
         proof.notes.append(f"this model is sensitive: noise of the size of the rounding makes it diverge by {usual:.1e}")
 
 
-def _divergence(wanted: torch.Tensor, found: torch.Tensor) -> float:
-    """KL divergence, summed over positions."""
-    p, q = wanted.double().log_softmax(-1), found.double().log_softmax(-1)
-    return float((p.exp() * (p - q)).sum())
+def _divergence(wanted: list[torch.Tensor], found: list[torch.Tensor], device: str, left_out: float) -> float:
+    """KL divergence, mean over positions but a share of them, which are those that diverge most."""
+    positions = []
+    for one, two in zip(wanted, found, strict=True):
+        p, q = (logits.to(device)[:, : one.shape[-1]].double().log_softmax(-1) for logits in (one, two))
+        positions.append((p.exp() * (p - q)).sum(-1))
+    divergences = torch.cat(positions).sort().values  # NaN last
+    return float(divergences[: max(1, round(len(divergences) * (1 - left_out)))].mean())
 
 
 def _compare_tokens(file: GGUFFile, tokenizer: Any, proof: Proof) -> None:
@@ -328,7 +286,7 @@ def _compare_tokens(file: GGUFFile, tokenizer: Any, proof: Proof) -> None:
     plain = [(text, tokenizer(text)["input_ids"], rebuilt.encode(text)) for text in TEXTS]
     # what prints its own BOS gets no second one from the programs that read GGUF
     chats = [(text, tokenizer(text, add_special_tokens=False)["input_ids"], rebuilt.encode(text, special=False))
-             for text in _conversations(tokenizer)]  # fmt: skip
+             for text in conversations(tokenizer)]  # fmt: skip
     for text, wanted, found in plain + chats:
         if wanted == found:
             proof.texts += 1
@@ -395,8 +353,7 @@ def save_pretrained_gguf(
         place = Path(place) / directory.resolve().name  # the name that the files get
         write_merged_gguf(model, place, tokenizer, quantization_method, imatrix, base)
         with _over_base(model, tokenizer, base) as trained:
-            reference = reference_of(trained, tokenizer, prompts)
-        return _publish_proved(place, directory, reference)
+            return _publish_proved(place, directory, reference_of(trained, tokenizer, prompts, imatrix))
 
 
 @suggesting_names
@@ -444,7 +401,8 @@ def convert_to_gguf(
         for file in convert.convert_to_gguf(model_dir, single, quantization_method, imatrix):
             write_ollama_modelfile(model_dir, file)
         model = _load(model_dir, read_config(model_dir), CheckpointSource(model_dir))
-        return _publish_proved(Path(place), outputs[0].parent, reference_of(model, model_dir, prompts))
+        reference = reference_of(model, model_dir, prompts, read_importance(imatrix))
+        return _publish_proved(Path(place), outputs[0].parent, reference)
 
 
 def _importance(model: Any, tokenizer: Any, imatrix: Any) -> Importance | None:

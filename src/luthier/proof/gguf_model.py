@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,11 +66,18 @@ ROUNDING = {
 class GGUFModel:
     """``GGUFModel(file).logits(sequences)``. ``UnsupportedError`` for an architecture without a graph.
 
-    ``rounded_again``: with noise of the size of its rounding added to every tensor.
+    ``rounded_again``: with noise of the size of its rounding added to every tensor. ``watch`` is called with the name and the
+    values of every tensor that is read whole.
     """
 
-    def __init__(self, file: GGUFFile, device: torch.device | str = "cpu", rounded_again: bool = False) -> None:
-        self.file, self.device, self.rounded_again = file, device, rounded_again
+    def __init__(
+        self,
+        file: GGUFFile,
+        device: torch.device | str = "cpu",
+        rounded_again: bool = False,
+        watch: Callable[[str, torch.Tensor], None] = lambda name, tensor: None,
+    ) -> None:
+        self.file, self.device, self.rounded_again, self.watch = file, device, rounded_again, watch
         self.name = file.metadata.get("general.architecture")
         if self.name not in GRAPHS:
             raise UnsupportedError(f"The proof cannot compute the architecture {self.name!r}. It knows {', '.join(GRAPHS)}.")
@@ -117,20 +124,57 @@ class GGUFModel:
         return result
 
     def _attention(self, layer: int, part: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        length = len(x)
         if "attn_qkv.weight" in part:
-            sizes = [self.heads * self.size, self.kv_heads * self.size, self.kv_heads * self.size]
-            q, k, v = _linear(part, "attn_qkv", x).split(sizes, -1)
+            q, k, v = self._apart(_linear(part, "attn_qkv", x))
         else:
             q, k, v = (_linear(part, f"attn_{name}", x) for name in "qkv")
+        return _linear(part, "attn_output", self._attend(layer, part, q, k, v))
+
+    def _apart(self, qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return qkv.split([self.heads * self.size, self.kv_heads * self.size, self.kv_heads * self.size], -1)
+
+    @torch.no_grad()
+    def attended(self, layer: int, projected: Mapping[str, torch.Tensor], rounded: bool = False) -> torch.Tensor:
+        """What a layer's attention makes of queries, keys and values ``[length, ...]`` in transformers' order, before its last
+        matrix. ``projected``: by the stem of the matrix that they come from. ``rounded``: in 16 bits after they are rotated.
+        """
+        projected = {name: values.to(self.device).float() for name, values in projected.items()}
+        if "attn_qkv" in projected:
+            q, k, v = self._apart(projected["attn_qkv"])
+        else:
+            q, k, v = (projected[f"attn_{name}"] for name in "qkv")
+        if self.graph.pairs:
+            q, k = (
+                y.view(len(y), heads, 2, -1).transpose(2, 3).reshape(y.shape)
+                for y, heads in ((q, self.heads), (k, self.kv_heads))
+            )
+        prefix = f"blk.{layer}."
+        small = [f"{name}.weight" for name in ("attn_q_norm", "attn_k_norm", "attn_sinks")]
+        part = {
+            name: load_tensor(self.file, prefix + name, self.device) for name in small if prefix + name in self.file.tensors
+        }
+        return self._attend(layer, part, q, k, v, rounded)
+
+    def _attend(
+        self,
+        layer: int,
+        part: dict[str, torch.Tensor],
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        rounded: bool = False,
+    ) -> torch.Tensor:
+        length = len(q)
         q, k = (self._head_norm(y, part.get(f"attn_{name}_norm.weight")) for name, y in (("q", q), ("k", k)))
         q, k, v = (y.view(length, -1, self.size).transpose(0, 1) for y in (q, k, v))  # [heads, length, size]
         windowed = bool(self.graph.every) and (layer + 1) % self.graph.every != 0
         if not self.graph.unrotated or (layer + 1) % self.graph.unrotated:
             q, k = self._rotate(q, windowed), self._rotate(k, windowed)
+        if rounded:
+            q, k = (y.bfloat16().float() for y in (q, k))
         k, v = (y.repeat_interleave(self.heads // self.kv_heads, 0) for y in (k, v))
         scores = _softcap(q @ k.transpose(1, 2) * self._query_scale(), self._get("attn_logit_softcapping", None))
-        place = torch.arange(length, device=x.device)
+        place = torch.arange(length, device=q.device)
         distance = place[:, None] - place[None, :]
         hidden = distance < 0
         if windowed:
@@ -141,7 +185,7 @@ class GGUFModel:
             shares = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
         else:
             shares = scores.softmax(-1)
-        return _linear(part, "attn_output", (shares @ v).transpose(0, 1).reshape(length, -1))
+        return (shares @ v).transpose(0, 1).reshape(length, -1)
 
     def _query_scale(self) -> float:
         if self.graph.layers_of_27b and self.layers == self.graph.layers_of_27b:
@@ -243,6 +287,7 @@ class GGUFModel:
 
     def _tensor(self, name: str) -> torch.Tensor:
         found = load_tensor(self.file, name, self.device)
+        self.watch(name, found)
         share = ROUNDING.get(self.file.tensors[name].type.name) if self.rounded_again else None
         if share is None:
             return found
