@@ -34,6 +34,7 @@ from luthier.gguf.mmproj import (
 )
 from luthier.gguf.plan import Piece, Plan, plan_tensors, same
 from luthier.gguf.quantize import encode_in_chunks, require_quantizer
+from luthier.gguf.reader import GGUFFile
 from luthier.gguf.source import CheckpointSource, MemorySource, TensorSource
 from luthier.gguf.tokenizer import model_name, tokenizer_metadata
 from luthier.gguf.types import FILE_TYPES, FileType, TensorType, file_type
@@ -122,8 +123,7 @@ def write_gguf(
     source = MemorySource(source) if isinstance(source, Mapping) else source
     planned = plan_tensors(architecture, config, source.shapes)
     vocab_size = planned.shapes["token_embd.weight"][0]
-    shared = metadata(architecture, config, model_name(tokenizer_dir, name))
-    shared |= tokenizer_metadata(tokenizer_dir, vocab_size) | chat_metadata(tokenizer_dir)
+    shared = header(config, tokenizer_dir, vocab_size, name)
     types = {path: file_type(method) for path, method in outputs.items()}
     importance = read_importance(imatrix)
     for target in types.values():
@@ -145,6 +145,12 @@ def write_gguf(
                 _write_piece(Piece(name, None, same), tensor, None, parts[0].writers)
             _write_tensors(source, parts, importance)
     return list(outputs)
+
+
+def header(config: PreTrainedConfig, tokenizer_dir: str | Path, vocab_size: int, name: str = "") -> dict[str, Value]:
+    """The metadata of the model, whatever its file's type."""
+    model = metadata(architectures.find(config), config, model_name(tokenizer_dir, name))
+    return model | tokenizer_metadata(tokenizer_dir, vocab_size) | chat_metadata(tokenizer_dir)
 
 
 @dataclass
@@ -181,6 +187,19 @@ def _model_shape(config: PreTrainedConfig, planned: Plan, imatrix: bool) -> mixt
         tied="output.weight" not in planned.shapes,
         imatrix=imatrix,
     )
+
+
+def file_types(config: PreTrainedConfig, planned: Plan, file: GGUFFile) -> list[str]:
+    """The file types whose tensors have the types of those in ``file``; none for a mixture of one's own."""
+    models = [_model_shape(config, planned, imatrix) for imatrix in (False, True)]
+    stored = {name: info.type for name, info in file.tensors.items()}
+
+    def fits(target: FileType, model: mixtures.ModelShape) -> bool:
+        return all(
+            stored.get(name) == mixtures.tensor_type(name, shape, target, model) for name, shape in planned.shapes.items()
+        )
+
+    return [name for name, target in FILE_TYPES.items() if any(fits(target, model) for model in models)]
 
 
 def _layout(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,15 @@ class GGUFFile:
         """Like `data`, but read into memory of its own."""
         info = self.tensors[name]
         return read_bytes(self.path, self._data_start + info.offset, info.size, device).view(info.rows, info.row_bytes)
+
+    def outside(self) -> Iterator[np.ndarray]:
+        """All bytes that are no tensor's, in order: the header, and what fills up between tensors and behind them."""
+        place = 0
+        for info in sorted(self.tensors.values(), key=lambda info: info.offset):
+            start = self._data_start + info.offset
+            yield self._data[place:start]
+            place = start + info.size
+        yield self._data[place:]
 
     def _read_header(self) -> None:
         if self._take(4) != MAGIC:

@@ -94,7 +94,7 @@ def plan(metadata: Mapping[str, Value], tensors: Sequence[TensorInfo]) -> Layout
         offset += _aligned(info.size)
     header = bytearray(MAGIC + struct.pack("<IQQ", VERSION, len(tensors), len(metadata)))
     for key, value in metadata.items():
-        header += _string(key) + _value(key, value)
+        header += _string(key) + encode_value(key, value)
     header += descriptions
     header += bytes(_aligned(len(header)) - len(header))
     return Layout(bytes(header), placed, len(header) + offset)
@@ -189,7 +189,7 @@ def _string(text: str) -> bytes:
     return struct.pack("<Q", len(data)) + data
 
 
-def _value(key: str, value: Value) -> bytes:
+def encode_value(key: str, value: Value) -> bytes:
     """A metadata value with its type id: ints become UINT32 (or the next type that holds them), floats FLOAT32."""
     if isinstance(value, Encoded):
         return value.data

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -48,10 +47,11 @@ from luthier.model.save import save_adapter, upload
 from luthier.model.vision import load_vision_model
 from luthier.proof.gguf_model import GGUFModel
 from luthier.proof.gguf_tokenizer import GGUFTokenizer
+from luthier.proof.header import close, damaged_header
 from luthier.proof.reference import TEXTS, Reference, conversations, reference_of
 from luthier.proof.tensors import TensorComparison, compare_attention
 from luthier.proof.vision import compare_vision
-from luthier.proof.weights import checksums, compare_weights, stored_damage
+from luthier.proof.weights import BF16_STEP, checksums, compare_weights, stored_damage
 from luthier.terminal import table
 
 # file type -> KL divergence from the trained model that is still allowed, mean over positions, in nats: about five times
@@ -134,8 +134,8 @@ def prove(path: str | Path, reference: Reference) -> Proof:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         proof.vision, wrong = compare_vision(Path(path), reference.config, reference.vision, device)
         proof.failures += wrong
-    _compare_numbers(file, reference.config, proof)
-    _compare_logits(file, reference, proof)
+    if _compare_sizes(file, reference.config, proof):
+        _compare_logits(file, reference, proof)
     _compare_tokens(file, reference.tokenizer, proof)
     _compare_chat(file, reference, proof)
     return proof
@@ -152,6 +152,7 @@ def verify(
     file = GGUFFile(path)
     source = CheckpointSource(against)
     reference = reference_of(_load(against, config, source), against, prompts, read_importance(imatrix))
+    reference = replace(reference, slack=BF16_STEP)
     parts = [(file, plan_tensors(architectures.find(config), config, source.shapes))]
     vision = mmproj_path(file.path)
     if reference.vision is not None and vision.is_file():
@@ -161,9 +162,9 @@ def verify(
     proof = prove(path, replace(reference, vision=None) if alone else reference)
     if alone:
         proof.notes.append(f"its vision part {vision.name} is not beside it: not compared")
-    proof.failures += stored_damage(file)
+    proof.failures += damaged_header(file, config, against, parts[0][1]) + stored_damage(file)
     proof.weights, wrong = compare_weights(parts, source, imatrix)
-    proof.failures += wrong
+    proof.failures = list(dict.fromkeys(proof.failures + wrong))
     return proof
 
 
@@ -192,29 +193,34 @@ def _load(directory: str | Path, config: Any, source: CheckpointSource) -> Any:
     return auto.from_pretrained(directory, dtype=dtype, **options)
 
 
-def _compare_numbers(file: GGUFFile, config: Any, proof: Proof) -> None:
-    """The sizes, norms and rotary embedding that the file names, and the tensors computed from them."""
+def _compare_sizes(file: GGUFFile, config: Any, proof: Proof) -> bool:
+    """The sizes, norms and rotary embedding that the file names, and the tensors computed from them; whether it has sizes of
+    the model's, so that it can be computed.
+    """
     architecture = architectures.find(config)
-    unsaid = {f"{architecture.name}.{key}": value for key, value in UNSAID.items()}
     with warnings.catch_warnings(action="ignore"):  # the export has said it
-        wanted = unsaid | metadata(architecture, config, "")
-    for key, value in wanted.items():
+        wanted = metadata(architecture, config, "")
+    heads, head = (wanted[f"{architecture.name}.{key}"] for key in ("attention.head_count", "embedding_length"))
+    unsaid = {**UNSAID, "attention.head_count_kv": heads, "attention.key_length": head // heads}
+    unsaid = {f"{architecture.name}.{key}": value for key, value in unsaid.items()}
+    computable = True
+    for key, value in ({key: value for key, value in unsaid.items() if key.split(".", 1)[1] in UNSAID} | wanted).items():
         found = file.metadata.get(key, unsaid.get(key, value))
         found = found.tolist() if isinstance(found, np.ndarray) else found
-        if not key.endswith("context_length") and found != value and not _close(found, value):
-            proof.failures.append(f"{key} is {found} in the file and {value} in the model")
+        if key.endswith("context_length") or found == value or close(found, value):
+            continue
+        proof.failures.append(f"{key} is {found} in the file and {value} in the model")
+        computable &= isinstance(value, float)
     for name, tensor in rope_tensors(config).items():
         if name not in file.tensors or not torch.allclose(load_tensor(file, name), tensor, rtol=1e-5):
             proof.failures.append(f"{name} is not the model's")
-
-
-def _close(found: Any, wanted: Any) -> bool:
-    return isinstance(found, int | float) and isinstance(wanted, int | float) and math.isclose(found, wanted, rel_tol=1e-6)
+    return computable
 
 
 def _compare_logits(file: GGUFFile, reference: Reference, proof: Proof) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tensors = TensorComparison(file, reference.probes, reference.importance)
+    rounding = max(reference.probes.rounding, reference.slack)
+    tensors = TensorComparison(file, reference.probes, reference.importance, rounding)
     model = GGUFModel(file, device, watch=tensors.see)
     found = model.logits(reference.sequences)
     _note_tensors(tensors, device, proof)
@@ -263,7 +269,8 @@ def _allow_for_rounding(file: GGUFFile, reference: Reference, found: list[torch.
     Never is more allowed than what the model's answers to something else would cost: a wrong file may be very sensitive.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    usual = _divergence(found, GGUFModel(file, device, rounded_again=True).logits(reference.sequences), device, ties)
+    again = GGUFModel(file, device, rounded_again=proof.errors)
+    usual = _divergence(found, again.logits(reference.sequences), device, ties)
     unrelated = _divergence(reference.logits, [logits.roll(1, 0) for logits in reference.logits], device, ties)
     allowed = min(ROUNDINGS * usual, unrelated)
     if allowed > proof.allowed_divergence:
@@ -282,7 +289,11 @@ def _divergence(wanted: list[torch.Tensor], found: list[torch.Tensor], device: s
 
 
 def _compare_tokens(file: GGUFFile, tokenizer: Any, proof: Proof) -> None:
-    rebuilt = GGUFTokenizer(file)
+    try:
+        rebuilt = GGUFTokenizer(file)
+    except ValueError as error:
+        proof.failures.append(str(error))
+        return
     plain = [(text, tokenizer(text)["input_ids"], rebuilt.encode(text)) for text in TEXTS]
     # what prints its own BOS gets no second one from the programs that read GGUF
     chats = [(text, tokenizer(text, add_special_tokens=False)["input_ids"], rebuilt.encode(text, special=False))

@@ -66,7 +66,8 @@ ROUNDING = {
 class GGUFModel:
     """``GGUFModel(file).logits(sequences)``. ``UnsupportedError`` for an architecture without a graph.
 
-    ``rounded_again``: with noise of the size of its rounding added to every tensor. ``watch`` is called with the name and the
+    ``rounded_again``: with noise of the size of its rounding added to every tensor; its values are the shares of a tensor that
+    this is, where it is more than usual. ``watch`` is called with the name and the
     values of every tensor that is read whole.
     """
 
@@ -74,7 +75,7 @@ class GGUFModel:
         self,
         file: GGUFFile,
         device: torch.device | str = "cpu",
-        rounded_again: bool = False,
+        rounded_again: Mapping[str, float] | None = None,
         watch: Callable[[str, torch.Tensor], None] = lambda name, tensor: None,
     ) -> None:
         self.file, self.device, self.rounded_again, self.watch = file, device, rounded_again, watch
@@ -288,9 +289,9 @@ class GGUFModel:
     def _tensor(self, name: str) -> torch.Tensor:
         found = load_tensor(self.file, name, self.device)
         self.watch(name, found)
-        share = ROUNDING.get(self.file.tensors[name].type.name) if self.rounded_again else None
-        if share is None:
+        if self.rounded_again is None:
             return found
+        share = max(ROUNDING.get(self.file.tensors[name].type.name, 0.0), self.rounded_again.get(name, 0.0))
         generator = torch.Generator(self.device).manual_seed(zlib.crc32(name.encode()))
         noise = torch.randn(found.shape, generator=generator, device=self.device)
         return found.addcmul_(noise, found.square().mean(-1, keepdim=True).sqrt(), value=share)

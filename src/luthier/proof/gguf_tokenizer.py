@@ -89,6 +89,9 @@ class GGUFTokenizer:
         if name not in CUTS:
             raise UnsupportedError(f"The proof does not know the pre-tokenizer {name!r}.")
         merges = [tuple(merge.split(" ")) for merge in self.file.metadata["tokenizer.ggml.merges"]]
+        for merge in merges:
+            if len(merge) != 2 or not {*merge, "".join(merge)} <= self.ids.keys():
+                raise ValueError(f"its merge {' '.join(merge)!r} is of tokens that it does not have")
         tokenizer = Tokenizer(models.BPE(self.ids, merges, ignore_merges=name == "llama-bpe"))
         cuts = [pre_tokenizers.Split(Regex(cut), "isolated") for cut in CUTS[name]]
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

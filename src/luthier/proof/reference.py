@@ -44,6 +44,7 @@ class Reference:
     vision: VisionReference | None = None
     probes: Probes | None = None
     importance: Importance = field(default_factory=dict)  # what its files were rounded with
+    slack: float = 0.0  # what weights may be off by, as those that were in 16 bits on the way
 
 
 def reference_of(
@@ -75,7 +76,8 @@ def reference_of(
         logits = as_there
     vision = vision_reference_of(model, processor, tokenizer)
     model.train(training)
-    exact = all(parameter.dtype == torch.float32 for parameter in model.parameters() if parameter.is_floating_point())
+    in_32_bits = all(parameter.dtype == torch.float32 for parameter in model.parameters() if parameter.is_floating_point())
+    exact = in_32_bits and probes.rounding <= 1e-3
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
     return Reference(model.config, tokenizer, template, sequences, logits, exact, deviation, vision, probes, importance or {})
 

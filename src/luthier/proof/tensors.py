@@ -62,6 +62,7 @@ class TensorComparison:
     file: GGUFFile
     probes: Probes
     importance: Importance
+    rounding: float  # what an output may be off by besides, as a share of it
     errors: dict[str, float] = field(default_factory=dict)
     adapters: dict[str, float] = field(default_factory=dict)  # share of the adapter's change that is in the matrix
     hidden: int = 0  # adapters too small to be seen behind the rounding
@@ -111,9 +112,7 @@ class TensorComparison:
             return "none compared"
         kind = self.file.tensors[worst].type.name
         usual = f"; {kind} usually rounds by {ROUNDING[kind]:.1%}" if kind in ROUNDING else ""
-        return (
-            f"{len(self.matrices | self.vectors)} compared; worst {worst}, off by {self.errors[worst]:.1%}{usual}"
-        )
+        return f"{len(self.matrices | self.vectors)} compared; worst {worst}, off by {self.errors[worst]:.1%}{usual}"
 
     def adapter_summary(self) -> str:
         """Where the adapter was found, "" where there is none."""
@@ -124,7 +123,7 @@ class TensorComparison:
         return f"{low:.0%} to {high:.0%} of it in {len(self.adapters)} matrices{hidden}"
 
     def _usual(self, name: str) -> float:
-        return ROUNDING.get(self.file.tensors[name].type.name, 0.0) + self.probes.rounding
+        return ROUNDING.get(self.file.tensors[name].type.name, 0.0) + self.rounding
 
     def _as_transformers(self, name: str, tensor: Tensor) -> Tensor:
         """Rows of queries and keys in transformers' order, halves and not pairs, where llama.cpp's graph turns pairs."""
@@ -140,7 +139,7 @@ class TensorComparison:
         if found.shape != wanted.shape:
             self.failures.append(f"{name} has {len(found)} numbers, in the model {len(wanted)}")
             return
-        slack = self.probes.rounding * (2 * wanted.abs() + wanted.abs().mean())
+        slack = self.rounding * (2 * wanted.abs() + wanted.abs().mean())
         wrong = ~((found - wanted).abs() <= slack)
         if wrong.any():
             i = int(wrong.nonzero()[0])
@@ -177,7 +176,7 @@ class TensorComparison:
             return None  # a new adapter
         along = float((off * change).sum()) / size**2
         noise = float((off - along * change).norm()) / change.numel() ** 0.5
-        if size <= FAINT * self.probes.rounding * float(base.norm()) or noise > SEEN * size:
+        if size <= FAINT * self.rounding * float(base.norm()) or noise > SEEN * size:
             self.hidden += 1
             return None
         return 1 + along
@@ -189,7 +188,7 @@ class TensorComparison:
             [dequantize(data.to(rows.device), kind) for _, data in encode_in_chunks(name, wanted, kind, importance)]
         )
         off, usual = ((matrix - wanted).norm(dim=1) for matrix in (rows, again))
-        size, slack = wanted.norm(dim=1), self.probes.rounding
+        size, slack = wanted.norm(dim=1), self.rounding
         error, allowed = float(off.norm()), float(WORSE * usual.norm() + slack * size.norm())
         wrong = (~(off <= WORSE_ROW * usual + 4 * slack * size)).nonzero().flatten().tolist()
         if not error <= allowed:

@@ -34,8 +34,10 @@ LOWEST_BITS = {
 
 
 def checksums(file: GGUFFile) -> dict[str, int]:
-    """CRC-32 of every tensor, and of the header under the empty name; those of the vision part beside it, too."""
-    header = zlib.crc32(b"".join(key.encode() + value.data for key, value in file.encoded.items()))
+    """CRC-32 of every tensor, and of all else under the empty name; those of the vision part beside it, too."""
+    header = 0
+    for part in file.outside():
+        header = zlib.crc32(part, header)
     with ThreadPoolExecutor(THREADS) as pool:
         sums = {"": header} | dict(
             zip(file.tensors, pool.map(lambda name: zlib.crc32(file.data(name)), file.tensors), strict=True)
@@ -52,7 +54,7 @@ def stored_damage(file: GGUFFile) -> list[str]:
     if not beside.is_file():
         return []
     stored, found = json.loads(beside.read_text("utf8"))["checksums"], checksums(file)
-    changed = [name or "its metadata" for name in found if stored.get(name) != found[name]]
+    changed = [name or "its header" for name in found if stored.get(name) != found[name]]
     return [f"changed since its proof was written: {', '.join(changed[:5])}"] if changed else []
 
 
