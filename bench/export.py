@@ -29,7 +29,7 @@ from luthier import ExportProofError, FastLanguageModel, files
 from luthier.gguf import convert, quantize, reader, writer
 from luthier.gguf.types import TENSOR_TYPES
 from luthier.model import gguf_export, merge
-from luthier.proof import export, gguf_model
+from luthier.proof import export, gguf_model, tensors
 
 SPECIAL = ("<|pad|>", "<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>")
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
@@ -77,6 +77,11 @@ PHASES = {  # phase -> the functions that it is spent in
     "model over its base": [(export, "load_model"), (export, "save_adapter")],
     "trained model's logits": [(export, "reference_of")],
     "file's checksums": [(export, "checksums")],
+    "file's tensors, attention": [
+        (tensors.TensorComparison, "see"),
+        (tensors.TensorComparison, "finish"),
+        (export, "compare_attention"),
+    ],
     "file's logits": [(gguf_model.GGUFModel, "logits")],
     "proof's tokens, template": [(export, "_compare_tokens"), (export, "_compare_chat"), (reader.GGUFFile, "__init__")],
     "tokenizer, template": [

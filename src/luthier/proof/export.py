@@ -319,7 +319,7 @@ def _compare_chat(file: GGUFFile, reference: Reference, proof: Proof) -> None:
     embedded = file.metadata.get("tokenizer.chat_template")
     if reference.template is not None and embedded != strip_generation_marks(reference.template):
         proof.failures.append("its chat template is not the tokenizer's" if embedded else "it has no chat template")
-    tokens = file.metadata["tokenizer.ggml.tokens"]
+    tokens = file.metadata.get("tokenizer.ggml.tokens", [])
     ends = [file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     known = {tokens[i] for i in ends if i is not None and i < len(tokens)}
     proof.stop_tokens = list(stop_tokens(reference.tokenizer))

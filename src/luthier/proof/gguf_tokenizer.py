@@ -11,6 +11,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from luthier.errors import UnsupportedError
 from luthier.gguf.reader import GGUFFile
 
+NEEDED = ("model", "tokens", "token_type")
 NORMAL, CONTROL, USER_DEFINED, BYTE = 1, 3, 4, 6
 SPACE = "▁"
 ASCII_SPACE = " \t\n\v\f\r"
@@ -41,6 +42,9 @@ class GGUFTokenizer:
 
     def __init__(self, file: GGUFFile) -> None:
         self.file = file
+        missing = [key for key in NEEDED if f"tokenizer.ggml.{key}" not in file.metadata]
+        if missing:
+            raise ValueError(f"it has no tokenizer.ggml.{missing[0]}")
         self.tokens: list[str] = file.metadata["tokenizer.ggml.tokens"]
         self.types = file.metadata["tokenizer.ggml.token_type"].tolist()
         self.ids = {token: i for i, token in reversed(list(enumerate(self.tokens)))}
@@ -88,6 +92,8 @@ class GGUFTokenizer:
         name = self.file.metadata.get("tokenizer.ggml.pre", "default")
         if name not in CUTS:
             raise UnsupportedError(f"The proof does not know the pre-tokenizer {name!r}.")
+        if "tokenizer.ggml.merges" not in self.file.metadata:
+            raise ValueError("it has no tokenizer.ggml.merges")
         merges = [tuple(merge.split(" ")) for merge in self.file.metadata["tokenizer.ggml.merges"]]
         for merge in merges:
             if len(merge) != 2 or not {*merge, "".join(merge)} <= self.ids.keys():
@@ -99,6 +105,8 @@ class GGUFTokenizer:
         return lambda text, after_special: tokenizer.encode(text, add_special_tokens=False).ids
 
     def _sentencepiece(self) -> Callable[[str, bool], list[int]]:
+        if "tokenizer.ggml.scores" not in self.file.metadata:
+            raise ValueError("it has no tokenizer.ggml.scores")
         scores = self.file.metadata["tokenizer.ggml.scores"].tolist()
         prefix = self.file.metadata.get("tokenizer.ggml.add_space_prefix", True)
 

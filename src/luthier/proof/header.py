@@ -67,5 +67,5 @@ def _bytes_unlike(one: bytes, other: bytes) -> int:
 
 
 def close(found: Any, wanted: Any) -> bool:
-    """Whether both are numbers, and the same in 32 bits."""
+    """Whether both are numbers, and the same to six digits."""
     return isinstance(found, int | float) and isinstance(wanted, int | float) and math.isclose(found, wanted, rel_tol=1e-6)

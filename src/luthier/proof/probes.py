@@ -7,16 +7,19 @@ the weights that it is exported over, and nothing is asked of the code that merg
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import bitsandbytes as bnb
 import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from luthier.gguf.experts import expert_biases, expert_tensors, experts_of
 from luthier.model.lora import plain_name
@@ -45,7 +48,7 @@ Names = tuple[str, ...]  # what a file may call a tensor
 class Probe:
     """A matrix ``[out, in]`` of the trained model: ``outputs`` ``[n, out]`` of ``inputs`` ``[n, in]``, without its bias.
 
-    The first ``random`` inputs are random signs, the others an orthonormal basis of what the adapter reads. ``base``: what
+    The first ``random`` inputs are random signs, the others unit vectors along what the adapter reads. ``base``: what
     comes out without the adapter, where there is one.
     """
 
@@ -89,7 +92,7 @@ def probe(model: nn.Module, run: Callable[[], None], row: int, length: int) -> P
             found.vectors[names] = value.flatten()
         else:
             rows, plain = (part if part is None else part.reshape(-1, part.shape[-1]) for part in (value, base))
-            inputs = _signs(rows)
+            inputs = _signs(rows.shape[-1], rows.device, rows.dtype)
             found.matrices[names] = Probe(inputs, inputs @ rows.T, None if plain is None else inputs.to(plain.dtype) @ plain.T)
     found.rounding = max(_rounding(model, probe.inputs.dtype) for probe in found.matrices.values())
     return found
@@ -141,11 +144,11 @@ def _rounding(model: nn.Module, dtype: torch.dtype) -> float:
     return 4e-3
 
 
-def _signs(like: Tensor) -> Tensor:
-    """Random signs ``[RANDOM, in]``, always the same for a width."""
-    width = like.shape[-1]
+@functools.lru_cache(8)
+def _signs(width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Random signs ``[RANDOM, width]``, always the same."""
     signs = torch.randint(0, 2, (RANDOM, width), generator=torch.Generator().manual_seed(width))
-    return (2 * signs - 1).to(like.device, like.dtype)
+    return (2 * signs - 1).to(device, dtype)
 
 
 class _Watch:
@@ -169,7 +172,7 @@ class _Watch:
         if self.names[0].endswith("norm.weight"):
             self.rows = x.new_ones(1, x.shape[-1])
         else:
-            self.rows = torch.cat([_signs(x), self._adapter(x), x.new_zeros(1, x.shape[-1])])
+            self.rows = torch.cat([_signs(x.shape[-1], x.device, x.dtype), self._adapter(x), x.new_zeros(1, x.shape[-1])])
         return (torch.cat([x.reshape(-1, x.shape[-1]), self.rows]), *inputs[1:])
 
     def _note_attention(self, stems: tuple[str, ...], values: Tensor) -> None:
@@ -179,12 +182,13 @@ class _Watch:
             self.found.attention[int(number)][stem] = values[self.row, : self.length].clone()
 
     def _adapter(self, x: Tensor) -> Tensor:
-        """An orthonormal basis of what the adapter of this layer reads: ``[ranks, in]``."""
+        """Unit vectors along what the adapter of this layer reads: ``[ranks, in]``."""
         if not isinstance(self.module, LoraLayer):
             return x.new_empty(0, x.shape[-1])
         reads = [self.module.lora_A[name].weight for name in self.module.active_adapters if name in self.module.lora_A]
-        basis = torch.linalg.qr(torch.cat(reads).T.float()).Q.T if reads else x.new_empty(0, x.shape[-1])
-        return basis.to(x.device, x.dtype)
+        return torch.cat(
+            [normalize(rows.to(x.device).float()).to(x.dtype) for rows in reads] or [x[:0].reshape(0, x.shape[-1])]
+        )
 
     def _after_base(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         self.base = output[-len(self.rows) :]
@@ -209,38 +213,57 @@ class _Watch:
 
 def _held(model: nn.Module, only: Names | None = None) -> Iterator[tuple[Names, Tensor, Tensor | None]]:
     """What no layer takes vectors through alone: (names, value, what it is without the adapter, where there is one)."""
-    added = _added_to_parameters(model)
+    wrappers, seen = _wrappers(model), set()
     for names, module in _layers(model):
         if names[0].startswith("token_embd") and only in (None, names):
             yield names, *_embeddings(module)
     for prefix, experts in experts_of(model):
         if only is None or only[0].startswith(f"{prefix}."):
-            plain, changes = expert_tensors(prefix, experts), added[experts]
+            plain, changes = expert_tensors(prefix, experts), _added(wrappers[experts])
             for name, value in (expert_tensors(prefix, experts, changes) if changes else plain).items():
                 yield (name,), value, plain[name] if changes else None
             for name, value in expert_biases(prefix, experts).items():
                 yield (name,), value, None
     for path, module in model.named_modules():
         names, leaf = _names(path)
-        if leaf in ROUTERS and isinstance(getattr(module, "weight", None), nn.Parameter):
-            yield names, (added[module].get("weight", 0) + module.weight), (module.weight if added[module] else None)
-            if getattr(module, "bias", None) is not None:
-                yield tuple(name.removesuffix("weight") + "bias" for name in names), module.bias, None
+        if leaf in ROUTERS and names not in seen:
+            seen.add(names)
+            yield from _router(names, module, wrappers)
         layer = IN_LAYER.search(path)
         if layer and isinstance(getattr(module, "sinks", None), nn.Parameter):
             yield (f"blk.{layer[1]}.attn_sinks.weight",), module.sinks, None
 
 
-def _added_to_parameters(model: nn.Module) -> dict[nn.Module, dict[str, Tensor]]:
-    """What peft's wrappers of single parameters, such as stacks of experts, add to them in a forward."""
-    added: dict[nn.Module, dict[str, Tensor]] = defaultdict(dict)
+def _router(names: Names, module: nn.Module, wrappers: Mapping[nn.Module, list[ParamWrapper]]) -> Iterator[tuple]:
+    """What chooses experts, with what is wrapped around it: its weight and its bias, as `_held` has them."""
+    if isinstance(module, ModulesToSaveWrapper):
+        base, module = module.original_module.weight, module.modules_to_save[module.active_adapters[0]]
+        yield names, module.weight, base
+    else:
+        module = module.get_base_layer() if isinstance(module, ParamWrapper) else module
+        changes = _added(wrappers[module])
+        yield names, module.weight + changes.get("weight", 0), module.weight if changes else None
+    if getattr(module, "bias", None) is not None:
+        yield tuple(name.removesuffix("weight") + "bias" for name in names), module.bias, None
+
+
+def _wrappers(model: nn.Module) -> dict[nn.Module, list[ParamWrapper]]:
+    """peft's wrappers of single parameters, such as stacks of experts, by the module that these are of."""
+    found: dict[nn.Module, list[ParamWrapper]] = defaultdict(list)
     for module in model.modules():
-        if isinstance(module, ParamWrapper):
-            active = [name for name in module.active_adapters if name in module.lora_A]
-            if active:
-                changes = [module.get_delta_weight(name).float() for name in active]
-                added[module.get_base_layer()][module.parameter_name] = sum(changes)
-    return added
+        if isinstance(module, ParamWrapper) and any(name in module.lora_A for name in module.active_adapters):
+            found[module.get_base_layer()].append(module)
+    return found
+
+
+def _added(wrappers: list[ParamWrapper]) -> dict[str, Tensor]:
+    """What they add to parameters of their module in a forward, by the names of those."""
+    return {
+        wrapper.parameter_name: sum(
+            wrapper.get_delta_weight(name).float() for name in wrapper.active_adapters if name in wrapper.lora_A
+        )
+        for wrapper in wrappers
+    }
 
 
 def _embeddings(module: nn.Module) -> tuple[Tensor, Tensor | None]:
