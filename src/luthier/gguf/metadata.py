@@ -23,7 +23,7 @@ def kv_heads(config: PreTrainedConfig) -> int:
 
 def is_tied(config: PreTrainedConfig) -> bool:
     """Whether the embeddings are the output head, too."""
-    return bool(config.tie_word_embeddings)
+    return bool(getattr(config, "tie_word_embeddings", False))
 
 
 def rope_parameters(config: PreTrainedConfig, layer_type: str = "full_attention") -> dict:
