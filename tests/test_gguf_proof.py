@@ -345,6 +345,13 @@ def test_a_directory_is_converted_with_its_proof(models, tmp_path):
     assert [file.name for file in files] == ["model-BF16.gguf", "model-Q8_0.gguf"]
 
 
+@pytest.mark.filterwarnings("ignore:The model attends to the last 16 tokens")
+def test_nothing_is_compared_beyond_the_context_that_a_file_announces(tmp_path):
+    directory = tiny.save_tiny("mistral", tmp_path / "model", dtype=torch.bfloat16)
+    (file,) = proved_conversion(directory, tmp_path / "x.gguf", "q8_0", prompts=["A prompt of more tokens than sixteen. " * 4])
+    assert GGUFFile(file).metadata["llama.context_length"] == 16
+
+
 def test_only_proved_files_are_uploaded(trained, tmp_path, monkeypatch):
     model, tokenizer = trained
     with fake_hub.running(monkeypatch) as hub:

@@ -167,16 +167,21 @@ _SCALING = {
 }
 
 
-def _context_length(architecture: Architecture, config: PreTrainedConfig) -> int:
+def context_length(architecture: Architecture, config: PreTrainedConfig) -> int:
     """The longest context on which llama.cpp computes what the model was trained to compute."""
     window, longest = getattr(config, "sliding_window", None), config.max_position_embeddings
     layer_types = getattr(config, "layer_types", None) or ["sliding_attention"]
-    if not window or window >= longest or "sliding_attention" not in layer_types or architecture.windowed:
-        return longest
-    warnings.warn(
-        f"The model attends to the last {window} tokens; llama.cpp's {architecture.name!r} attends to all of them, which "
-        f"differs beyond {window}: the file says that the context is {window} tokens long instead of {longest}.",
-        UserWarning,
-        stacklevel=5,
-    )
-    return window
+    is_ignored = window and window < longest and "sliding_attention" in layer_types and not architecture.windowed
+    return window if is_ignored else longest
+
+
+def _context_length(architecture: Architecture, config: PreTrainedConfig) -> int:
+    length, longest = context_length(architecture, config), config.max_position_embeddings
+    if length < longest:
+        warnings.warn(
+            f"The model attends to the last {length} tokens; llama.cpp's {architecture.name!r} attends to all of them, which "
+            f"differs beyond {length}: the file says that the context is {length} tokens long instead of {longest}.",
+            UserWarning,
+            stacklevel=5,
+        )
+    return length

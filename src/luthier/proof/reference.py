@@ -9,8 +9,10 @@ from typing import Any
 import torch
 
 from luthier.data.render import render
+from luthier.gguf.architectures import find
 from luthier.gguf.chat import load_tokenizer
 from luthier.gguf.imatrix import Importance
+from luthier.gguf.metadata import context_length
 from luthier.proof.deviation import as_llama_cpp, measured
 from luthier.proof.probes import Probes, probe
 from luthier.proof.vision import VisionReference, vision_reference_of
@@ -56,7 +58,8 @@ def reference_of(
     """
     processor, tokenizer = tokenizer, load_tokenizer(tokenizer)
     texts = list(prompts) if prompts else [*TEXTS, *conversations(tokenizer)]
-    sequences = [ids for text in texts if (ids := tokenizer(text, add_special_tokens=False)["input_ids"][:LONGEST])]
+    longest = min(LONGEST, context_length(find(model.config), model.config.get_text_config()))
+    sequences = [ids for text in texts if (ids := tokenizer(text, add_special_tokens=False)["input_ids"][:longest])]
     training = model.training
     model.eval()
 
