@@ -145,6 +145,17 @@ def test_a_weight_is_written_from_its_stored_form(path, shape, transposed):
         assert error(out.float() * scales[:, None], dense.double()) < 1.15 * ROUNDING
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_weight_may_lie_in_memory_in_any_order(path, transposed):
+    weight = randn(48, 80).T
+    scales = scales_of(weight_bounds(weight)[transposed])
+    written = [
+        write_weight(w, scales, torch.empty(*(weight.T if transposed else weight).shape, dtype=E4M3, device=DEVICE), transposed)
+        for w in (weight, weight.contiguous())
+    ]
+    assert torch.equal(*map(bits, written))
+
+
 def test_a_product_is_off_by_its_rounding(path):
     x, w = randn(48, 256), randn(64, 256, seed=1)
     left, right = quantise_rows(x), quantise_rows(w)

@@ -7,6 +7,7 @@ left there is gone when another one starts. Backwards are counted: a forward may
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import types
@@ -28,7 +29,7 @@ from luthier.model.compute import set_compute
 from luthier.model.dial import LayerPlan, padded
 from luthier.model.graphs import REPEATS
 from luthier.model.offload import Host
-from luthier.model.recording import Gradients, copies
+from luthier.model.recording import Arena, Gradients, copies
 from luthier.ops import attention as attention_module
 
 
@@ -601,7 +602,33 @@ def test_graphs_of_settings_that_are_gone_leave_room_for_others(monkeypatch):
     for model in models:
         change_scaling(model)
     warm(models)
+    graphs = graphs_of(models[0])
+    assert {*map(id, graphs.latest.values())} == {*map(id, graphs.recordings.values())}  # nothing else holds the others
     assert_equal(models, batch(length=128), replays=1)
+
+
+def test_what_a_failed_warm_up_has_launched_is_waited_for(monkeypatch):
+    """It writes into the buffers that the pass without a graph uses next."""
+    waits = []
+    arena = Arena.__new__(Arena)
+    arena.device, arena.stream = None, types.SimpleNamespace(wait_stream=lambda stream: None)
+    current = types.SimpleNamespace(wait_stream=waits.append)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    with pytest.raises(torch.OutOfMemoryError):
+        arena.aside(full)
+    assert waits == [arena.stream]
+
+
+def full():
+    raise torch.OutOfMemoryError
+
+
+@pytest.mark.parametrize("backend", ["native", "cudaMallocAsync", "pluggable"])
+def test_an_allocator_without_blocks_gets_no_graphs(backend, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: backend)
+    assert Arena.fits(types.SimpleNamespace(is_cuda=True)) == (backend == "native")
 
 
 def test_a_device_that_is_full_is_asked_again_later():

@@ -523,6 +523,22 @@ def test_a_layer_is_added_to_a_residual(path, dtype, rank):
     assert torch.equal(residual, before)
 
 
+def test_an_adapter_may_lie_in_memory_in_any_order(path):
+    a, b, like = randn(20, 3, seed=1).T, randn(3, 300, seed=2).T, randn(1, 20)
+    projections = [
+        lora_linear.Projection("o", [lora_linear.Part(randn(300, 20), None, *adapter)], lora_linear.Workspace())
+        for adapter in ((a, b), (a.contiguous(), b.contiguous()))
+    ]
+    assert torch.equal(*(projection.written(like) for projection in projections))
+
+
+def test_a_label_that_is_no_token_s_has_no_finite_loss(path):
+    """Its logit would be read from the row before."""
+    if path == "kernel":
+        losses = linear_cross_entropy.launch_(randn(3, 9), torch.tensor([2, -1, 9], device=DEVICE), None, 1.0)
+        assert losses.isinf().tolist() == [False, True, True]
+
+
 SHARED_MEMORY = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227}  # KiB a block may use
 
 

@@ -359,6 +359,8 @@ class Graphs:
             return "its weights and adapters have not come often enough"
         if len(self.recordings) >= GRAPHS:  # those of weights or settings that the model has no more, perhaps
             self.recordings = {known: recording for known, recording in self.recordings.items() if known[-1] == state}
+            left = {id(recording) for recording in self.recordings.values()}
+            self.latest = {shape: recording for shape, recording in self.latest.items() if id(recording) in left}
         if len(self.recordings) >= GRAPHS:
             return f"{GRAPHS} other shapes or states have graphs"
         if any(table.shape[1] != taken.x.shape[1] for pair in taken.tables.values() for table in pair):

@@ -45,15 +45,19 @@ class Arena:
 
     @staticmethod
     def fits(x: Tensor) -> bool:
-        return x.is_cuda and not torch.cuda.is_current_stream_capturing()
+        if not x.is_cuda or torch.cuda.is_current_stream_capturing():
+            return False
+        return torch.cuda.get_allocator_backend() == "native"  # others keep no block for the next recording
 
     def aside(self, function: Callable[[], None]) -> None:
         """Run ``function`` on the stream of recordings: what libraries keep for a stream must not lie in the arena."""
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
-            function()
-        current.wait_stream(self.stream)
+        try:
+            with torch.cuda.stream(self.stream):
+                function()
+        finally:  # what it launched before it failed writes into the workspace too
+            current.wait_stream(self.stream)
 
     def record(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph:
         """What ``function`` does on the GPU, recorded without being done, to be done by ``replay``."""

@@ -26,8 +26,12 @@ def has_kernels(x: Tensor) -> bool:
 def rows_of(x: Tensor) -> Tensor:
     """x (..., D) -> (n, D), a view where a row's elements lie side by side, as kernels want them; of a sum's gradient or
     a transposed x they do not."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
+    return side_by_side(x.reshape(-1, x.shape[-1]))
+
+
+def side_by_side(x: Tensor) -> Tensor:
+    """x (n, D), copied if the elements of a row do not lie side by side."""
+    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def power_of_2(n: int) -> int:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from luthier.ops import nf4_e4m3
-from luthier.ops.backend import has_kernels, jit, power_of_2, tl, triton, warps_for
+from luthier.ops.backend import has_kernels, jit, power_of_2, side_by_side, tl, triton, warps_for
 from luthier.ops.nf4 import Quantised, dequantise
 from luthier.ops.nf4_e4m3 import _two_bytes
 
@@ -198,6 +198,7 @@ def launch_riders(bounds: Tensor, riders: Tensor | None, out: Tensor, group: int
 def launch_write(weight: Tensor | Quantised, scales: Tensor, out: Tensor, transposed: bool) -> Tensor:
     if isinstance(weight, Quantised):
         return nf4_e4m3.launch(weight, scales, out, transposed)
+    weight = side_by_side(weight)
     (rows, columns), strides = weight.shape, (weight.stride(0), out.stride(0))
     grid = triton.cdiv(rows, TILE), triton.cdiv(columns, TILE)
     _write_kernel[grid](weight, scales, out, rows, columns, *strides, TRANSPOSED=transposed, TILE=TILE, num_warps=8)

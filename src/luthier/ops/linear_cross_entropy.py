@@ -184,7 +184,8 @@ def _cross_entropy_kernel(
         largest = new
     peak = tl.max(largest, 0)
     sum_exp = tl.sum(total * tl.exp(largest - peak), 0)
-    chosen = tl.sum(_shaped(logits, target + tl.arange(0, 1), softcap, scale, V, CAPPED), 0)
+    known = tl.where(target < 0, V, target)  # a target that is no token's has an infinite loss
+    chosen = tl.sum(_shaped(logits, known + tl.arange(0, 1), softcap, scale, V, CAPPED), 0)
     tl.store(LOSS + row, tl.log(sum_exp) - (chosen - peak))
     if GRAD:
         tl.debug_barrier()  # every thread has read the target's logit before one of them overwrites it

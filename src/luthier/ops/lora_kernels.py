@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from luthier.ops.backend import jit, power_of_2, tl, triton
+from luthier.ops.backend import jit, power_of_2, side_by_side, tl, triton
 
 TILE_ROWS, TILE_COLUMNS = 64, 1024  # of B and A that one program copies
 GRADIENT_ROWS = 16, 32  # of a gradient that one program extends, and where there are many: each of them reads all of B
@@ -19,7 +19,7 @@ def launch_adapter(
 ) -> None:
     """columns (N, E) and rows (r, K), which may be views of one buffer, become [0 | b | 0 | bias | 0] and a."""
     (height, extension), rank = columns.shape, 0 if a is None else a.shape[0]
-    a, b = (columns, columns) if a is None else (a, b)
+    a, b = (columns, columns) if a is None else (side_by_side(a), side_by_side(b))
     of_b, of_a = triton.cdiv(height, TILE_ROWS), rank * triton.cdiv(rows.shape[1], TILE_COLUMNS)
     _adapter_kernel[(of_b + of_a,)](
         a, b, columns if bias is None else bias, columns, rows, height, rows.shape[1], of_b, rank_start,
