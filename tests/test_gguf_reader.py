@@ -1,6 +1,7 @@
 """Our reader and writer against each other, against gguf-py, and against files that lie."""
 
 import struct
+from concurrent.futures import wait
 
 import gguf
 import numpy as np
@@ -81,6 +82,7 @@ def test_a_disk_that_loses_a_byte_is_found(tmp_path):
     with pytest.raises(OSError, match="does not give back late as it was written"):
         with GGUFWriter(tmp_path / "x.gguf", plan({}, [TensorInfo("late", (1, 8), F32)])) as writer:
             writer.write("late", torch.ones(1, 32, dtype=torch.uint8))
+            wait(writer._waiting)
             with open(tmp_path / "x.gguf", "r+b") as file:
                 file.seek(-1, 2)
                 file.write(b"\0")
