@@ -15,6 +15,7 @@ from test_gguf_tokenizer import export as export  # noqa: PLC0414  (a fixture)
 from transformers import AutoModelForCausalLM
 
 from luthier.errors import UnsupportedError
+from luthier.fast import FastLanguageModel
 from luthier.gguf import GGUFFile, convert_to_gguf
 from luthier.gguf.writer import GGUFWriter, TensorInfo, plan
 from luthier.model.load import load_model
@@ -134,6 +135,21 @@ FAULTS = {
     "changed template": (lambda file: {"metadata": {"tokenizer.chat_template": "{{ messages }}"}}, "chat template is not"),
     "lost template": (lambda file: {"metadata": {"tokenizer.chat_template": None}}, "no chat template"),
 }
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("llama3", torch.bfloat16), ("olmo2", torch.float32), ("qwen3", torch.float32)])
+def test_an_f32_file_of_an_adapter_is_that_of_its_merged_directory(family, dtype, tmp_path):
+    """Which holds in 16 bits what the file holds in 32: no logit is equal to four digits, and no norm of queries."""
+    base = tiny.save_tiny(family, tmp_path / "base", dtype=dtype)
+    model, tokenizer = FastLanguageModel.from_pretrained(base, load_in_16bit=True, dtype=torch.float32)
+    model = FastLanguageModel.get_peft_model(model, r=8)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data += 0.02
+    (file,) = model.save_pretrained_gguf(tmp_path / "out", tokenizer, quantization_method="f32")
+    model.save_pretrained_merged(tmp_path / "merged", tokenizer)
+    assert verify(file, tmp_path / "merged").failures == []
+    assert verify(file, base).failures != []
 
 
 @pytest.mark.parametrize("fault", FAULTS)

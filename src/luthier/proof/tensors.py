@@ -30,16 +30,17 @@ ROUNDINGS = 4  # times what rounding queries and keys to 16 bits does to it, whe
 FAINT = 1.5  # times the computation's own rounding that an adapter's effect must have
 
 
-def compare_attention(model: GGUFModel, probes: Probes) -> tuple[str, list[str]]:
+def compare_attention(model: GGUFModel, probes: Probes, slack: float = 0.0) -> tuple[str, list[str]]:
     """The attention of every layer, its rotary embedding above all, on the trained model's own queries, keys and values.
 
-    No matrix takes part, so no rounding of the file does. A summary, and what is wrong.
+    No matrix takes part, so no rounding of the file does. ``slack``: what norms of queries and keys may be off by. A summary,
+    and what is wrong.
     """
     errors, wrong = {}, []
     for layer, seen in sorted(probes.attention.items()):
         wanted = seen["attn_output"].float().to(model.device)
         projected = {name: values for name, values in seen.items() if name != "attn_output"}
-        found, allowed = model.attended(layer, projected), ATTENTION
+        found, allowed = model.attended(layer, projected), ATTENTION + slack
         if probes.rounding > ATTENTION:
             sensitive = model.attended(layer, projected, rounded=True) - found
             allowed = max(ATTENTION_IN_16_BITS, ROUNDINGS * float(sensitive.norm() / wanted.norm()))
