@@ -152,6 +152,23 @@ def test_an_f32_file_of_an_adapter_is_that_of_its_merged_directory(family, dtype
     assert verify(file, base).failures != []
 
 
+@pytest.mark.parametrize("quant", ["q8_0", "q4_0"])
+def test_a_merge_that_was_rounded_to_fp16_is_no_damage(quant, tmp_path):
+    """Few codes change with a weight's last bits, but in every tensor that the adapter moves."""
+    base = tiny.save_tiny("llama3", tmp_path / "base", dtype=torch.float16)
+    model, tokenizer = FastLanguageModel.from_pretrained(base, load_in_16bit=True, dtype=torch.float32)
+    model = FastLanguageModel.get_peft_model(model, r=8)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    (file,) = model.save_pretrained_gguf(tmp_path / "out", tokenizer, quantization_method=quant)
+    model.save_pretrained_merged(tmp_path / "merged", tokenizer)
+    proof = verify(file, tmp_path / "merged")
+    identical, of = map(int, proof.weights.split()[:3:2])
+    assert proof.failures == [] and identical < of
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("quant", ["f32", "q4_0"])
 def test_planted_faults_are_found(quant, fault, models, tmp_path):

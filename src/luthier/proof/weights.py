@@ -21,6 +21,7 @@ from luthier.gguf.types import TensorType
 from luthier.gguf.writer import THREADS
 
 DAMAGE = 0.05  # fewer blocks than this differ: not another rounding of the weights, but damage
+SEVERAL = 3  # tensors in which so few blocks differ, each as good as ours: a merge that was rounded to 16 bits, no damage
 WORSE = 1.5  # times the error of a plain quantisation
 BF16_STEP = 2.0**-8  # relative rounding of a model that was in 16 bits on the way
 # tensor type -> bytes of a block with the lowest bits of its codes, which bits of each those are, and the share of weights
@@ -72,18 +73,22 @@ def compare_weights(
     if missing:
         return "not compared", [f"it lacks {', '.join(missing[:5])}"]
     verdicts = [
-        (piece.name, _compare(file, piece, piece.transform(tensor), importance.get(piece.name)))
+        (piece.name, *_compare(file, piece, piece.transform(tensor), importance.get(piece.name)))
         for name, tensor in source
         for file, planned in parts
         for piece in planned.pieces.get(name, ())
     ]
-    identical = sum(verdict == "" for _, verdict in verdicts)
-    wrong = [f"{name} {verdict}" for name, verdict in verdicts if verdict]
+    identical = sum(verdict == "" for _, verdict, _ in verdicts)
+    was_rounded = sum(excused for *_, excused in verdicts) >= SEVERAL
+    wrong = [f"{name} {verdict}" for name, verdict, excused in verdicts if verdict and not (excused and was_rounded)]
     return f"{identical} of {len(verdicts)} tensors are identical", wrong
 
 
-def _compare(file: GGUFFile, piece: Piece, values: torch.Tensor, importance: torch.Tensor | None) -> str | None:
-    """What is wrong with a tensor, or an expert's part: "" if it is identical, None if it is as good as another rounding."""
+def _compare(file: GGUFFile, piece: Piece, values: torch.Tensor, importance: torch.Tensor | None) -> tuple[str | None, bool]:
+    """What is wrong with a tensor, or an expert's part: "" if it is identical, None if it is as good as another rounding.
+
+    And whether weights that were rounded to 16 bits on the way would excuse it, if other tensors differ as little.
+    """
     info = file.tensors[piece.name]
     values = values.reshape(-1, values.shape[-1])
     start = 0
@@ -91,10 +96,10 @@ def _compare(file: GGUFFile, piece: Piece, values: torch.Tensor, importance: tor
         start = len(values) * piece.expert
         importance = importance[piece.expert] if importance is not None and importance.ndim > 1 else importance
     if info.shape[-1] != values.shape[-1] or start + len(values) > info.rows:
-        return f"has the shape {info.shape}"
+        return f"has the shape {info.shape}", False
     stored = file.data(piece.name)
     blocks, differing = len(values) * values.shape[1] // info.type.block, [0, 0]  # blocks, bytes
-    errors, misfits = [0.0, 0.0], 0  # squared: as stored, as we encode
+    errors, misfits, excused = [0.0, 0.0], 0, True  # squared: as stored, as we encode
     for row, wanted in encode_in_chunks(piece.name, values, info.type, importance):
         found = torch.from_numpy(stored[start + row : start + row + len(wanted)].copy())
         unlike = (found != wanted).view(-1, info.type.size)
@@ -104,16 +109,25 @@ def _compare(file: GGUFFile, piece: Piece, values: torch.Tensor, importance: tor
             for i, data in enumerate((found, wanted)):
                 errors[i] += float((dequantize(data.to(exact.device), info.type) - exact).square().sum())
             misfits += _misfits(found.to(exact.device), exact, info.type)
+            excused &= _is_as_good(found, wanted, exact, info.type)
     if not differing[0]:
-        return ""
+        return "", False
     if differing[0] < DAMAGE * blocks:
-        return f"differs from the model's in {differing[1]} bytes: it is damaged"
+        return f"differs from the model's in {differing[1]} bytes: it is damaged", excused
     stored_error, usual = ((error / values.numel()) ** 0.5 for error in errors)
     if not stored_error <= WORSE * usual + float(values.float().square().mean().sqrt()) * BF16_STEP:
-        return f"is not the model's: its error is {stored_error:.2e}, where {usual:.2e} is usual"
+        return f"is not the model's: its error is {stored_error:.2e}, where {usual:.2e} is usual", False
     if misfits and misfits > values.numel() * LOWEST_BITS[info.type.name][-1]:
-        return f"was rounded from other weights: {misfits / values.numel():.2%} of the model's lie nearer to the code beside"
-    return None
+        share = misfits / values.numel()
+        return f"was rounded from other weights: {share:.2%} of the model's lie nearer to the code beside", False
+    return None, False
+
+
+def _is_as_good(found: torch.Tensor, wanted: torch.Tensor, exact: torch.Tensor, kind: TensorType) -> bool:
+    """Whether no block of ``found`` is further from the weights than 16 bits may put it."""
+    blocks = exact.view(-1, kind.block)
+    stored, ours = ((dequantize(data.to(exact.device), kind).view_as(blocks) - blocks).norm(dim=1) for data in (found, wanted))
+    return bool((stored <= 1.05 * ours + BF16_STEP * blocks.norm(dim=1)).all())
 
 
 def _misfits(found: torch.Tensor, exact: torch.Tensor, kind: TensorType) -> int:
