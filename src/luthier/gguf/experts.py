@@ -9,6 +9,8 @@ import bitsandbytes as bnb
 import torch
 from torch import nn
 
+from luthier.ops.nf4 import dequantise, quantised
+
 SWITCHES = ("has_gate", "has_bias", "is_transposed", "is_concatenated")  # what transformers sets on every module of experts
 
 
@@ -79,7 +81,7 @@ def _stack(experts: nn.Module, name: str, added: torch.Tensor | None = None) -> 
     """A stack ``[experts, out, in]``, expanded if it is in 4 bits."""
     stack = getattr(experts, name)
     if isinstance(stack, bnb.nn.Params4bit):
-        stack = bnb.functional.dequantize_4bit(stack.data, stack.quant_state)
+        stack = dequantise(quantised(stack)).view(stack.quant_state.shape)
     if added is not None:
         stack = stack.float() + added
     return stack.transpose(1, 2) if experts.is_transposed else stack
