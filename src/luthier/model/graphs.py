@@ -171,14 +171,12 @@ def reads_bands(attention: AttentionBlock, x: Tensor, structure: Structure) -> b
 class Graphs:
     """The graphs of one model, and the pass that is under way.
 
-    ``enabled``: whether short batches run from graphs where they can; ``ragged``: packed and padded ones too, which no card
-    has shown to be exact yet. ``why``: why the last batch did not, or nothing.
+    ``enabled``: whether short batches run from graphs where they can; ``why``: why the last one did not, or nothing.
     """
 
     def __init__(self, dial: Dial, workspace: Workspace, arena_class: type = Arena) -> None:
         self.dial, self.workspace, self.arena_class = dial, workspace, arena_class
         self.enabled, self.why, self.broken = True, "nothing has run yet", ""  # and why they turned themselves off
-        self.ragged = False
         self.expected = 0
         self.taken: Pass | None = None
         self.loop: Iterable[nn.Module] = ()  # the layers of the backbone that runs
@@ -209,7 +207,7 @@ class Graphs:
 
     def __deepcopy__(self, memo: dict) -> Graphs:
         copied = Graphs(copy.deepcopy(self.dial, memo), copy.deepcopy(self.workspace, memo), self.arena_class)
-        copied.enabled, copied.ragged = self.enabled, self.ragged
+        copied.enabled = self.enabled
         return copied
 
     def around(self, forward: Callable[[], object], layers: Iterable[nn.Module], structure: Structure | None) -> object:
@@ -287,8 +285,6 @@ class Graphs:
             return "the masks of dropout, or several adapters as one, are made anew in every pass"
         if x.ndim != 3 or not self.arena_class.fits(x):
             return "its device has none"
-        if not self.ragged and (self.structure.padding or self.structure.segments) is not None:
-            return "its rows are packed or padded"
         if not reads_bands(blocks.attention, x, self.structure):
             return "its rows are packed or padded, and the kernel of its attention reads their lengths on the CPU"
         if self._gradient_bytes(blocks) > GRADIENT_BYTES:
