@@ -47,6 +47,12 @@ def difference(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) ->
     return float((sum(squares) / sum(right[name].double().square().sum() for name in right)).sqrt())
 
 
+def assert_alike(fast: tuple, stock: tuple, within: float = 1e-5) -> None:
+    """Both as ``loss_and_gradients`` gives them: the loss within 1e-5 of stock's, the gradients together ``within``."""
+    torch.testing.assert_close(fast[0], stock[0], rtol=1e-5, atol=0)
+    assert difference(fast[1], stock[1]) < within
+
+
 def nf4_model(tmp_path, family: str = "llama3", **changes):
     """A tiny model of ``family`` loaded in NF4, free of bitsandbytes' in-place repacking on some CPUs."""
     config = tiny_config(family)

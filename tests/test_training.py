@@ -366,6 +366,13 @@ def test_metrics_go_to_what_report_to_names(tmp_path):
     assert list(tmp_path.rglob("events.out.tfevents.*"))
 
 
+def test_the_model_card_names_a_local_base(tmp_path):
+    model = with_lora(AutoModelForCausalLM.from_pretrained(save_tiny("llama3", tmp_path / "base")))
+    run = trainer(model, tmp_path / "run", max_steps=1, save_strategy="steps", save_steps=1)
+    run.train()
+    assert f"a fine-tuned version of `{tmp_path / 'base'}`." in (tmp_path / "run" / "README.md").read_text()
+
+
 # --- numbers that are not finite -------------------------------------------------------------------------------------
 
 

@@ -308,7 +308,7 @@ def test_pictures_of_held_out_rows_lie_beside_their_own_file(checkpoints, tmp_pa
     place = tmp_path / "held out"
     place.mkdir()
     picture(7).save(place / "there.png")
-    row = {"prompt": "What is it?", "completion": "cat", "image": "there.png"}
+    row = {"prompt": "What is it?", "completion": "cat", "image": "there.png", "image_root": "a column of the user's own"}
     (place / "rows.jsonl").write_text(json.dumps(row))
     fields = {"max_steps": 1, "eval_data": str(place / "rows.jsonl"), "eval_steps": 1, "save_steps": 1}
     recipe = recipe_for(checkpoints["qwen2_5_vl"], tmp_path, **fields)

@@ -17,7 +17,7 @@ from tiny_vision import FAMILIES, picture, picture_row, tiny_processor, tiny_vis
 from torch.utils.data import DataLoader
 
 from luthier.data.images import load_image, resize_image
-from luthier.data.vision import VisionDataCollator, place_images
+from luthier.data.vision import ROOT_COLUMN, VisionDataCollator, place_images
 from luthier.errors import UnsupportedError
 
 IGNORE = -100
@@ -252,7 +252,7 @@ def test_a_row_may_say_where_its_paths_start(tmp_path):
         "image": "1.png",
     }
     collate = collator(image_root=tmp_path / "train")
-    own = collate([{**row, "image_root": None}, {**row, "image_root": str(tmp_path / "held_out")}])
+    own = collate([{**row, ROOT_COLUMN: None}, {**row, ROOT_COLUMN: str(tmp_path / "held_out")}])
     direct = collator()([{**row, "image": picture(0)}, {**row, "image": picture(1)}])
     assert torch.equal(own["pixel_values"], direct["pixel_values"])
 

@@ -31,7 +31,7 @@ from luthier.errors import UnsupportedError, unknown
 from luthier.terminal import progress
 
 IMAGE_COLUMNS = ("images", "image")
-ROOT_COLUMN = "image_root"  # where the relative paths of a row start, if not where the collator's do
+ROOT_COLUMN = "luthier_image_root"  # where the relative paths of a row start, if not where the collator's do
 IMAGE_KEYS = ("image", "image_url", "url", "path", "base64", "bytes")
 PLACEHOLDER = "<image>"  # where a picture of the column stands in a message that is plain text
 REASONS = (TOO_LONG, NO_TRAINED_TOKEN)  # why a row is left out of its batch
@@ -84,8 +84,8 @@ class VisionDataCollator:
     A row holds ``messages``, ``conversations`` or ``prompt`` and ``completion``. Its pictures are parts of a message,
     ``{"type": "image", "image": X}`` or ``{"type": "image_url", ...}``, or in a column ``images`` or ``image``, whose places
     are the parts ``{"type": "image"}``, or ``<image>`` in the text, or else before the first question. X is a PIL image, a
-    path (from the row's column ``image_root``, else from the argument, else from the working directory), bytes, or base64;
-    nothing is downloaded.
+    path (from ``image_root``, else from the working directory; a row's column ``luthier_image_root`` goes before both), bytes,
+    or base64; nothing is downloaded.
 
     What trains: of prompt and completion the completion (``completion_only_loss``); of messages every token, or with
     ``train_on_responses_only`` the assistant's answers, found by the processor's own template or by ``instruction_part``

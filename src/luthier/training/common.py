@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -20,6 +21,8 @@ from transformers import EarlyStoppingCallback
 from luthier.training.checkpoints import CheckpointMixin, RunningTotals, list_checkpoints
 from luthier.training.optimizer import require_embeddings, set_embedding_learning_rate
 from luthier.training.progress import ProgressCallback, show_progress
+
+NAMELESS = "[None](https://huggingface.co/None)"  # what TRL's model card makes of a base in a local directory
 
 
 @contextmanager
@@ -96,6 +99,13 @@ class TrainerMixin(CheckpointMixin):
             f"changed. {advice} with a lower learning_rate (it is {self.args.learning_rate}), and look at the rows with "
             "`luthier inspect`."
         )
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """TRL's, with the directory of a local base in its text; its metadata can only name one of the Hub."""
+        super().create_model_card(*args, **kwargs)
+        card, base = Path(self.args.output_dir) / "README.md", self.model.config._name_or_path
+        if base and self.is_world_process_zero():
+            card.write_text(card.read_text(encoding="utf-8").replace(NAMELESS, f"`{base}`"), encoding="utf-8")
 
     def _send_telemetry(self) -> None:
         """Luthier sends none; TRL would."""
