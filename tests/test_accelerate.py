@@ -347,7 +347,9 @@ def tiny_vlm(model_type: str) -> torch.nn.Module:
         return AutoModelForImageTextToText.from_config(config)
 
 
-@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "mllama", "mistral3", "llava", "gemma3"])
+@pytest.mark.parametrize(
+    "model_type", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "mllama", "mistral3", "llava", "gemma3", "internvl", "smolvlm"]
+)
 def test_vision_language_models_train_as_stock_does(model_type):
     extra = {"token_type_ids": torch.zeros_like(batch()["input_ids"])} if model_type == "gemma3" else {}
     stock = loss_and_gradients(tiny_vlm(model_type), **batch(), **extra)

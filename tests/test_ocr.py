@@ -9,7 +9,8 @@ import pytest
 import torch
 from tiny_vision import picture, picture_row, tiny_processor, tiny_vision_model
 
-from luthier.evaluation.ocr import CUT, EMPTY, NO_IMAGE, Normalisation, compare, ocr
+from luthier.evaluation import ocr as ocr_module
+from luthier.evaluation.ocr import CUT, EMPTY, NO_IMAGE, REFUSED, Normalisation, compare, ocr
 
 AS_WRITTEN = Normalisation()
 
@@ -65,6 +66,25 @@ def test_failures_are_counted_and_score_as_empty_answers():
     assert [sample.failure for sample in report.samples][1:] == ["unreadable image (FileNotFoundError)", NO_IMAGE]
     assert [(sample.answer, sample.wer) for sample in report.samples[1:]] == [("", 1), ("", 1)]
     assert report.failures[NO_IMAGE] == 1
+
+
+def test_a_picture_that_the_processor_refuses_costs_only_its_own_row():
+    model, processor = model_and_processor()
+    rows = [picture_row(0, "a cat"), picture_row(1, "a line", (300, 1)), picture_row(2, "a dog")]
+    report = ocr(model, processor, rows, max_new_tokens=3)
+    alone = ocr(model, processor, rows[::2], max_new_tokens=3)
+    assert report.samples[1].failure == REFUSED
+    assert report.samples[::2] == alone.samples
+
+
+def test_pictures_are_opened_a_batch_at_a_time(monkeypatch):
+    model, processor = model_and_processor()
+    happened = []
+    load, generate = ocr_module.load_image, model.generate
+    monkeypatch.setattr(ocr_module, "load_image", lambda *args: happened.append("open") or load(*args))
+    monkeypatch.setattr(model, "generate", lambda **inputs: happened.append("read") or generate(**inputs))
+    ocr(model, processor, [picture_row(seed) for seed in range(3)], max_new_tokens=1, batch_size=2)
+    assert happened == ["open", "open", "read", "open", "read"]
 
 
 def test_answers_are_greedy_the_same_in_any_batch_and_leave_the_mode_alone():

@@ -1,10 +1,11 @@
-"""Vision-language models: loaded, adapted, trained, merged and read back, in seven families."""
+"""Vision-language models: loaded, adapted, trained, merged and read back, in nine families."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import warnings
+from types import SimpleNamespace
 
 import bitsandbytes as bnb
 import pytest
@@ -13,14 +14,15 @@ from datasets import Dataset, Features, Image, Json, List
 from peft import PeftModel
 from tiny import save_tiny
 from tiny_vision import FAMILIES, picture, picture_row, save_tiny_vision, tiny_vision_model
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from trl import SFTConfig, SFTTrainer
 
-from luthier import FastLanguageModel, FastModel, FastVisionModel, Trainer, TrainingArguments, VisionDataCollator
+from luthier import FastLanguageModel, FastModel, FastVisionModel, Trainer, TrainingArguments, VisionDataCollator, cli
 from luthier.config import VisionRecipe
 from luthier.errors import UnsupportedError
 from luthier.evaluation.ocr import ocr
 from luthier.model.accelerate import base_model
+from luthier.model.vision import quantisation_of_language
 from luthier.workflows import vision
 
 TRAINED = ("qwen2_5_vl", "gemma3")  # the two that must; the others go through the same code with cheaper tests
@@ -34,6 +36,10 @@ def checkpoints(tmp_path_factory):
 
 def load(directory, **arguments):
     return FastVisionModel.from_pretrained(directory, max_seq_length=256, **arguments)
+
+
+def language_part(family: str) -> str:
+    return "model.text_model" if family == "smolvlm" else "model.language_model"
 
 
 def rows(count: int = 4) -> list[dict]:
@@ -76,11 +82,19 @@ def test_in_4_bits_the_language_part_is_quantised_and_the_tower_is_not(family, c
     assert model.luthier.precision == "nf4"
     quantised = {name for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
     linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    decoder = {name for name in linear if name.startswith("model.language_model.layers.")}
+    decoder = {name for name in linear if name.startswith(f"{language_part(family)}.layers.")}
     assert decoder and quantised == decoder
     eight, _ = load(checkpoints[family], load_in_8bit=True)
     assert eight.luthier.precision == "int8"
     assert decoder == {name for name, module in eight.named_modules() if isinstance(module, bnb.nn.Linear8bitLt)}
+
+
+def test_a_family_without_a_file_says_that_its_vision_part_is_quantised_too():
+    config = AutoConfig.for_model("llava_next")
+    with pytest.warns(UserWarning, match="llava_next has no file.*quantised too"):
+        assert quantisation_of_language(SimpleNamespace(precision="nf4", dtype=torch.float32), config).load_in_4bit
+    with warnings.catch_warnings(action="error"):
+        assert quantisation_of_language(SimpleNamespace(precision="16bit", dtype=torch.float32), config) is None
 
 
 def test_the_class_for_the_model(checkpoints, tmp_path):
@@ -131,8 +145,8 @@ def test_layer_groups_choose_what_trains(family, checkpoints):
     assert language and seeing and attention and mlp
     assert language | seeing == everything and not language & seeing
     assert attention | mlp == everything and not attention & mlp
-    assert all(name.startswith("model.language_model.") for name in language)
-    assert not any(name.startswith("model.language_model.") for name in seeing)
+    assert all(name.startswith(f"{language_part(family)}.") for name in language)
+    assert not any(name.startswith(f"{language_part(family)}.") for name in seeing)
     assert all("attn" in name or "attention" in name for name in attention)
     assert not any("self_attn" in name or "cross_attn" in name for name in mlp)
     with pytest.raises(ValueError, match="nothing would train"):
@@ -302,6 +316,14 @@ def test_the_workflow_teaches_a_model_to_read(checkpoints, tmp_path):
     merged = AutoModelForImageTextToText.from_pretrained(written["merged_16bit"], dtype=torch.float32)
     after = ocr(merged, processor, data, max_new_tokens=8).wer
     assert (before >= 1, after) == (True, 0)
+
+
+@pytest.mark.parametrize("given, resize", [([], "min"), (["--resize", "16"], 16), (["--resize", "max"], "max")])
+def test_eval_shows_pictures_at_the_size_of_the_training(given, resize, checkpoints, tmp_path, monkeypatch):
+    recipe, seen = recipe_for(checkpoints["gemma3"], tmp_path), []
+    monkeypatch.setattr("luthier.evaluation.ocr.resize_image", lambda image, size, side: seen.append(size) or image)
+    command = ["eval", str(checkpoints["gemma3"]), "--task", "ocr", "--data", recipe.data, "--max-new-tokens", "1", *given]
+    assert cli.main(command) == 0 and seen == [resize] * 4
 
 
 def test_pictures_of_held_out_rows_lie_beside_their_own_file(checkpoints, tmp_path):

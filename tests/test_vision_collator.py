@@ -268,6 +268,42 @@ def test_transparent_and_turned_pictures_are_seen_as_a_person_sees_them():
     assert load_image(stream.getvalue()).size == (8, 16)
 
 
+@pytest.mark.parametrize("form", ["image", "file", "array", "array of one channel"])
+def test_sixteen_bits_of_grey_are_not_all_white(form):
+    grey = np.arange(0, 256, 4, dtype=np.uint8).reshape(8, 8)
+    deep = grey.astype(np.uint16) * 257
+    forms = {"image": Image.fromarray(deep), "file": png(Image.fromarray(deep)), "array": deep}
+    found = load_image(forms.get(form, grey[..., None]))
+    assert np.array_equal(np.asarray(found), np.repeat(grey[..., None], 3, axis=2))
+
+
+@pytest.mark.parametrize(
+    "image, words",
+    [
+        (Image.fromarray(np.full((4, 4), 0.5, dtype=np.float32)), "mode 'F'"),
+        (np.full((4, 4, 3), 0.5, dtype=np.float32), "float32"),
+        (np.zeros((3, 20, 30), dtype=np.uint8), r"\(3, 20, 30\)"),
+        (np.zeros((4, 4, 3), dtype=np.uint16), "uint16"),
+    ],
+)
+def test_numbers_that_are_no_picture_are_refused(image, words):
+    with pytest.raises(ValueError, match=words):
+        load_image(image)
+
+
+def test_a_picture_of_too_many_pixels_and_one_with_broken_exif_are_errors_of_the_row(monkeypatch):
+    wide = png(picture(0, (100, 100)))
+    exif = picture(0).getexif()
+    exif[0x0112] = 6
+    stream = io.BytesIO()
+    picture(0).save(stream, "WEBP", exif=exif)
+    broken = stream.getvalue().replace(b"MM\0*", b"MM\0#").replace(b"II*\0", b"II#\0")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
+    for image in (wide, broken, 3.5):
+        with pytest.raises(ValueError, match="row 1: "):
+            collator().select([{"messages": text_row("q", "a")["messages"], "image": image}])
+
+
 def test_resize():
     image = picture(0, (80, 40))
     assert resize_image(image, "min", 40).size == (40, 20)
@@ -390,6 +426,35 @@ def test_formatting_func_and_ignore_index():
 def test_rows_that_cannot_be_used(row, words):
     with pytest.raises(ValueError, match=words):
         collator()([row])
+
+
+@pytest.fixture
+def no_bos(monkeypatch):
+    """Llama 3.2 Vision with a template that writes no BOS, such as ChatML."""
+    processor = processor_of("mllama")
+    template = processor.chat_template.replace("{{ bos_token }}", "")
+    for holder in (processor, processor.tokenizer):
+        monkeypatch.setattr(holder, "chat_template", template)
+
+
+def test_a_template_without_bos_gets_one_and_its_answers_are_found(no_bos):
+    row = picture_row(0, "a cat, not a dog")
+    for settings in ({"train_on_responses_only": True}, {}):
+        batch = collator("mllama", **settings)([row])
+        assert batch["input_ids"][0].tolist().count(1) == 1 and batch["input_ids"][0, 0] == 1
+        text = trained_text(batch, 0, "mllama")
+        assert text == "a cat, not a dog<|im_end|>" if settings else text.startswith("<|bos|><|im_start|>user")
+
+
+def test_a_processor_that_hides_where_its_tokens_stand_is_refused_but_for_given_parts(monkeypatch):
+    kind = type(processor_of("gemma3"))
+    call = kind.__call__
+    hiding = lambda self, *args, return_text_replacement_offsets, **more: call(self, *args, **more)  # noqa: E731
+    monkeypatch.setattr(kind, "__call__", hiding)  # as Gemma 3n's does
+    with pytest.raises(UnsupportedError, match="Gemma3Processor does not say where.*response_part"):
+        collator("gemma3", train_on_responses_only=True)([picture_row(0)])
+    parts = {"instruction_part": "<|im_start|>user\n", "response_part": "<|im_start|>assistant\n"}
+    assert trained_text(collator("gemma3", **parts)([picture_row(0)]), 0, "gemma3") == "a cat<|im_end|>"
 
 
 def test_sharegpt_rows_are_read_too():

@@ -30,6 +30,15 @@ MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 
 QWEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 QWEN_VISION = {"depth": 2, "num_heads": 4, "patch_size": 8, "spatial_merge_size": 2, "initializer_range": 0.1}
 PIXTRAL_TOKENS = ("[IMG]", "[IMG_BREAK]", "[IMG_END]")
+SMOLVLM_PLACES = tuple(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2))
+SIGLIP_VISION = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 8,
+}
 PIXTRAL_VISION = {
     "model_type": "pixtral",
     "hidden_size": 64,
@@ -49,6 +58,13 @@ FAMILIES: dict[str, tuple[tuple[str, ...], str]] = {
     "mllama": (("<|image|>", "<|python_tag|>"), "<|image|>"),
     "llava": (PIXTRAL_TOKENS, "[IMG]"),
     "mistral3": (PIXTRAL_TOKENS, "[IMG]"),
+    "internvl": (("<img>", "</img>", "<IMG_CONTEXT>", "<video>"), "<IMG_CONTEXT>"),
+    "smolvlm": (("<image>", "<fake_token_around_image>", "<global-img>", *SMOLVLM_PLACES), "<image>"),
+}
+# attributes of the tokenizer that a processor reads -> the first special tokens
+NAMED_TOKENS = {
+    "gemma3": ("boi_token", "eoi_token", "image_token"),
+    "internvl": ("start_image_token", "end_image_token", "context_image_token", "video_token"),
 }
 
 WITH_BOS = ("gemma3", "mllama")
@@ -89,6 +105,15 @@ def tiny_processor(family: str) -> transformers.ProcessorMixin:
     if family == "mllama":
         images = transformers.MllamaImageProcessor(size={"height": 32, "width": 32}, max_image_tiles=2)
         return transformers.MllamaProcessor(images, tokenizer, chat_template=template)
+    if family == "internvl":
+        size = {"height": 32, "width": 32}
+        images = transformers.GotOcr2ImageProcessor(size=size, crop_to_patches=True, min_patches=1, max_patches=4)
+        videos = transformers.InternVLVideoProcessor(size=size)
+        return transformers.InternVLProcessor(images, tokenizer, videos, image_seq_length=4, chat_template=template)
+    if family == "smolvlm":
+        sizes = {"size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 32}}
+        images, videos = transformers.SmolVLMImageProcessor(**sizes), transformers.SmolVLMVideoProcessor(**sizes)
+        return transformers.SmolVLMProcessor(images, tokenizer, videos, image_seq_len=4, chat_template=template)
     images = transformers.PixtralImageProcessor(size={"longest_edge": 64}, patch_size={"height": 8, "width": 8})
     merge = 2 if family == "mistral3" else 1
     return transformers.PixtralProcessor(images, tokenizer, patch_size=8, spatial_merge_size=merge, chat_template=template)
@@ -112,8 +137,7 @@ def tiny_vision_config(family: str) -> transformers.PreTrainedConfig:
             more |= {"window_size": 32, "fullatt_block_indexes": [1]}
         return AutoConfig.for_model(family, text_config=text, vision_config=QWEN_VISION | more, **ids)
     if family == "gemma3":
-        vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-        vision |= {"image_size": 32, "patch_size": 8, "vision_use_head": False, "model_type": "siglip_vision_model"}
+        vision = SIGLIP_VISION | {"vision_use_head": False, "model_type": "siglip_vision_model"}
         text = TEXT | {"head_dim": 16, "sliding_window": 32, "query_pre_attn_scalar": 16, "rope_parameters": None}
         ids = {
             "boi_token_index": "<start_of_image>",
@@ -135,6 +159,13 @@ def tiny_vision_config(family: str) -> transformers.PreTrainedConfig:
         rope = {"rope_type": "default", "rope_theta": 10000.0}
         text = TEXT | {"num_hidden_layers": 3, "cross_attention_layers": [1], "rope_parameters": rope}
         return AutoConfig.for_model(family, text_config=text, vision_config=vision, image_token_index=token("<|image|>"))
+    if family == "internvl":
+        text, vision = TEXT | {"model_type": "qwen2"}, SIGLIP_VISION | {"image_size": [32, 32], "patch_size": [8, 8]}
+        more = {"image_token_id": token("<IMG_CONTEXT>"), "image_seq_length": 4, "tie_word_embeddings": False}
+        return AutoConfig.for_model(family, text_config=text, vision_config=vision, **more)
+    if family == "smolvlm":
+        text, more = TEXT | {"model_type": "llama"}, {"image_token_id": token("<image>"), "scale_factor": 2, "pad_token_id": 0}
+        return AutoConfig.for_model(family, text_config=text, vision_config=SIGLIP_VISION, **more)
     text = TEXT | {"model_type": "mistral", "head_dim": 16, "sliding_window": None}
     more = {"spatial_merge_size": 2} if family == "mistral3" else {"vision_feature_select_strategy": "full"}
     return AutoConfig.for_model(
@@ -184,8 +215,8 @@ def picture_row(seed: int = 0, answer: str = "a cat", size: tuple[int, int] = (3
 
 def _tokenizer(family: str, tokens: tuple[str, ...]) -> PreTrainedTokenizerFast:
     tokenizer = tiny_tokenizer(chat=False, bos=family in WITH_BOS, extra_tokens=tokens)
-    if family != "gemma3":
+    if family not in NAMED_TOKENS:
         return tokenizer
-    named = dict(zip(("boi_token", "eoi_token", "image_token"), tokens, strict=True))
+    named = dict(zip(NAMED_TOKENS[family], tokens, strict=True))
     arguments = {"pad_token": "<|pad|>", "bos_token": "<|bos|>", "eos_token": "<|im_end|>", "padding_side": "right"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, extra_special_tokens=named, **arguments)

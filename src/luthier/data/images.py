@@ -11,12 +11,16 @@ from typing import Literal
 from urllib.parse import unquote_to_bytes, urlparse
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 Resize = Literal["min", "max"] | int | tuple[int, int] | None
 """``"min"``: shrunk to fit the model's default picture, where it has one; ``"max"`` or None: as they are; ``int``: shrunk
 to so many pixels on the longer side; ``(w, h)``: exactly so. The model's processor still has the last word: it rounds to
 whole patches and has limits of its own."""
+
+# What comes of a file that is cut off or no picture, of one in a mode without a white, of broken EXIF, and of more than
+# 179 million pixels.
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 def load_image(source: object, root: Path | None = None) -> Image.Image:
@@ -31,7 +35,7 @@ def load_image(source: object, root: Path | None = None) -> Image.Image:
     if isinstance(source, bytes | bytearray):
         return _decode(bytes(source), "the image's bytes")
     if isinstance(source, np.ndarray):
-        return _rgb(Image.fromarray(source))
+        return _rgb(_from_array(source))
     if isinstance(source, Path):
         return _open(source, root)
     if isinstance(source, str):
@@ -79,18 +83,32 @@ def check_resize(resize: object) -> None:
 def _rgb(image: Image.Image) -> Image.Image:
     """RGB, upright; what is transparent becomes white, as on a page."""
     image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # convert would make everything above 255 white
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"An image has mode {image.mode!r}, which does not say what is white: give 8 or 16 bits a channel")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
+def _from_array(pixels: np.ndarray) -> Image.Image:
+    """(H, W) of 8 or 16 bits, or (H, W, C) of 8."""
+    pixels = pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels
+    is_grey = pixels.ndim == 2 and pixels.dtype.name in ("bool", "uint8", "uint16")
+    is_colour = pixels.ndim == 3 and pixels.shape[2] <= 4 and pixels.dtype.name == "uint8"
+    if not (is_grey or is_colour):
+        raise ValueError(f"An image is an array {pixels.shape} of {pixels.dtype}: give (H, W[, C]) of uint8, from 0 to 255")
+    return Image.fromarray(pixels)
+
+
 def _decode(data: bytes, name: str) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data)) as image:
             return _rgb(image)
-    except (UnidentifiedImageError, OSError) as error:  # OSError: a truncated file
-        raise ValueError(f"{name} ({len(data)} bytes) is not a picture that Pillow can read: {error}") from error
+    except UNREADABLE as error:
+        raise ValueError(f"{name} ({len(data)} bytes) is not a picture that can be read: {error}") from error
 
 
 def _open(path: Path, root: Path | None) -> Image.Image:

@@ -18,7 +18,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from PIL import Image
 from torch import Tensor
-from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
+from transformers import BatchFeature, MllamaProcessor, PreTrainedModel, ProcessorMixin
 
 from luthier.data.conversation import Message, row_messages, row_tools
 from luthier.data.formats import find_format
@@ -171,7 +171,7 @@ class VisionDataCollator:
             for index, row in enumerate(dataset):
                 try:
                     whole = self._process([self.example(row)])[1][0]
-                except (ValueError, OSError) as error:
+                except (ValueError, TypeError, OSError) as error:
                     raise BadRow(index + 1, str(error)) from error
                 longest_in = max(longest_in, len(whole.ids))
                 if reason := self._reason(whole):
@@ -205,12 +205,14 @@ class VisionDataCollator:
         tools = row_tools(row)
         completion = _completion_length(row, source) if self.completion_only_loss else 0
         if not (self.responses_only or completion) or self.mask is not None:
-            return Example(render(self.processor, messages, tools=tools), images, None)
+            return Example(with_bos(render(self.processor, messages, tools=tools), self.processor), images, None)
         text, spans = render_spans(self.processor, messages, tools)
         if completion and not self.responses_only:
             prompt = render(self.processor, messages[:-completion], tools=tools, add_generation_prompt=True)
             spans = [(start, end) for start, end in spans if end > len(prompt)]
-        return Example(text, images, spans)
+        whole = with_bos(text, self.processor)
+        behind = len(whole) - len(text)
+        return Example(whole, images, [(start + behind, end + behind) for start, end in spans])
 
     def _process(self, examples: list[Example]) -> tuple[BatchFeature, list[Tokens]]:
         """What the processor makes of the examples, unpadded, and their tokens."""
@@ -246,9 +248,19 @@ class VisionDataCollator:
         elif example.spans is None:
             trained = [True] * len(ids)
         else:
+            self._require_places(example, offsets, places)
             trained = covered(offsets, [_moved(span, places) for span in example.spans])
         images_end = max((index + 1 for index, is_vision in enumerate(vision) if is_vision), default=0)
         return Tokens(ids, [a and not b for a, b in zip(trained, vision, strict=True)], images_end)
+
+    def _require_places(self, example: Example, offsets: Spans, places: list[dict]) -> None:
+        """Raise if the processor made the text longer and does not say where: the spans that train would be others."""
+        end = _moved((len(example.text), len(example.text)), places)[1]
+        if any(stop > end for _, stop in offsets):
+            raise UnsupportedError(
+                f"{type(self.processor).__name__} does not say where it puts the tokens of images, so the answers cannot be "
+                "found in its text: give instruction_part and response_part, which are looked for in the tokens"
+            )
 
     def _reason(self, tokens: Tokens) -> str | None:
         """Why a row does not train, or None. Raises if it is too long and that is to be an error."""
@@ -364,6 +376,12 @@ def _at_placeholders(text: str) -> list[dict[str, Any]]:
         parts += [{"type": "image"}] if index else []
         parts += [{"type": "text", "text": piece}] if piece else []
     return parts
+
+
+def with_bos(text: str, processor: ProcessorMixin) -> str:
+    """``text`` with the BOS that Llama 3.2 Vision's processor would put before it, where no one knows of it."""
+    bos = processor.tokenizer.bos_token
+    return bos + text if isinstance(processor, MllamaProcessor) and bos not in text else text
 
 
 def column_images(row: Row) -> list[Any]:

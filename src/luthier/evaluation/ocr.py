@@ -20,7 +20,7 @@ from typing import Any
 
 import jiwer
 from PIL import Image
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 from luthier import terminal
 from luthier.data.conversation import Message, row_messages
@@ -28,9 +28,10 @@ from luthier.data.formats import find_format
 from luthier.data.images import Resize, check_resize, load_image, resize_image
 from luthier.data.render import render
 from luthier.data.rows import Row
-from luthier.data.vision import column_images, default_side, place_images
+from luthier.data.vision import column_images, default_side, place_images, with_bos
 
 NO_IMAGE, UNREADABLE, EMPTY, CUT = "no image", "unreadable image", "empty answer", "cut at max_new_tokens"
+REFUSED = "image refused by the model's processor"
 
 
 @dataclass(frozen=True)
@@ -88,14 +89,16 @@ class OCRReport:
         terminal.table(title, ("", ""), rows)
 
 
+Answer = tuple[str, str | None]  # and why it is none, or None
+
+
 @dataclass(frozen=True)
 class Question:
-    """A row without its last answer. ``failure``: why it cannot be asked."""
+    """A row without its last answer, its pictures not opened yet."""
 
     messages: list[Message]
-    images: list[Image.Image]
+    sources: list[Any]
     reference: str
-    failure: str | None
 
 
 def ocr(
@@ -120,26 +123,22 @@ def ocr(
             raise ValueError(f"{name} is {value}: it must be at least 1")
     normalise = Normalisation(lowercase, strip_punctuation)
     see = partial(_see, root=image_root and Path(image_root), resize=resize, side=default_side(model.config))
-    questions = [_question(row, number, see) for number, row in enumerate(rows, 1)]
-    answers: list[tuple[str, str | None]] = [("", question.failure) for question in questions]
-    asked = [index for index, question in enumerate(questions) if question.failure is None]
-    with terminal.progress("Reading", total=len(asked)) as bar, _inference(model):
-        for start in range(0, len(asked), batch_size):
-            batch = asked[start : start + batch_size]
-            for index, answer in zip(
-                batch, _answer(model, processor, [questions[i] for i in batch], max_new_tokens), strict=True
-            ):
-                answers[index] = answer
+    references = [_question(row, number).reference for number, row in enumerate(rows, 1)]
+    _require_words([normalise(reference) for reference in references])
+    answers: list[Answer] = []
+    with terminal.progress("Reading", total=len(rows)) as bar, _inference(model):
+        for start in range(0, len(rows), batch_size):
+            # a batch at a time: the pictures of a whole set may be more than memory holds
+            batch = [_question(rows[index], index + 1) for index in range(start, min(start + batch_size, len(rows)))]
+            answers += _read(model, processor, batch, see, max_new_tokens)
             bar.advance(len(batch))
-    return compare([question.reference for question in questions], answers, normalise)
+    return compare(references, answers, normalise)
 
 
-def compare(references: Sequence[str], answers: Sequence[tuple[str, str | None]], normalise: Normalisation) -> OCRReport:
+def compare(references: Sequence[str], answers: Sequence[Answer], normalise: Normalisation) -> OCRReport:
     """The report on ``answers``, each with its failure or None, to ``references``."""
     truths = [normalise(reference) for reference in references]
-    empty = [number for number, truth in enumerate(truths, 1) if not truth]
-    if empty:
-        raise ValueError(f"Rows {empty[:5]} have a reference without a single word: nothing can be compared with them")
+    _require_words(truths)
     texts = [normalise(answer) for answer, _ in answers]
     samples = tuple(
         OCRSample(truth, text, jiwer.wer(truth, text), jiwer.cer(truth, text), failure or (None if text else EMPTY))
@@ -155,11 +154,17 @@ def compare(references: Sequence[str], answers: Sequence[tuple[str, str | None]]
     )
 
 
+def _require_words(truths: Sequence[str]) -> None:
+    empty = [number for number, truth in enumerate(truths, 1) if not truth]
+    if empty:
+        raise ValueError(f"Rows {empty[:5]} have a reference without a single word: nothing can be compared with them")
+
+
 def _see(source: Any, root: Path | None, resize: Resize, side: int | None) -> Image.Image:
     return resize_image(load_image(source, root), resize, side)
 
 
-def _question(row: Row, number: int, see: Callable[[Any], Image.Image]) -> Question:
+def _question(row: Row, number: int) -> Question:
     source = find_format(list(row))
     if source is None:
         raise ValueError(f"row {number}: it needs messages, or prompt and completion; it has {sorted(row)}")
@@ -171,28 +176,43 @@ def _question(row: Row, number: int, see: Callable[[Any], Image.Image]) -> Quest
         raise ValueError(f"row {number}: its last message must be the assistant's, which is what the answer is compared with")
     content = messages[-1]["content"]
     reference = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
-    if not sources:
-        return Question(messages[:-1], [], reference, NO_IMAGE)
-    try:
-        images = [see(source) for source in sources]
-    except (OSError, ValueError) as error:
-        return Question(messages[:-1], [], reference, f"{UNREADABLE} ({type(error).__name__})")
-    return Question(messages[:-1], images, reference, None)
+    return Question(messages[:-1], sources, reference)
+
+
+def _read(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    questions: Sequence[Question],
+    see: Callable[[Any], Image.Image],
+    max_new_tokens: int,
+) -> list[Answer]:
+    """The answers to a batch of questions, those that cannot be asked included."""
+    answers: list[Answer] = [("", NO_IMAGE)] * len(questions)
+    asked: dict[int, tuple[list[Message], list[Image.Image]]] = {}
+    for index, question in enumerate(questions):
+        try:
+            if question.sources:
+                asked[index] = question.messages, [see(source) for source in question.sources]
+        except (OSError, TypeError, ValueError) as error:
+            answers[index] = "", f"{UNREADABLE} ({type(error).__name__})"
+    if asked:
+        for index, answer in zip(asked, _answer(model, processor, list(asked.values()), max_new_tokens), strict=True):
+            answers[index] = answer
+    return answers
 
 
 def _answer(
-    model: PreTrainedModel, processor: ProcessorMixin, questions: Sequence[Question], max_new_tokens: int
-) -> list[tuple[str, str | None]]:
-    texts = [render(processor, question.messages, add_generation_prompt=True) for question in questions]
-    bos = processor.tokenizer.bos_token
-    inputs = processor(
-        text=texts,
-        images=[question.images for question in questions],
-        padding=True,
-        padding_side="left",
-        add_special_tokens=not (bos and texts[0].startswith(bos)),
-        return_tensors="pt",
-    ).to(model.device, model.dtype)
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    asked: Sequence[tuple[list[Message], list[Image.Image]]],
+    max_new_tokens: int,
+) -> list[Answer]:
+    try:
+        inputs = _inputs(processor, asked).to(model.device, model.dtype)
+    except ValueError:  # one of the pictures is none for this model, such as a line of 300 by 1 pixels for Qwen's
+        if len(asked) > 1:
+            return [answer for one in asked for answer in _answer(model, processor, [one], max_new_tokens)]
+        return [("", REFUSED)]
     generated = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     new = generated[:, inputs["input_ids"].shape[1] :].tolist()
     stops = model.generation_config.eos_token_id
@@ -201,6 +221,20 @@ def _answer(
         (processor.tokenizer.decode(ids, skip_special_tokens=True), None if stops & {*ids} else CUT if ids else EMPTY)
         for ids in new
     ]
+
+
+def _inputs(processor: ProcessorMixin, asked: Sequence[tuple[list[Message], list[Image.Image]]]) -> BatchFeature:
+    """Messages and their pictures as a batch, padded on the left."""
+    texts = [with_bos(render(processor, messages, add_generation_prompt=True), processor) for messages, _ in asked]
+    bos = processor.tokenizer.bos_token
+    return processor(
+        text=texts,
+        images=[images for _, images in asked],
+        padding=True,
+        padding_side="left",
+        add_special_tokens=not (bos and texts[0].startswith(bos)),
+        return_tensors="pt",
+    )
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import warnings
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -131,7 +132,14 @@ def quantisation_of_language(info: LoadInfo, config: PreTrainedConfig) -> BitsAn
     """The quantisation that ``info.precision`` stands for, less vision tower, projector and head."""
     settings = quantisation(info.precision, info.dtype, config)
     spec = adapters.find(config)
-    if settings is not None and spec is not None and spec.vision is not None:
+    if settings is not None and (spec is None or spec.vision is None):
+        warnings.warn(
+            f"{config.model_type} has no file in luthier/adapters, so its vision part cannot be told apart and is quantised "
+            "too; load_in_16bit=True leaves it as it is.",
+            UserWarning,
+            stacklevel=4,
+        )
+    elif settings is not None:
         settings.llm_int8_skip_modules = ["lm_head", spec.vision.vision_prefix, *spec.vision.projector_prefixes]
     return settings
 

@@ -32,6 +32,7 @@ def evaluate(
     temperature: float = 0.6,
     batch_size: int = 8,
     load_in_16bit: bool = False,
+    resize: Literal["min", "max"] | int = "min",
     seed: int = 3407,
     json: bool = False,
 ) -> None:
@@ -49,6 +50,7 @@ def evaluate(
         temperature: Sampling temperature for AIME.
         batch_size: Rows at a time.
         load_in_16bit: 16-bit weights instead of NF4.
+        resize: Size of the pictures (ocr), as in the training: min, max, or pixels on the longer side.
         seed: Seed of the sampling.
         json: Print the result as JSON on standard output.
     """
@@ -64,7 +66,7 @@ def evaluate(
         processor = get_chat_template(processor, chat_template or "chatml")
 
     if task == "ocr":
-        report = ocr(loaded, processor, rows, max_new_tokens or 128, batch_size, image_root=image_root(data))
+        report = ocr(loaded, processor, rows, max_new_tokens or 128, batch_size, resize, image_root=image_root(data))
     elif task == "aime":
         sampling = {"temperature": temperature, "max_tokens": max_new_tokens, "seed": seed, "batch_size": batch_size}
         report = aime(loaded, processor, rows, n, **sampling)
