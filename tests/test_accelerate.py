@@ -93,6 +93,8 @@ def test_generate_is_untouched(family):
     accelerate(model)
     assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), expected)
     assert torch.equal(model.train().generate(ids, max_new_tokens=8, do_sample=False), expected)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), expected), "it lost its cache"
 
 
 def test_a_4_bit_model_trains_as_stock_does(tmp_path):
@@ -167,11 +169,45 @@ class TestOutput:
         torch.testing.assert_close(output.logits[seen], stock.logits[seen])
         assert isinstance(output, type(stock)) and output.logits.requires_grad
 
-    @pytest.mark.parametrize("read", [lambda o: o["logits"], lambda o: o[1], lambda o: o.to_tuple()[1], lambda o: o[:2][1]])
+    @pytest.mark.parametrize(
+        "read",
+        [lambda o: o["logits"], lambda o: o.get("logits"), lambda o: o[1], lambda o: o.to_tuple()[1], lambda o: o[:2][1]],
+    )
     def test_every_way_of_reading_them_works(self, pair, read):
         _, output, _ = pair
         assert torch.equal(read(output), output.logits)
         assert torch.equal(output[0], output.loss)
+
+    def test_what_is_not_there_is_not_got(self, pair):
+        _, output, _ = pair
+        assert output.get("attentions") is None and output.get("attentions", 5) == 5
+
+    @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+    def test_they_have_a_gradient_wherever_they_are_read_first(self, mode):
+        found, seen = [], batch()["attention_mask"].bool()
+        for model in (tiny_model("llama3").train(), accelerate(tiny_model("llama3")).train()):
+            output = model(**batch())
+            with mode():
+                assert output.logits.argmax(-1).shape == seen.shape
+            output.logits[seen].square().mean().backward()
+            found.append({name: parameter.grad for name, parameter in model.named_parameters()})
+        assert difference(found[1], found[0]) < 1e-5
+
+    def test_they_are_those_of_the_forwards_autocast(self):
+        outputs = []
+        for model in (tiny_model("llama3"), accelerate(tiny_model("llama3"))):
+            with torch.autocast("cpu", torch.bfloat16):
+                outputs.append(model.train()(**batch()))
+        seen = batch()["attention_mask"].bool()
+        assert outputs[1].logits.dtype == outputs[0].logits.dtype == torch.bfloat16
+        torch.testing.assert_close(outputs[1].logits[seen], outputs[0].logits[seen], atol=0.05, rtol=0.05)
+
+    def test_a_head_that_has_been_trained_since_is_said(self, pair):
+        _, output, model = pair
+        with torch.no_grad():
+            model.lm_head.weight.mul_(2)
+        with pytest.warns(UserWarning, match="before the optimizer's step"):
+            assert output.logits.shape[:2] == batch()["labels"].shape
 
     def test_mapping_over_tensors_does_not_compute_them(self, pair):
         from accelerate.utils.operations import convert_to_fp32

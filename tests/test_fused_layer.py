@@ -7,8 +7,11 @@ import warnings
 
 import pytest
 import torch
+from peft import AdaLoraConfig, AdaptionPromptConfig, IA3Config, LNTuningConfig, LoraConfig, get_peft_model
 from stock_pairs import batch, difference, loss_and_gradients, nf4_model, with_lora
 from tiny import FAMILIES, tiny_model
+from torch.nn import Linear
+from torch.nn.modules.module import register_module_forward_hook
 
 from luthier.model import blocks, offload
 from luthier.model.accelerate import accelerate, dial_of, restore
@@ -292,6 +295,46 @@ def test_a_second_backward_says_why_it_cannot():
         loss.backward()
 
 
+@pytest.mark.parametrize("family", ["llama3", "qwen3_moe"])
+def test_a_backward_over_weights_that_have_changed_is_refused(family):
+    """As stock refuses it: what it reads again would be another thing than what the forward read."""
+    model = fused(with_experts(family) if family in WITH_EXPERTS else with_lora(tiny_model(family))).train()
+    loss = model(**batch()).loss
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    torch.optim.SGD(trained, lr=0.0).step()  # none has a gradient: nothing is touched
+    loss.backward()
+    loss = model(**batch()).loss
+    torch.optim.SGD(trained, lr=1e-3).step()
+    with pytest.raises(RuntimeError, match=r"changed in place.*Call backward\(\) before"):
+        loss.backward()
+
+
+def with_experts(family):
+    """Adapters on experts only, so that no other layer notices a change."""
+    from luthier.model.experts import expert_stacks
+
+    model = tiny_model(family)
+    return with_lora(model, target_modules=[], target_parameters=list(expert_stacks(model)))
+
+
+def test_what_is_frozen_before_the_backward_gets_no_gradient():
+    """Adapters are switched between two forwards, which freezes the first one: as in stock, it gets none."""
+
+    def losses(model):
+        with torch.random.fork_rng():
+            torch.manual_seed(2)
+            model.add_adapter("other", LoraConfig(r=3, target_modules=["q_proj", "up_proj"], init_lora_weights=False))
+        model.train()
+        first = model(**batch()).loss
+        model.set_adapter("other")
+        (first + model(**batch(seed=1)).loss).backward()
+        return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+    truth, gradients = losses(with_lora(tiny_model("llama3"))), losses(fused(with_lora(tiny_model("llama3"))))
+    assert all("other" in name for name in truth)
+    assert difference(gradients, truth) < 2e-5
+
+
 def test_gradients_accumulate():
     model = fused(with_lora(tiny_model("llama3"))).train()
     _, once = loss_and_gradients(model, **batch())
@@ -342,6 +385,38 @@ def hooked(model, name="up_proj"):
     return model
 
 
+def doubled_backward(model, name="up_proj"):
+    module = getattr(model.get_base_model().model.layers[0].mlp, name)
+    module.register_full_backward_pre_hook(lambda module, grads: (2 * grads[0],))
+    return model
+
+
+def with_method(config, family="llama3", model=None):
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(1)
+        model = get_peft_model(tiny_model(family) if model is None else model, config)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    return model
+
+
+def with_another_mlp(model):
+    class Mlp(type(model.get_base_model().model.layers[0].mlp)):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    for layer in model.get_base_model().model.layers:
+        layer.mlp.__class__ = Mlp
+    return model
+
+
+def with_another_activation(model):
+    for layer in model.get_base_model().model.layers:
+        layer.mlp.act_fn = torch.nn.GELU()
+    return model
+
+
 def eager(model):
     model.set_attn_implementation("eager")
     return model
@@ -364,6 +439,17 @@ FALLBACKS = {
         lambda: hooked(with_lora(tiny_model("phi3")), "activation_fn"),
         "hooks are attached to one of its SiLU",
     ),
+    "a hook on a backward": (
+        lambda: doubled_backward(with_lora(tiny_model("llama3"))),
+        "hooks are attached to one of its Linear",
+    ),
+    "another MLP": (lambda: with_another_mlp(with_lora(tiny_model("llama3"))), "its mlp is a Mlp"),
+    "another activation": (lambda: with_another_activation(with_lora(tiny_model("llama3"))), "its activation is a GELU"),
+    "LN tuning": (lambda: with_method(LNTuningConfig()), "a norm of kind LNTuningLayer"),
+    "AdaLoRA": (
+        lambda: with_method(AdaLoraConfig(r=4, total_step=10, target_modules=["q_proj", "down_proj"])),
+        "an adapter of kind SVDLinear",
+    ),
     "another attention": (lambda: with_lora(eager(tiny_model("llama3"))), "'eager'"),
     "trained sinks": (lambda: with_trained_sinks(with_lora(tiny_model("gpt_oss"))), "sinks are trained"),
 }
@@ -381,6 +467,39 @@ def test_what_does_not_fit_runs_stock_and_says_why_once(case):
         assert_same(model, batch(), truth)
     said = [str(warning.message) for warning in caught if "stock forward" in str(warning.message)]
     assert len(said) == 1 and reason in said[0]
+
+
+@pytest.mark.filterwarnings("default")
+def test_an_adaption_prompt_wraps_the_attention():
+    config = AdaptionPromptConfig(adapter_len=4, adapter_layers=2, task_type="CAUSAL_LM")
+    truth = loss_and_gradients(with_method(config), **batch(), use_cache=False)
+    with pytest.warns(UserWarning, match="its self_attn is a AdaptedAttention"):
+        assert_same(with_method(config, model=accelerate(tiny_model("llama3"))), {**batch(), "use_cache": False}, truth)
+
+
+@pytest.mark.filterwarnings("default")
+def test_other_adapters_on_4_bits_run_stock(tmp_path):
+    """peft calls its layer of IA3 around a 4-bit one, and others, by the name of the layer inside."""
+    config = IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+    truth = loss_and_gradients(with_method(config, model=nf4_model(tmp_path)), **batch())
+    with pytest.warns(UserWarning, match="a layer of kind Linear4bit"):
+        assert_same(accelerate(with_method(config, model=nf4_model(tmp_path))), batch(), truth)
+
+
+@pytest.mark.filterwarnings("default")
+def test_hooks_on_all_modules_are_called():
+    def step(model):
+        handle = register_module_forward_hook(lambda module, args, output: 1.5 * output if type(module) is Linear else None)
+        try:
+            return loss_and_gradients(model, **batch())
+        finally:
+            handle.remove()
+
+    truth, model = step(with_lora(tiny_model("llama3"))), accelerate(with_lora(tiny_model("llama3")))
+    with pytest.warns(UserWarning, match="hooks are attached to all modules"):
+        loss, gradients = step(model)
+    torch.testing.assert_close(loss, truth[0], rtol=1e-5, atol=0)
+    assert difference(gradients, truth[1]) < 2e-5
 
 
 def test_restore_takes_everything_back():

@@ -19,6 +19,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from stock_pairs import difference, nf4_model, with_lora
 from tiny import VOCAB, tiny_model
+from torch.utils.checkpoint import checkpoint
 
 from luthier.model import dial as dial_module
 from luthier.model import graphs as graphs_module
@@ -303,6 +304,32 @@ def test_a_second_backward_is_refused():
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="second time"):
         loss.backward()
+
+
+def test_a_backward_over_weights_that_have_changed_is_refused():
+    models = pair()
+    warm(models)
+    loss = models[0](**batch()).loss
+    with torch.no_grad():
+        next(p for p in models[0].parameters() if p.requires_grad).mul_(2)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_around_the_model(reentrant):
+    """It runs everything twice, once with a graph and once without, and what it sees being saved must be the same."""
+    models = pair()
+    graphs_of(models[0]).ragged = True
+    for rows, length in ((2, 24), (3, 5)):
+        inputs = batch(rows, length)
+        inputs["attention_mask"][0, :2] = 0
+        for model in models:
+            model.zero_grad()
+            embeds = model.get_input_embeddings()(inputs["input_ids"]).detach().requires_grad_()
+            rest = {name: inputs[name] for name in ("attention_mask", "labels")}
+            checkpoint(lambda x, m=model, r=rest: m(inputs_embeds=x, **r).loss, embeds, use_reentrant=reentrant).backward()
+        assert difference(*map(gradients_of, models)) < 1e-6
 
 
 def test_what_is_no_plain_batch_runs_without():

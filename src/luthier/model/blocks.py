@@ -47,9 +47,9 @@ class Gradients(dict):
         for key, gradient in more.items():
             self[key] = self[key].add_(gradient) if key in self else gradient
 
-    def of(self, parameters: list[Tensor]) -> list[Tensor]:
-        """In the order and the dtypes of the parameters."""
-        return [self[id(parameter)].to(parameter.dtype) for parameter in parameters]
+    def of(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+        """In the order and the dtypes of the parameters; None for one that does not train any more."""
+        return [self[id(p)].to(p.dtype) if id(p) in self else None for p in parameters]
 
 
 @dataclass(frozen=True)

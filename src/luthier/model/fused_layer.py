@@ -8,16 +8,20 @@ an ``Unfused`` with the reason, and the stock forward runs. The reason is said o
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+import bitsandbytes as bnb
 import torch
 from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers.activations import ACT2FN
 
 from luthier.adapters.spec import Spec
 from luthier.model.attention_interface import NAME
@@ -34,7 +38,9 @@ from luthier.ops.lora_linear import Part, Projection
 from luthier.ops.nf4 import Quantised, quantised
 from luthier.ops.rms_norm import rms_norm
 from luthier.ops.rotary import half_tables
+from luthier.ops.unchanged import Unchanged
 
+LORA = "peft.tuners.lora."
 CAPTURES = "transformers.utils.output_capturing"  # hooks that only record outputs, and only when they are asked for
 
 
@@ -81,8 +87,13 @@ class Blocks:
             kept.x2 = x2 if mode >= Mode.ALL_BUT_GATE_UP and not self.parallel else None
         return x3, kept
 
-    def backward(self, grad: Tensor, call: Call, kept: Kept, wants_x: bool) -> tuple[Tensor | None, list[Tensor]]:
-        """grad (n, D) of the output -> (the gradient of x, if wanted, those of ``trained``). Uses up what was kept."""
+    def backward(
+        self, grad: Tensor, call: Call, kept: Kept, wants_x: bool, trained: Sequence[Tensor]
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """grad (n, D) of the output -> (the gradient of x, if wanted, those of ``trained``). Uses up what was kept.
+
+        ``trained``: as the forward found it. What has been frozen since then gets no gradient.
+        """
         self.forget()
         gradients = Gradients()
         sequential = self.mlp is not None and not self.parallel
@@ -97,7 +108,7 @@ class Blocks:
         grad_x = self.attention.backward(*attention_grad, call, kept, gradients, wants_x)
         if self.parallel and wants_x:
             grad_x = grad_x + grad_mlp
-        return (grad_x if wants_x else None), gradients.of(self.trained())
+        return (grad_x if wants_x else None), gradients.of(trained)
 
     def forget(self) -> None:
         """What the projections wrote into the workspace is another layer's by now."""
@@ -154,7 +165,7 @@ def layer_class_members(stock: type[nn.Module], spec: Spec) -> dict:
             else:
                 return run(self, blocks, spec, hidden_states, kwargs)
         hidden_states = self.luthier_state.model.graphs.interrupt(hidden_states)
-        if self.training and self.gradient_checkpointing:
+        if self.training and self.gradient_checkpointing and not generates:
             kwargs |= {name: None for name in CACHE_NAMES if name in kwargs} | {"use_cache": False}
             return self._gradient_checkpointing_func(partial(stock.forward, self, **kwargs), hidden_states, *args)
         return stock.forward(self, hidden_states, *args, **kwargs)
@@ -187,7 +198,7 @@ def run(layer: nn.Module, blocks: Blocks, spec: Spec, hidden_states: Tensor, kwa
     if structure is None or structure.padding is not None:
         call.mask = kwargs.get("attention_mask")
     if structure is not None:
-        call.window, call.segments = _window(layer.self_attn, spec), structure.padding or structure.segments
+        call.window, call.segments = _window(unwrapped(layer.self_attn), spec), structure.padding or structure.segments
     layer_run = LayerRun(state, blocks, call, plan)
     if blocks.mlp is not None:
         return state.model.graphs.run(layer_run, hidden_states)
@@ -207,6 +218,7 @@ class _Layer(torch.autograd.Function):
     def forward(ctx, x, blocks, call, state, plan, *trained):
         x3, kept = blocks.forward(rows_of(x), call, plan.mode)
         ctx.blocks, ctx.call, ctx.kept, ctx.offload = blocks, call, kept, state.model.dial.offload
+        ctx.trained = Unchanged(trained)
         if ctx.offload is not None and any(ctx.needs_input_grad):
             ctx.offload.park(state.index, kept, plan.host)
         return x3.view(x.shape)
@@ -219,10 +231,11 @@ class _Layer(torch.autograd.Function):
                 "A fused layer was asked for its backward a second time, but the first one used up what it had kept. "
                 "Compute the loss again, or call luthier.restore(model) before a backward with retain_graph=True."
             )
+        ctx.trained.check()
         blocks, call, kept, ctx.kept = ctx.blocks, ctx.call, ctx.kept, None
         if ctx.offload is not None:
             ctx.offload.fetch(kept)
-        grad_x, gradients = blocks.backward(rows_of(grad), call, kept, ctx.needs_input_grad[0])
+        grad_x, gradients = blocks.backward(rows_of(grad), call, kept, ctx.needs_input_grad[0], ctx.trained.tensors)
         return (None if grad_x is None else grad_x.view(grad.shape)), None, None, None, None, *gradients
 
 
@@ -233,8 +246,8 @@ def read_blocks(layer: nn.Module, spec: Spec) -> Blocks:
 
 
 def _read_blocks(layer: nn.Module, spec: Spec) -> Blocks:
-    attention, mlp, state = layer.self_attn, layer.mlp, layer.luthier_state.model
-    _check_structure(layer, spec)
+    attention, state = _half(layer, "self_attn"), layer.luthier_state.model
+    _check_structure(layer, attention, spec)
     residual_scale = getattr(layer, spec.residual_scale) if spec.residual_scale else 1.0
     names = ("qkv_proj",) if spec.qkv == "fused" else ("q_proj", "k_proj", "v_proj")
     qkv = _projection("qkv", [read_part(getattr(attention, name)) for name in names], state)
@@ -260,13 +273,14 @@ def _read_blocks(layer: nn.Module, spec: Spec) -> Blocks:
         softcap=getattr(attention, spec.softcap) if spec.softcap else None,
         sinks=getattr(attention, spec.sinks) if spec.sinks else None,
     )
-    if hasattr(mlp, "experts"):
+    if hasattr(layer.mlp, "experts"):
         return Blocks(attention_block, None, experts=routed(attention.config))
+    mlp = _half(layer, "mlp")
     names = ("gate_up_proj",) if spec.mlp == "fused" else ("gate_proj", "up_proj")
     gate_up = _projection("gate_up", [read_part(getattr(mlp, name)) for name in names], state)
     down = _projection("down", [read_part(mlp.down_proj)], state)
     before, after = (read_norm(layer, name, spec) for name in (spec.attention_norms if spec.parallel else spec.mlp_norms))
-    mlp_block = MlpBlock(gate_up, down, _activation(attention.config), before, after, residual_scale)
+    mlp_block = MlpBlock(gate_up, down, _activation(mlp, attention.config), before, after, residual_scale)
     return Blocks(attention_block, mlp_block, spec.parallel)
 
 
@@ -278,10 +292,11 @@ def _projection(role: str, parts: list[Part], state: ModelState) -> Projection:
 
 def read_part(module: nn.Module) -> Part:
     """A linear layer with the adapters that are active on it now. Each call draws the seed of its dropout."""
-    _check_hooks(module)
-    module = unwrapped(module)
+    module = _bare(module)
     if not isinstance(module, LoraLayer):
         return Part(*_weight(module))
+    if not type(module).__module__.startswith(LORA):
+        raise Unfused(f"it holds an adapter of kind {type(module).__name__}")
     base, merged, disabled, adapters = module.base_layer, module.merged, module.disable_adapters, module.lora_A
     if isinstance(base, LoraLayer):
         raise Unfused("an adapter is attached to an adapter")
@@ -294,8 +309,10 @@ def read_part(module: nn.Module) -> Part:
         return Part(weight, bias)
     found = [(adapters[name], module.lora_B[name], module.scaling[name], _dropped(module, name)) for name in active]
     for a, b, scale, _ in found:
-        _check_hooks(a)
-        _check_hooks(b)
+        for linear in (a, b):
+            _check_hooks(linear)
+            if type(linear) is not nn.Linear:
+                raise Unfused(f"it holds an adapter's layer of kind {type(linear).__name__}")
         if b.bias is not None:
             bias = scale * b.bias if bias is None else bias + scale * b.bias
     a, b, scale, p = found[0]
@@ -313,6 +330,7 @@ def _dropped(module: LoraLayer, name: str) -> float:
     if name in module.lora_variant:
         raise Unfused(f"the adapter {name!r} is a variant of LoRA (DoRA or another)")
     dropout = module.lora_dropout[name]
+    _check_hooks(dropout)
     return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
@@ -327,10 +345,27 @@ def unwrapped(module: nn.Module) -> nn.Module:
 def read_norm(owner: nn.Module, name: str | None, spec: Spec) -> Norm | None:
     if name is None:
         return None
-    module = getattr(owner, name)
-    _check_hooks(module)
-    module = unwrapped(module)
+    module = _bare(getattr(owner, name))
+    if type(module).__name__ not in spec.norm_classes:
+        raise Unfused(f"it holds a norm of kind {type(module).__name__}")
     return Norm(module.weight, _eps(module), spec.norm)
+
+
+def _bare(module: nn.Module) -> nn.Module:
+    """``unwrapped``; Unfused where hooks are on the wrapper, or within it."""
+    _check_hooks(module)
+    inner = unwrapped(module)
+    if inner is not module:
+        _check_hooks(inner)
+    return inner
+
+
+def _half(layer: nn.Module, name: str) -> nn.Module:
+    """A layer's attention or MLP; Unfused if it is not of the kind that its architecture has."""
+    module = _bare(getattr(layer, name))
+    if type(module).__module__ != type(layer)._luthier_stock.__module__:
+        raise Unfused(f"its {name} is a {type(module).__name__}")
+    return module
 
 
 def _eps(norm: nn.Module) -> float:
@@ -341,7 +376,7 @@ def _weight(linear: nn.Module) -> tuple[Tensor | Quantised, Tensor | None]:
     weight, bias = linear.weight, linear.bias
     if type(linear) is nn.Linear:
         return weight, bias
-    if type(linear).__name__ != "Linear4bit":
+    if type(linear) is not bnb.nn.Linear4bit:  # peft's layers around one have this name too
         raise Unfused(f"it holds a layer of kind {type(linear).__name__}")
     fix_4bit_weight_quant_state_from_module(linear)  # FSDP2 hands out plain parameters; bitsandbytes' own forward does this
     known, state = weight.__dict__.get("luthier_quantised"), weight.quant_state
@@ -358,11 +393,20 @@ def _window(attention: nn.Module, spec: Spec) -> int | None:
     return (attention if spec.window == "attention" else attention.config).sliding_window
 
 
-def _activation(config) -> str:
+def _activation(mlp: nn.Module, config) -> str:
     name = getattr(config, "hidden_activation", None) or config.hidden_act
+    function = mlp.activation_fn if hasattr(mlp, "activation_fn") else mlp.act_fn  # transformers has both names
+    _check_hooks(function)
     if name not in ACTIVATIONS:
         raise Unfused(f"its activation is {name}")
+    if type(function) is not _activation_class(name):
+        raise Unfused(f"its activation is a {type(function).__name__}, and its configuration says {name}")
     return ACTIVATIONS[name]
+
+
+@functools.cache
+def _activation_class(name: str) -> type[nn.Module]:
+    return type(ACT2FN[name])
 
 
 def _check_call(layer: nn.Module, hidden_states: Tensor, kwargs: dict) -> None:
@@ -377,10 +421,11 @@ def _check_call(layer: nn.Module, hidden_states: Tensor, kwargs: dict) -> None:
         raise Unfused(f"its attention mask is a {type(mask).__name__}")
     if kwargs.get("position_embeddings") is None:
         raise Unfused("it was called without position embeddings")
+    if nn.modules.module._has_any_global_hook():
+        raise Unfused("hooks are attached to all modules")
 
 
-def _check_structure(layer: nn.Module, spec: Spec) -> None:
-    attention, mlp = layer.self_attn, layer.mlp
+def _check_structure(layer: nn.Module, attention: nn.Module, spec: Spec) -> None:
     implementation = attention.config._attn_implementation
     own_scores = spec.softcap or spec.sinks  # which transformers' sdpa knows nothing of: eager is its only exact one
     if implementation not in ("sdpa", NAME) and not (implementation == "eager" and own_scores):
@@ -392,19 +437,19 @@ def _check_structure(layer: nn.Module, spec: Spec) -> None:
     dropout = attention.attention_dropout if hasattr(attention, "attention_dropout") else attention.dropout
     if dropout or any(isinstance(child, nn.Dropout) and child.p for child in layer.children()):
         raise Unfused("it drops activations")
-    _check_hooks(attention)
-    if not hasattr(mlp, "experts"):
-        _check_hooks(mlp)
-        _check_hooks(mlp.activation_fn if hasattr(mlp, "activation_fn") else mlp.act_fn)  # transformers has both names
 
 
 def _check_hooks(module: nn.Module) -> None:
-    replaced = "forward" in module.__dict__
-    if not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or replaced):
-        return
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values(), *module._backward_hooks.values()]
-    if replaced or any(hook.__module__ != CAPTURES for hook in hooks):
+    if is_hooked(module):
         raise Unfused(f"hooks are attached to one of its {type(module).__name__}")
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a call of a module does more than its class says, or somebody looks on."""
+    kinds = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    if "forward" in module.__dict__:
+        return True
+    return any(kinds) and any(hook.__module__ != CAPTURES for kind in kinds for hook in kind.values())
 
 
 def say_once(layer: nn.Module, reason: str) -> None:

@@ -12,7 +12,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -24,15 +25,35 @@ from transformers.utils import ModelOutput
 
 from luthier.adapters.spec import Head, Spec
 from luthier.model.backbone import cache_of
-from luthier.model.fused_layer import unwrapped
+from luthier.model.fused_layer import is_hooked, unwrapped
 from luthier.ops.linear_cross_entropy import CHUNK_BYTES, linear_cross_entropy, shape_logits
+from luthier.ops.unchanged import Unchanged
 
 
 class LazyLogits:
-    """Stands for logits inside an output until they are read. It is no tensor: what maps over tensors passes it by."""
+    """Stands for logits inside an output until they are read. It is no tensor: what maps over tensors passes it by.
 
-    def __init__(self, compute: Callable[[], Tensor]) -> None:
-        self.compute = compute
+    They have a gradient, and run in autocast, if they had where the output was made, wherever they are read.
+    """
+
+    def __init__(self, hidden: Tensor, lm_head: nn.Module, shaping: dict) -> None:
+        self.hidden, self.lm_head, self.shaping = hidden, lm_head, shaping
+        self.trained = Unchanged([parameter for parameter in lm_head.parameters() if parameter.requires_grad])
+        device = hidden.device.type
+        self.with_grad = torch.is_grad_enabled()
+        self.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+
+    def compute(self) -> Tensor:
+        if not self.trained.are_unchanged:
+            warnings.warn(
+                "Logits are computed when they are first read, and the head has changed since the forward: these are the new "
+                "head's. Read output.logits before the optimizer's step.",
+                UserWarning,
+                stacklevel=3,
+            )
+        modes = torch.inference_mode(False), torch.set_grad_enabled(self.with_grad), torch.autocast(*self.autocast)
+        with modes[0], modes[1], modes[2]:
+            return shape_logits(self.lm_head(self.hidden), **self.shaping)
 
 
 class LazyOutput:
@@ -56,6 +77,9 @@ class LazyOutput:
             return tuple(self[name] for name in list(self.keys())[key])
         name = list(self.keys())[key] if isinstance(key, int) else key
         return self.logits if name == "logits" else super().__getitem__(name)
+
+    def get(self, key: str, default: object = None) -> object:
+        return self[key] if key in self.keys() else default
 
     def __reduce__(self):  # what is pickled or copied is the stock output, with its logits
         return _rebuild, (type(self).__mro__[2], {name: self[name] for name in self.keys()})
@@ -113,8 +137,8 @@ def training_forward(model: PreTrainedModel, stock: type[PreTrainedModel], spec:
     loss = causal_loss(hidden, lm_head, shaping, **loss_arguments, ignore_index=ignore_index)
     if output.get("aux_loss") is not None:
         loss = loss + model.router_aux_loss_coef * output["aux_loss"].to(loss.device)
-    logits = LazyLogits(lambda: shape_logits(lm_head(hidden), **shaping))
-    output = lazy_output_class(type(output))(**{**dict(output.items()), "loss": loss, "logits": logits})
+    found = {**dict(output.items()), "loss": loss, "logits": LazyLogits(hidden, lm_head, shaping)}
+    output = lazy_output_class(type(output))(**found)
     wants_tuple = return_dict is False or (return_dict is None and not model.config.return_dict)
     return output.to_tuple() if wants_tuple else output
 
@@ -173,9 +197,10 @@ def head_values(config, head: Head) -> dict:
 
 def plain_linear(lm_head: nn.Module) -> nn.Linear | None:
     """The linear layer that a head is, also one trained through modules_to_save; None if its call does more than that."""
+    if is_hooked(lm_head) or nn.modules.module._has_any_global_hook():
+        return None
     lm_head = unwrapped(lm_head)
-    hooked = lm_head._forward_hooks or lm_head._forward_pre_hooks or "forward" in lm_head.__dict__
-    return lm_head if type(lm_head) is nn.Linear and not hooked else None
+    return lm_head if type(lm_head) is nn.Linear and not is_hooked(lm_head) else None
 
 
 def _loss_through_module(hidden: Tensor, lm_head: nn.Module, targets: Tensor, shaping: dict, ignore_index: int) -> Tensor:

@@ -24,6 +24,7 @@ from luthier.model.dial import padded
 from luthier.ops.attention import Padding
 from luthier.ops.flash_attention import Band
 from luthier.ops.nf4 import Quantised
+from luthier.ops.unchanged import Unchanged
 
 if TYPE_CHECKING:
     from luthier.model.blocks import Call
@@ -122,6 +123,7 @@ class Program:
             (run.blocks, replace(run.call, cos=None, sin=None, mask=None, segments=None), run.plan.mode, which)
             for run, which in zip(taken.layers, taken.which, strict=True)
         ]
+        self.trained = [run.blocks.trained() for run in taken.layers]
         self.buffers: Buffers | None = None
         self.kept: list = []
         self.gradients: list[Gradients] = []  # of each layer
@@ -130,9 +132,9 @@ class Program:
         """Every layer once, by itself: kernels are compiled and libraries choose theirs now, not while a graph is recorded."""
         buffers = self.new_buffers().mapped(Tensor.zero_)
         rows, grad = buffers.x.flatten(0, 1), buffers.rows.flatten(0, 1)
-        for unused, call, mode, which in self.layers:
+        for (unused, call, mode, which), trained in zip(self.layers, self.trained, strict=True):
             call, blocks = _on(buffers, call, which), unused.fresh()
-            blocks.backward(grad, call, blocks.forward(rows, call, mode)[1], wants_x=True)
+            blocks.backward(grad, call, blocks.forward(rows, call, mode)[1], wants_x=True, trained=trained)
 
     def forward(self) -> None:
         self.buffers = self.buffers or self.new_buffers()
@@ -149,7 +151,8 @@ class Program:
         for index in reversed(range(len(self.layers))):
             _, call, _, which = self.layers[index]
             blocks, kept = self.kept.pop()
-            grad, gradients = blocks.backward(grad, _on(self.buffers, call, which), kept, index > 0 or self.wants_x)
+            call, wants_x = _on(self.buffers, call, which), index > 0 or self.wants_x
+            grad, gradients = blocks.backward(grad, call, kept, wants_x, self.trained[index])
             found.insert(0, Gradients(gradients))
         if self.wants_x:
             self.buffers.rows.flatten(0, 1).copy_(grad)
@@ -223,7 +226,7 @@ class Stack(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, flight, *trained):
-        ctx.flight = flight
+        ctx.flight, ctx.trained = flight, Unchanged(trained)
         return flight.recording.output(flight.length)
 
     @staticmethod
@@ -235,6 +238,7 @@ class Stack(torch.autograd.Function):
                 "The layers were asked for their backward a second time, but the first one used up what they had kept. "
                 "Compute the loss again, or call luthier.restore(model) before a backward with retain_graph=True."
             )
+        ctx.trained.check()
         recording, flight.landed, flight.recording = flight.recording, True, None  # who keeps a loss keeps no graphs
         grad_x, gradients = recording.backward(grad)
         return grad_x, None, *gradients

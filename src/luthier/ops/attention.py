@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 from luthier.ops.backend import power_of_2, triton
@@ -207,7 +208,7 @@ def attend(
     window = None if window is None or window >= q.shape[2] else window
     kernel = kernel_for(q, mask, window, segments, softcap, sinks)
     if kernel == "autograd":
-        with torch.enable_grad():
+        with torch.enable_grad(), saved_tensors_hooks(Tensor.detach, Tensor.detach):  # not those of a checkpoint around us
             leaves = tuple(t.detach().requires_grad_() for t in (q, k, v))
             out = attention(*leaves, scale, mask=mask)
         return out.detach(), AttentionState(kernel, graph=(*leaves, out))

@@ -22,6 +22,7 @@ from luthier.ops.backend import has_kernels, power_of_2
 from luthier.ops.expert_gate import Gate, gated, gated_backward_
 from luthier.ops.grouped import Routing, combine, gradient, product, route
 from luthier.ops.nf4 import Quantised, dequantise
+from luthier.ops.unchanged import Unchanged
 
 WRITTEN_BYTES = 1 << 29  # of weights that are expanded at a time
 _keeps = ContextVar("keeps", default=True)  # gate and up stay for the backward
@@ -106,6 +107,7 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, index, weights, up_layer, down_layer, gate, *adapters):
         ctx.layers, ctx.gate = (up_layer, down_layer), gate
+        ctx.adapters = Unchanged([factor for factor in adapters if factor is not None])
         if not _computes.get():
             ctx.save_for_backward(x, index, weights)
             return torch.empty_like(x)
@@ -121,6 +123,7 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
+        ctx.adapters.check()
         x, index, weights, *kept = ctx.saved_tensors
         grad, number = grad.contiguous(), ctx.layers[0].experts
         gate_up, low_up, *routed = kept or (None, None)
