@@ -299,12 +299,13 @@ def beside_bf16(model, kind: str) -> dict:
 
     With gate and up computed again, as most layers do in the memory that fp8-backward has in its row.
     """
-    from luthier.model.accelerate import dial_of
+    from luthier.model.accelerate import state_of
     from luthier.model.blocks import Mode
     from luthier.model.compute import set_compute
     from luthier.model.dial import LayerPlan
 
-    dial = dial_of(model)
+    state = state_of(model)
+    dial = state.dial
     dial.set_plan([LayerPlan(Mode.ALL_BUT_GATE_UP)] * dial.layers)
     inputs = random_batch(model, 1, 2048, 0)
     truth = gradients(set_compute(model, "bf16"), inputs)[1]
@@ -313,7 +314,8 @@ def beside_bf16(model, kind: str) -> dict:
     ours = gradients(set_compute(model, kind), inputs)[1]
     model.zero_grad(set_to_none=True)
     dial.follow_flag()
-    dial.has_run = False  # plans leave room for the moments, which the first step will make
+    dial.has_run = False  # plans leave room for the moments and buffers, which the first step will make
+    state.workspace.buffers.clear()
     return {
         name: {"gradient_error": error(value, truth), "cosine": cosine(value, truth)}
         for name, value in ((kind, ours), ("one ulp", ulp))

@@ -199,7 +199,7 @@ class TestWhoDecides:
         monkeypatch.setattr(dial_module, "card_speeds", lambda device: Speeds())
         said = []
         monkeypatch.setattr(dial_module, "say", said.append)
-        dial = dial_of(set_checkpointing(model, "auto", memory_budget=2))
+        dial = dial_of(set_checkpointing(model, "auto", memory_budget=1.8))
         batch = lambda n: types.SimpleNamespace(shape=(n, 4096), device=torch.device("cuda"))  # noqa: E731
         plans = [
             [dial.of_layer(index, LLAMA_8B, batch(tokens), tokens, False) for index in (0, 1)]
@@ -321,6 +321,50 @@ def test_a_step_from_graphs_needs_little_more_than_one_without():
         plan = [LayerPlan(Mode.KEEP)] * 32
         eager, graphs = (Cost(LLAMA_8B, rows * length, length, from_graphs=kind).device(plan) for kind in (False, True))
         assert eager < graphs < eager + 1.5 * GIB
+
+
+def alternating(one: Mode, other: Mode, count: int, layers: int = 32) -> list[LayerPlan]:
+    """``count`` layers of the first kind, among them the last."""
+    is_one = [(index + 1) * count // layers > index * count // layers for index in range(layers)]
+    return [LayerPlan(one if chosen else other) for chosen in is_one]
+
+
+# GiB that the pieces of both graphs of 2x2048 take in one block, each in the smallest gap that holds it, as the allocator does
+IN_ONE_BLOCK = [
+    ("bf16", [LayerPlan(Mode.KEEP)] * 8, 3.157),
+    ("fp8", [LayerPlan(Mode.RECOMPUTE)] * 16, 1.095),
+    ("fp8-backward", [LayerPlan(Mode.RECOMPUTE)] * 32, 1.595),
+    ("fp8-backward", alternating(Mode.ALL_BUT_GATE_UP, Mode.RECOMPUTE, 5), 2.034),
+    ("bf16", alternating(Mode.ALL_BUT_GATE_UP, Mode.RECOMPUTE, 5), 2.018),
+    ("bf16", alternating(Mode.KEEP, Mode.RECOMPUTE, 6), 3.250),
+    ("fp8-backward", alternating(Mode.ATTENTION, Mode.RECOMPUTE, 6, 12), 1.175),
+]
+
+
+@pytest.mark.parametrize(("compute", "plan", "taken"), IN_ONE_BLOCK)
+def test_graphs_fit_into_their_block(compute, plan, taken):
+    cost = Cost(dataclasses.replace(LLAMA_8B, compute=compute), 4096, 2048, from_graphs=True, gradients=len(plan) * 5 << 20)
+    assert taken <= cost.block(plan) / GIB <= 1.04 * taken
+    assert cost.block(plan) < cost.pool(plan) < cost.block(plan) + 0.06 * GIB
+    assert cost.warming_up(plan) < cost.device(plan)
+
+
+def test_8_bit_graphs_of_4096_tokens_fit_into_8_gib(monkeypatch):
+    """One step of 2x2048 after another, the embedding table in host memory."""
+    shape, trainable, table = dataclasses.replace(LLAMA_8B, compute="fp8-backward"), 160 << 20, 128256 * 4096 * 2
+    fixed = 5.22 * GIB + dial_module.SCRATCH  # weights, head, adapters, moments and buffers, and what libraries have taken
+    dial = planner(monkeypatch, 8 * GIB - fixed - table)
+    dial.set_automatic(8.0, trainable)
+    dial.has_run, dial.embedding = True, types.SimpleNamespace(weight=types.SimpleNamespace(nbytes=table))
+    plan = dial.planner(batch_of(2, 2048, shape=shape))
+    assert plan.from_graphs and plan.embedding_in_host_memory
+    kept = [layer.mode for layer in plan.layers]
+    assert kept[-1] == Mode.KEEP and kept.count(Mode.ALL_BUT_GATE_UP) >= 3
+    cost = Cost(shape, 4096, 2048, from_graphs=True, gradients=trainable)
+    assert fixed + trainable + cost.pool(plan.layers) + cost.beside <= 8 * GIB
+    inputs = [LayerPlan(Mode.RECOMPUTE)] * 32
+    longest = [*inputs[:-1], LayerPlan(Mode.KEEP)]
+    assert cost.device(longest) < cost.device(inputs) + (1 << 20), "kept where it would be computed again"
 
 
 def test_rows_are_planned_with_what_graphs_pad_them_by(monkeypatch):

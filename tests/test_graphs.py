@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from luthier.model import dial as dial_module
 from luthier.model import graphs as graphs_module
+from luthier.model import recording as recording_module
 from luthier.model.accelerate import accelerate, dial_of, graphs_of
 from luthier.model.blocks import Mode
 from luthier.model.checkpointing import set_checkpointing
@@ -49,7 +50,8 @@ class Again:
     def alias(tensor):
         return tensor
 
-    def aside(self, function):
+    @staticmethod
+    def aside(function, device):
         function()
 
     def record(self, function):
@@ -99,6 +101,12 @@ def pair(family: str = "llama3", **settings) -> tuple[torch.nn.Module, torch.nn.
     models = [graphed(with_lora(tiny_model(family), **settings)) for _ in range(2)]
     graphs_of(models[1]).enabled = False
     return tuple(models)
+
+
+def pair_of_logged() -> tuple[torch.nn.Module, torch.nn.Module]:
+    models, Logged.log = pair(), []
+    graphs_of(models[0]).arena_class = Logged
+    return models
 
 
 def gradients_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -633,19 +641,72 @@ def test_graphs_of_settings_that_are_gone_leave_room_for_others(monkeypatch):
 
 def test_what_a_failed_warm_up_has_launched_is_waited_for(monkeypatch):
     """It writes into the buffers that the pass without a graph uses next."""
-    waits = []
-    arena = Arena.__new__(Arena)
-    arena.device, arena.stream = None, types.SimpleNamespace(wait_stream=lambda stream: None)
+    waits, stream = [], types.SimpleNamespace(wait_stream=lambda stream: None)
     current = types.SimpleNamespace(wait_stream=waits.append)
+    monkeypatch.setattr(recording_module, "_stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
     monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
     with pytest.raises(torch.OutOfMemoryError):
-        arena.aside(full)
-    assert waits == [arena.stream]
+        Arena.aside(full, torch.device("cpu"))
+    assert waits == [stream]
 
 
 def full():
     raise torch.OutOfMemoryError
+
+
+class Logged(Again):
+    """What comes when: a warm-up, the arena's bytes."""
+
+    log: list = []
+
+    def __init__(self, size, device):
+        super().__init__(size, device)
+        Logged.log.append(size)
+
+    @staticmethod
+    def aside(function, device):
+        function()
+        Logged.log.append("warm")
+
+
+def test_layers_are_warmed_up_before_there_is_an_arena_or_beside_one_where_they_fit(monkeypatch):
+    models = pair_of_logged()
+    graphs = graphs_of(models[0])
+    warm(models)
+    first = graphs.arena
+    assert Logged.log == ["warm", first.size]
+    assert_equal(models, batch(length=30), replays=1, exact=False)  # the same graph
+    assert_equal(models, batch(rows=1), replays=1)
+    assert graphs.arena is first and Logged.log[2:] == ["warm"]
+    assert_equal(models, batch(length=128), replays=1)
+    larger = graphs.arena
+    assert Logged.log[3:] == ["warm", larger.size] and len(graphs.recordings) == 1
+    monkeypatch.setattr(type(dial_of(models[0])), "room", lambda self, device: larger.bytes + 1)
+    assert_equal(models, batch(rows=3), replays=1)
+    smaller = graphs.arena
+    assert Logged.log[5:] == ["warm", smaller.size] and smaller.size < larger.size, "there was no room beside the larger one"
+
+
+def test_shapes_that_find_no_room_beside_each_other_do_not_take_turns(monkeypatch):
+    models = pair_of_logged()
+    graphs = graphs_of(models[0])
+    monkeypatch.setattr(type(dial_of(models[0])), "room", lambda self, device: 0)
+    warm(models)
+    for _ in range(3):
+        for rows in (1, 2):
+            assert_equal(models, batch(rows=rows), replays=1)
+    sizes = [entry for entry in Logged.log if entry != "warm"]
+    assert len(sizes) == 3 and sizes[0] == sizes[2] == graphs.arena.size and len(graphs.recordings) == 2
+
+
+def test_a_warm_up_for_which_there_is_no_memory():
+    models = pair_of_logged()
+    graphs = graphs_of(models[0])
+    graphs.arena_class = types.SimpleNamespace(**{**vars(Logged), "fits": Again.fits, "aside": lambda function, device: full()})
+    for _ in range(REPEATS + 1):
+        assert_equal(models, batch(), replays=0)
+    assert graphs.why == "the device had no memory for them" and not graphs.arena and not Logged.log
 
 
 @pytest.mark.parametrize("backend", ["native", "cudaMallocAsync", "pluggable"])

@@ -161,7 +161,7 @@ def peak(plan: list[LayerPlan], batch: int, length: int) -> int:
         for index in reversed(range(len(layers))):
             kept = waiting.pop()
             copies.fetch(kept)
-            grad, gradients = layers[index].backward(grad, call, kept, index > 0)
+            grad, gradients = layers[index].backward(grad, call, kept, index > 0, layers[index].trained())
             del kept, gradients
     return live.peak - fixed
 

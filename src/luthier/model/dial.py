@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.model.blocks import KEPT_ROWS, LONG, ROWS, Mode
+from luthier.model.card import Speeds, card_speeds
 from luthier.model.host_memory import HostEmbedding, free_host_memory
 from luthier.model.offload import Host, Offload
 from luthier.ops.experts import WRITTEN_BYTES
@@ -26,7 +27,9 @@ from luthier.terminal import say
 
 GIB = 1 << 30
 RESERVE = 0.06  # of the card, for fragmentation and for what other libraries allocate
-SCRATCH = 1 << 27  # bytes that libraries take for themselves
+SCRATCH = 1 << 27  # bytes that libraries take for themselves,
+SCRATCH_OF_A_STREAM = 1 << 25  # and of those, for one more stream
+SMALL = 1 << 20  # bytes up to which the allocator puts a tensor into blocks of small ones
 HOST_SHARE = 0.5  # of the free host memory that a plan may pin
 WORTH = 0.01  # of a step that has to be saved before the embedding table leaves the device
 LAUNCHES = 5.5e-3  # seconds of CPU to launch a layer's step: 170 to 250 ms for 32, less a fifth, as ``Work`` is of the GPU's
@@ -87,16 +90,17 @@ class Shape:
         groups = (self.attention - self.heads) // (2 * self.head_width) if is_long else 1
         out = self.heads if mode == Mode.RECOMPUTE else 0
         in_attention = 2 * self.hidden + self.heads + out + 2 * (self.attention + self.heads) // groups  # the last: its kernel
-        in_mlp, chunk = 2 * self.hidden + out, 3 * (self.hidden + self.mlp)
+        rows = self._rows(tokens, mode)
+        in_mlp, chunk = 2 * self.hidden + out, 2 * self.hidden + self.extra + 3 * self.mlp  # in 8 bits other things, as many
+        if rows < tokens:
+            chunk += self.hidden  # of the rows before
         if mode < Mode.ALL_BUT_GATE_UP:
             in_attention += self.attention
             in_mlp += self.hidden + (self.attention if mode == Mode.RECOMPUTE and not is_long else 0)
         if mode == Mode.KEEP:
             in_attention -= 2 * self.mlp  # given back before
             chunk -= 2 * self.mlp
-        rows = self._rows(tokens, mode)
-        rounded = 0 if self.compute == "bf16" else rows * 2 * self.mlp  # the widest product's input in 8 bits
-        return rounded + self.size * max(tokens * in_attention, tokens * in_mlp + rows * (chunk + self.choices * self.hidden))
+        return self.size * max(tokens * in_attention, tokens * in_mlp + rows * (chunk + self.choices * self.hidden))
 
     def forward(self, tokens: int, mode: Mode) -> int:
         """Bytes of the MLP's work in the forward, what goes in and out, and the first layer's input, which lives as long."""
@@ -108,6 +112,11 @@ class Shape:
         """That the MLP works on at a time; experts work on all."""
         return tokens if self.choices else min(tokens, KEPT_ROWS if mode == Mode.KEEP else ROWS)
 
+    def small(self, tokens: int, mode: Mode) -> int:
+        """Bytes of what a layer keeps that lie in blocks of small tensors."""
+        low, rows = tokens * self.low * self.size, tokens * 4 * self.heads // self.head_width * (mode >= Mode.ATTENTION)
+        return low * (low <= 2 * SMALL) + rows * (rows <= SMALL)  # the widest of the four inner activations is about half
+
     def head(self, tokens: int) -> int:
         """Bytes that the head needs: chunks of logits, and the last hidden states and their gradient with a copy of each."""
         return CHUNK_BYTES + 4 * tokens * self.hidden * self.size
@@ -117,18 +126,6 @@ class Shape:
         size = {"bf16": self.size, "fp8-backward": max(2, self.size), "fp8": 2}[self.compute]
         attention = size * self.hidden * (self.attention + self.heads)
         return attention + (WRITTEN_BYTES if self.choices else size * self.hidden * 3 * self.mlp)
-
-
-@dataclass(frozen=True)
-class Speeds:
-    """What the cost model knows of a card: FLOP/s of a large product in a long run, bytes/s of the bus each way."""
-
-    products: float = 650e12
-    link: float = 55e9
-
-    ATTENTION = 0.85, 0.75  # of the products' rate, forward and backward
-    IN_8_BITS = 1.7  # times the products' rate, with what it takes to round for them
-    COPYING = 0.03  # of the time of copies beside the computing that the computing takes longer
 
 
 @dataclass(frozen=True)
@@ -161,7 +158,7 @@ class Dial:
         self.graph_bytes = 0  # that CUDA graphs hold without the allocator counting them as allocated; they give way to a plan
         self.host_embedding: HostEmbedding | None = None
         self.embedding: nn.Embedding | None = None  # the backbone says which one could wait in host memory
-        self.has_run = False  # gradients' moments and buffers are there since the first step
+        self.has_run = False  # moments, buffers and what libraries take are there since the first step
         self.follow_flag()
 
     def follow_flag(self) -> None:
@@ -249,7 +246,9 @@ class Dial:
     def _within(self, trainable: int, batch: Batch) -> Plan:
         if batch.device.type != "cuda":  # main memory is plenty, and a CPU is slow at computing twice
             return Plan((LayerPlan(Mode.KEEP if self.budget is None else Mode.RECOMPUTE),) * self.layers)
-        pending = trainable if self.has_run else 3 * trainable + batch.shape.written()  # the first step makes the moments
+        pending = 3 * trainable + batch.shape.written()  # the first step makes moments and buffers
+        if self.has_run:
+            pending = trainable - SCRATCH + SCRATCH_OF_A_STREAM  # libraries have taken theirs too
         device = self.room(batch.device) - pending
         eager, _ = self._fastest(batch, device, from_graphs=False)
         if batch.graphs:
@@ -348,14 +347,29 @@ class Cost:
         """The peak on the device: of the forward, of the head, or of one layer's backward. A graph's memory stays its own."""
         head = self.shape.head(self.tokens)
         if self.from_graphs:
-            return SCRATCH + self.pool(plan) + max(head, self._working(plan))  # one layer alone, before it is recorded
+            return SCRATCH + self.pool(plan) + self.beside
         last = self.tokens * (self.shape.kept(plan[-1].mode) - self.shape.parked(plan[-1]))
         return SCRATCH + self._staying(plan) + max(self._working(plan), last + head)
 
+    @property
+    def beside(self) -> int:
+        """Of a step from graphs, beside their memory: the head, then the gradients that they hand out."""
+        return max(self.shape.head(self.tokens), self.gradients)
+
     def pool(self, plan: Sequence[LayerPlan]) -> int:
-        """What the layers take in graphs: gradients lie where something was kept, a row comes in and goes out."""
-        rows = self.tokens * self.shape.hidden * self.shape.size
-        return max(self._staying(plan), self.gradients) + self._working(plan) + rows
+        """What the layers take in graphs: gradients lie where something was kept, what comes in and goes out where a layer's
+        input and its gradient are counted. Pieces leave gaps, and larger ones where only the attention is kept."""
+        row, chunk = self.tokens * self.shape.hidden * self.shape.size, self.tokens * self.shape.mlp * self.shape.size
+        gaps = 3 * row // 2 + chunk * any(layer.mode == Mode.ATTENTION for layer in plan)
+        return max(self._staying(plan), self.gradients) + self._working(plan) + gaps
+
+    def block(self, plan: Sequence[LayerPlan]) -> int:
+        """Of the pool, in one piece."""
+        return self.pool(plan) - sum(self.shape.small(self.tokens, layer.mode) for layer in plan[:-1])
+
+    def warming_up(self, plan: Sequence[LayerPlan]) -> int:
+        """What one layer alone takes before it is recorded, with what comes in and goes out."""
+        return self._working(plan) + 2 * self.tokens * self.shape.hidden * self.shape.size
 
     def _staying(self, plan: Sequence[LayerPlan]) -> int:
         """What all layers but the last keep on the device."""
@@ -369,8 +383,11 @@ class Cost:
         under_way, ahead = (0, 0) if is_long else (Offload.DEPTH, 1)  # layers whose copies go out, or come back early
         forward = max(tokens * shape.parked(layer) + shape.forward(tokens, layer.mode) for layer in {*plan})
         forward = tokens * under_way * parked + max(forward, tokens * last + shape.forward(tokens, plan[-1].mode))
-        backward = tokens * (max(last, parked) + ahead * parked)
-        return max(forward, backward + max(shape.transient(tokens, mode, is_long) for mode in {layer.mode for layer in plan}))
+        backward = max(  # of a layer behind which the last one has given back what it kept, or of the last one
+            tokens * kept + shape.transient(tokens, mode, is_long)
+            for kept, mode in {(shape.parked(layer), layer.mode) for layer in plan[:-1]} | {(last, plan[-1].mode)}
+        )
+        return max(forward, tokens * ahead * parked + backward)
 
     def extra_seconds(self, plan: Sequence[LayerPlan]) -> float:
         """What computing again and copying cost if no copy is waited for."""
@@ -410,6 +427,8 @@ def plan_for(cost: Cost, layers: int, device: float, host: float = 0) -> list[La
             break  # the others cannot be faster, even if they wait for no copy
         if cost.seconds(plan) < seconds:
             best, seconds = plan, cost.seconds(plan)
+    if cost.from_graphs:  # the last layer's backward comes at once, and takes the less memory the more it has kept
+        best = next(plan for mode in reversed(Mode) if cost.device(plan := [*best[:-1], LayerPlan(mode)]) <= device)
     return best
 
 
@@ -474,26 +493,3 @@ def available_memory(device: torch.device, budget: float | None) -> float:
     allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
     available = free + reserved - allocated - RESERVE * total
     return available if budget is None else min(available, budget * GIB - allocated)
-
-
-# bf16 (below 8.0: fp16) TFLOP/s of one multiprocessor in a run long enough to meet the card's power limit
-COPIES = 4  # whose time tells the bus's rate
-PER_MULTIPROCESSOR = {(7, 5): 0.7, (8, 0): 2.0, (8, 6): 0.6, (8, 9): 1.1, (9, 0): 5.0, (10, 0): 10.0, (12, 0): 1.1}
-
-
-@functools.cache
-def card_speeds(device: torch.device) -> Speeds:
-    """From a table of cards; the bus is measured, once: what it gives depends on the slot."""
-    card = torch.cuda.get_device_properties(device)
-    known = [capability for capability in PER_MULTIPROCESSOR if capability <= (card.major, card.minor)]
-    products = PER_MULTIPROCESSOR[max(known, default=(7, 5))] * 1e12 * card.multi_processor_count
-    host = torch.empty(1 << 25, dtype=torch.uint8, pin_memory=True)
-    target = torch.empty_like(host, device=device)
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    target.copy_(host)  # warms up
-    start.record()
-    for _ in range(COPIES):
-        target.copy_(host, non_blocking=True)
-    end.record()
-    end.synchronize()
-    return Speeds(products, COPIES * host.nbytes / (start.elapsed_time(end) / 1000))

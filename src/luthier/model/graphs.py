@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import threading
 import warnings
 import weakref
 from collections import Counter
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.model.dial import Cost, Dial, available_memory, padded
-from luthier.model.recording import Arena, Flight, Recording, Stack
+from luthier.model.recording import Arena, Flight, Program, Recording, Stack
 from luthier.ops.attention import band, kernel_for
 from luthier.ops.lora_linear import Projection, Workspace
 from luthier.ops.nf4 import Quantised
@@ -193,6 +194,7 @@ class Graphs:
         self.seen: Counter[tuple] = Counter()  # passes of one state without a graph
         self.flight: Callable[[], Flight | None] = lambda: None
         self.has_trained = False
+        self.warmed: dict[tuple, list] = {}  # what a key names by its id, once its layers have been warmed up
         self._forget()
 
     def _retreat(self) -> None:
@@ -356,19 +358,21 @@ class Graphs:
         if len(self.recordings) >= GRAPHS:  # those of weights or settings that the model has no more, perhaps
             self.recordings = {known: recording for known, recording in self.recordings.items() if known[-1] == state}
             left = {id(recording) for recording in self.recordings.values()}
+            self.warmed = {known: held for known, held in self.warmed.items() if known[-1] == state}
             self.latest = {shape: recording for shape, recording in self.latest.items() if id(recording) in left}
         if len(self.recordings) >= GRAPHS:
             return f"{GRAPHS} other shapes or states have graphs"
         if any(table.shape[1] != taken.x.shape[1] for pair in taken.tables.values() for table in pair):
             return "its rotations are not those of its tokens"
-        needed, whole = self._sizes(taken)
+        block, whole, warming_up = self._sizes(taken)
         if taken.x.is_cuda and whole > available_memory(taken.x.device, None):
             return "the device has no memory for them"
         try:
             with torch.no_grad(), torch.autocast(taken.x.device.type, enabled=False):
-                if self.arena is None or self.arena.size < needed:  # the others are made again in the larger one
+                if self.arena is not None and self.arena.size < block:  # the others are made again in the larger one
                     self._forget()
-                    self.arena = self.arena_class(needed, taken.x.device)
+                self._warm_up(key, taken, warming_up)
+                self.arena = self.arena or self.arena_class(block, taken.x.device)
                 self.recordings[key] = Recording(taken, self.arena, self.workspace)
                 self.dial.graph_bytes = self.arena.bytes
         except torch.OutOfMemoryError:
@@ -382,11 +386,26 @@ class Graphs:
             return self.broken
         return ""
 
-    def _sizes(self, taken: Pass) -> tuple[int, int]:
-        """Bytes of the graphs' memory, and of a step that runs from them."""
+    def _warm_up(self, key: tuple, taken: Pass, size: int) -> None:
+        """Run the layers before they are recorded, which takes ``size`` bytes: if they find no room beside the arena it goes.
+
+        What has been warmed up once is warm: two shapes that find no room beside each other's arena do not take turns.
+        """
+        key = threading.get_ident(), *key  # libraries keep something for every thread
+        if self.arena is not None and self.arena.bytes + size > self.dial.room(self.arena.device):
+            if key in self.warmed:
+                return
+            self._forget()
+        self.arena_class.aside(Program(taken).warm_up, taken.x.device)
+        if len(self.warmed) >= 2 * GRAPHS:
+            self.warmed.clear()
+        self.warmed[key] = [leaf for leaves in taken.leaves for leaf in leaves if isinstance(leaf, Quantised)]
+
+    def _sizes(self, taken: Pass) -> tuple[int, int, int]:
+        """Bytes of the graphs' block, of a step that runs from them, and of a layer that warms up."""
         x, first = taken.x, taken.layers[0]
         shape, length = first.blocks.shape(x, first.state.model.compute), self.dial.planned.batch.length
         gradients = sum(parameter.nbytes for parameter in taken.parameters())
         cost = Cost(shape, x.shape[0] * padded(x.shape[1]), length, from_graphs=True, gradients=gradients)
         plans = [layer.plan for layer in taken.layers]
-        return cost.pool(plans), cost.device(plans)
+        return cost.block(plans), cost.device(plans), cost.warming_up(plans)

@@ -50,15 +50,20 @@ class Arena:
             return False
         return torch.cuda.get_allocator_backend() == "native"  # others keep no block for the next recording
 
-    def aside(self, function: Callable[[], None]) -> None:
-        """Run ``function`` on the stream of recordings: what libraries keep for a stream must not lie in the arena."""
-        current = torch.cuda.current_stream(self.device)
-        self.stream.wait_stream(current)
+    @staticmethod
+    def aside(function: Callable[[], None], device: torch.device) -> None:
+        """Run ``function`` on the stream of recordings, in memory of its own, before there is an arena or beside it.
+
+        What libraries keep for a stream must not lie in an arena.
+        """
+        torch.cuda.empty_cache()  # of an arena that was given up, too
+        current, stream = torch.cuda.current_stream(device), _stream(device)
+        stream.wait_stream(current)
         try:
-            with torch.cuda.stream(self.stream):
+            with torch.cuda.stream(stream):
                 function()
         finally:  # what it launched before it failed writes into the workspace too
-            current.wait_stream(self.stream)
+            current.wait_stream(stream)
 
     def record(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph:
         """What ``function`` does on the GPU, recorded without being done, to be done by ``replay``."""
@@ -167,11 +172,10 @@ class Program:
 
 
 class Recording:
-    """The two graphs of one key."""
+    """The two graphs of one key, whose layers have been warmed up."""
 
     def __init__(self, taken: Pass, arena: Arena, workspace: Workspace) -> None:
         self.program = Program(taken)
-        arena.aside(self.program.warm_up)
         of_layers = [leaf for leaves in taken.leaves for leaf in leaves]
         self.alive = [leaf.detach() for leaf in of_layers if isinstance(leaf, Tensor)]  # what the graphs read: they may
         self.alive += workspace.buffers.values()  # start before it is known that they are still the right ones
