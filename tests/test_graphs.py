@@ -57,16 +57,19 @@ class Again:
     def record(self, function):
         function()
         Again.made += 1
+        own, modules = function.__self__, (function.__self__.layers, function.__self__.trained)
         starts = function.__name__ == "forward"
         self.programs += [function.__self__] if starts else []
 
         def replay():
             for program in self.programs if starts else ():
-                if program is not function.__self__:
+                if program is not own:
                     program.buffers.mapped(lambda t: t.fill_(torch.nan if t.is_floating_point() else 99))
                     for piece in [piece for layer in program.gradients for piece in layer.pieces.values()]:
                         piece.fill_(torch.nan)
+            own.layers, own.trained = modules
             function()
+            own.layers, own.trained = [], []
             Again.replayed += not starts
 
         return types.SimpleNamespace(replay=replay)

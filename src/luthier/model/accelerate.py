@@ -86,6 +86,7 @@ def restore(model: nn.Module) -> nn.Module:
     dial = dial_of(model)
     if dial is not None:
         dial.follow_flag()  # gives its host memory back
+        graphs_of(model).clear()
     for module in base.modules():
         if _stock_class(module) is not type(module):
             _swap(module, _stock_class(module))

@@ -19,14 +19,13 @@ from torch import Tensor, nn
 
 from luthier.model.blocks import KEPT_ROWS, LONG, ROWS, Mode
 from luthier.model.card import Speeds, card_speeds
+from luthier.model.device_memory import GIB, available_memory, held_by, held_by_others
 from luthier.model.host_memory import HostEmbedding, free_host_memory
 from luthier.model.offload import Host, Offload
 from luthier.ops.experts import WRITTEN_BYTES
 from luthier.ops.linear_cross_entropy import CHUNK_BYTES
 from luthier.terminal import say
 
-GIB = 1 << 30
-RESERVE = 0.06  # of the card, for fragmentation and for what other libraries allocate
 SCRATCH = 1 << 27  # bytes that libraries take for themselves,
 SCRATCH_OF_A_STREAM = 1 << 25  # and of those, for one more stream
 SMALL = 1 << 20  # bytes up to which the allocator puts a tensor into blocks of small ones
@@ -155,7 +154,6 @@ class Dial:
 
     def __init__(self, layers: int) -> None:
         self.layers = layers
-        self.graph_bytes = 0  # that CUDA graphs hold without the allocator counting them as allocated; they give way to a plan
         self.host_embedding: HostEmbedding | None = None
         self.embedding: nn.Embedding | None = None  # the backbone says which one could wait in host memory
         self.has_run = False  # moments, buffers and what libraries take are there since the first step
@@ -198,7 +196,12 @@ class Dial:
 
     def room(self, device: torch.device) -> float:
         """Bytes that a step may still allocate."""
-        return available_memory(device, self.budget)
+        return available_memory(device, self.budget) - held_by_others(self, device)
+
+    @property
+    def graph_bytes(self) -> int:
+        """That CUDA graphs hold without the allocator counting them as allocated; they give way to a plan."""
+        return held_by(self)
 
     def _choose(self, planner: Callable[[Batch], Plan | None], budget: float | None = None) -> None:
         if self.host_embedding is not None:
@@ -485,11 +488,3 @@ def describe(plan: Plan, tokens: int, host: int = 0) -> str:
     return f"Memory plan for {tokens} tokens: {'; '.join(parts)}" + (f" ({host / GIB:.1f} GiB of it)" if host else "")
 
 
-def available_memory(device: torch.device, budget: float | None) -> float:
-    """Bytes that a step may still allocate: what the device has free less a reserve, or what the budget leaves."""
-    if device.type != "cuda":
-        return float("inf")  # main memory is plenty
-    free, total = torch.cuda.mem_get_info(device)
-    allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
-    available = free + reserved - allocated - RESERVE * total
-    return available if budget is None else min(available, budget * GIB - allocated)

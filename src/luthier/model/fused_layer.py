@@ -21,6 +21,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 from transformers.activations import ACT2FN
 
 from luthier.adapters.spec import Spec
@@ -64,9 +65,9 @@ class Blocks:
     def trained(self) -> list[Tensor]:
         """Every parameter that gets a gradient."""
         halves = (self.attention, self.mlp) if self.mlp else (self.attention,)
-        norms = {id(norm.weight): norm.weight for half in halves for norm in half.norms()}  # parallel halves share one
-        trained = [tensor for projection in self.projections() for tensor in projection.trained]
-        return trained + [weight for weight in norms.values() if weight.requires_grad]
+        tensors = [tensor for projection in self.projections() for tensor in projection.trained]
+        tensors += [norm.weight for half in halves for norm in half.norms() if norm.weight.requires_grad]
+        return list({id(tensor): tensor for tensor in tensors}.values())  # parallel halves share a norm, projections an A
 
     @property
     def are_unique(self) -> bool:
@@ -216,12 +217,13 @@ def _experts(layer: nn.Module, spec: Spec, x2: Tensor) -> Tensor:
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, blocks, call, state, plan, *trained):
+        state.model.workspace.follow(x.device)
         x3, kept = blocks.forward(rows_of(x), call, plan.mode)
         ctx.blocks, ctx.call, ctx.kept, ctx.offload = blocks, call, kept, state.model.dial.offload
-        ctx.trained = Unchanged(trained)
+        ctx.trained, ctx.workspace = Unchanged(trained), state.model.workspace
         if ctx.offload is not None and any(ctx.needs_input_grad):
             ctx.offload.park(state.index, kept, plan.host)
-        return x3.view(x.shape)
+        return torch.ops.aten._unsafe_view(x3, x.shape)  # not a view to autograd: FSDP warns of what is one
 
     @staticmethod
     @once_differentiable
@@ -233,6 +235,7 @@ class _Layer(torch.autograd.Function):
             )
         ctx.trained.check()
         blocks, call, kept, ctx.kept = ctx.blocks, ctx.call, ctx.kept, None
+        ctx.workspace.follow(grad.device)
         if ctx.offload is not None:
             ctx.offload.fetch(kept)
         grad_x, gradients = blocks.backward(rows_of(grad), call, kept, ctx.needs_input_grad[0], ctx.trained.tensors)
@@ -348,6 +351,7 @@ def read_norm(owner: nn.Module, name: str | None, spec: Spec) -> Norm | None:
     module = _bare(getattr(owner, name))
     if type(module).__name__ not in spec.norm_classes:
         raise Unfused(f"it holds a norm of kind {type(module).__name__}")
+    _check_whole(module.weight)
     return Norm(module.weight, _eps(module), spec.norm)
 
 
@@ -368,12 +372,18 @@ def _half(layer: nn.Module, name: str) -> nn.Module:
     return module
 
 
+def _check_whole(weight: Tensor) -> None:
+    if isinstance(weight, DTensor):
+        raise Unfused("its weights are spread over devices (DTensor)")
+
+
 def _eps(norm: nn.Module) -> float:
     return norm.eps if hasattr(norm, "eps") else norm.variance_epsilon  # transformers has both names
 
 
 def _weight(linear: nn.Module) -> tuple[Tensor | Quantised, Tensor | None]:
     weight, bias = linear.weight, linear.bias
+    _check_whole(weight)
     if type(linear) is nn.Linear:
         return weight, bias
     if type(linear) is not bnb.nn.Linear4bit:  # peft's layers around one have this name too

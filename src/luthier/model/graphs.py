@@ -23,12 +23,14 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import is_dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from luthier.model.dial import Cost, Dial, available_memory, padded
+from luthier.model.device_memory import available_memory, held_by_others, hold, release
+from luthier.model.dial import Cost, Dial, padded
 from luthier.model.recording import Arena, Flight, Program, Recording, Stack
 from luthier.ops.attention import band, kernel_for
 from luthier.ops.lora_linear import Projection, Workspace
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 
 REPEATS = 2  # passes without a graph, before graphs are made; twice as many each time that they had to give way
 GRAPHS = 32  # keys of a model that get graphs
+HALVES = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction", "allow_fp16_accumulation")
 PLAIN = {int, float, bool, str, type(None), type}
 GRADIENT_BYTES = 1 << 30  # of what trains; beyond, the copies of its gradients cost more than Python does
 
@@ -91,9 +94,7 @@ class Pass:
 
     def state(self) -> tuple:
         """All of the key that is not of the batch alone."""
-        flags = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
-        attention = torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled()
-        return tuple(map(addresses, self.leaves)), tuple(self.which), self.kinds(), flags, attention
+        return tuple(map(addresses, self.leaves)), tuple(self.which), self.kinds(), flags()
 
     def kinds(self) -> tuple:
         """What a recording has fixed of the tables."""
@@ -110,6 +111,11 @@ class Pass:
         """What each token sees, as a graph pads the rows."""
         return band(padded(self.x.shape[1]), window, replace(self.structure, bands={}), self.x.device)
 
+    def operands(self) -> list[Tensor]:
+        """What the kernels of the layers read."""
+        found = [leaf for leaves in self.leaves for leaf in leaves]
+        return [leaf.packed if type(leaf) is Quantised else leaf for leaf in found if isinstance(leaf, Tensor | Quantised)]
+
     def parameters(self) -> list[Tensor]:
         return [parameter for layer in self.layers for parameter in layer.blocks.trained()]
 
@@ -118,6 +124,15 @@ class Pass:
         for layer in self.layers:
             x = layer(x)
         return x
+
+
+def flags() -> tuple:
+    """Settings of torch that choose kernels, or what they sum in."""
+    cuda = torch.backends.cuda
+    fixed = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
+    attention = cuda.cudnn_sdp_enabled(), cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()
+    sums = [getattr(cuda.matmul, name, None) for name in HALVES]
+    return fixed + attention + (*sums, cuda.preferred_blas_library())
 
 
 def leaves(values: Iterable[object], found: list) -> list:
@@ -159,6 +174,11 @@ def watched(layers: Iterable[nn.Module]) -> bool:
     )  # fmt: skip
 
 
+def sharded(layers: Iterable[nn.Module]) -> bool:
+    """Whether FSDP gathers their weights for each pass, into memory that it frees behind it."""
+    return any(getattr(layer, "_is_fsdp_managed_module", False) for layer in layers)
+
+
 def reads_bands(attention: AttentionBlock, x: Tensor, structure: Structure) -> bool:
     """Whether the kernel reads on the device what tokens of packed or padded rows see, or they are neither."""
     segments = structure.padding or structure.segments
@@ -167,6 +187,12 @@ def reads_bands(attention: AttentionBlock, x: Tensor, structure: Structure) -> b
     q, rest = x.new_empty(1, 1, 0, attention.width), (segments, attention.softcap, attention.sinks)
     kernels = {kernel_for(q, None, window, *rest) for window in (None, 1)}
     return kernels == {"tiles" if x.is_cuda else "reference"}
+
+
+def _weight_went(graphs: weakref.ref[Graphs], weight: weakref.ref[Tensor]) -> None:
+    owner = graphs()
+    if owner is not None and not owner.loop:  # a collection of garbage may come in the middle of a pass
+        owner.clear()
 
 
 class Graphs:
@@ -205,7 +231,8 @@ class Graphs:
         self.recordings: dict[tuple, Recording] = {}
         self.latest: dict[tuple, Recording] = {}  # by shape
         self.arena: Arena | None = None
-        self.dial.graph_bytes = 0
+        self.owners: dict[int, tuple[weakref.ref[Tensor], int]] = {}  # of the memory that they read, and where it lay
+        release(self.dial)
 
     def __deepcopy__(self, memo: dict) -> Graphs:
         copied = Graphs(copy.deepcopy(self.dial, memo), copy.deepcopy(self.workspace, memo), self.arena_class)
@@ -271,8 +298,24 @@ class Graphs:
         if self.arena is None or not self.has_trained or self._in_flight():
             return
         self.has_trained = False
-        if available_memory(self.arena.device, None) < 2 * self.dial.graph_bytes:
+        if self._have_moved() or self._room(self.arena.device) < 2 * self.dial.graph_bytes:
             self._give_back()
+
+    def _room(self, device: torch.device) -> float:
+        """Bytes that are free for this model, those of its own graphs among them."""
+        return available_memory(device, None) - held_by_others(self.dial, device)
+
+    def _own(self) -> None:
+        """Note whose memory the graphs read: they would keep it where a merge or a load has put other weights in its place."""
+        went = partial(_weight_went, weakref.ref(self))
+        for layer in self.loop:
+            for weight in layer.parameters():
+                if id(weight) not in self.owners:
+                    self.owners[id(weight)] = weakref.ref(weight, went), weight.data_ptr()
+
+    def _have_moved(self) -> bool:
+        owners = [(ref(), where) for ref, where in self.owners.values()]
+        return any(weight is None or weight.data_ptr() != where for weight, where in owners)
 
     def _obstacle(self, blocks: Blocks, x: Tensor) -> str:
         if not self.enabled:
@@ -283,6 +326,8 @@ class Graphs:
             return "its experts have none"
         if watched(self.loop):
             return "hooks are attached to layers"
+        if sharded(self.loop):
+            return "its weights are sharded: they lie elsewhere in every pass"
         if blocks.are_unique:
             return "the masks of dropout, or several adapters as one, are made anew in every pass"
         if x.ndim != 3 or not self.arena_class.fits(x):
@@ -317,7 +362,7 @@ class Graphs:
         Should its key turn out to be another one, nobody looks at what it did to the graphs' memory.
         """
         recording = self.latest.get(taken.shape()) if taken.deferred and taken.flight is None else None
-        if recording and recording.kinds == taken.kinds() and not self._in_flight():
+        if recording and recording.kinds == taken.kinds() and recording.is_intact() and not self._in_flight():
             taken.flight = Flight(recording, taken)
 
     def _in_flight(self) -> bool:
@@ -338,6 +383,7 @@ class Graphs:
         flight = taken.flight
         if flight is None or flight.recording is not recording:
             flight = Flight(recording, taken)
+        flight.watch(taken.operands())
         self.flight = weakref.ref(flight)
         with torch.autocast(taken.x.device.type, enabled=False):
             return Stack.apply(taken.x, flight, *taken.parameters())
@@ -364,17 +410,23 @@ class Graphs:
             return f"{GRAPHS} other shapes or states have graphs"
         if any(table.shape[1] != taken.x.shape[1] for pair in taken.tables.values() for table in pair):
             return "its rotations are not those of its tokens"
+        if self._have_moved():  # what the others read is nobody's any more
+            self.warmed.clear()
+            self._forget()
         block, whole, warming_up = self._sizes(taken)
-        if taken.x.is_cuda and whole > available_memory(taken.x.device, None):
+        if taken.x.is_cuda and whole > self._room(taken.x.device):
             return "the device has no memory for them"
         try:
             with torch.no_grad(), torch.autocast(taken.x.device.type, enabled=False):
                 if self.arena is not None and self.arena.size < block:  # the others are made again in the larger one
                     self._forget()
                 self._warm_up(key, taken, warming_up)
+                self._own()
                 self.arena = self.arena or self.arena_class(block, taken.x.device)
-                self.recordings[key] = Recording(taken, self.arena, self.workspace)
-                self.dial.graph_bytes = self.arena.bytes
+                try:
+                    self.recordings[key] = Recording(taken, self.arena, self.workspace)
+                finally:  # an interrupted one has taken memory too
+                    hold(self.dial, self.arena.device, self.arena.bytes)
         except torch.OutOfMemoryError:
             self._retreat()
             return "the device had no memory for them"

@@ -54,7 +54,7 @@ class Arena:
     def aside(function: Callable[[], None], device: torch.device) -> None:
         """Run ``function`` on the stream of recordings, in memory of its own, before there is an arena or beside it.
 
-        What libraries keep for a stream must not lie in an arena.
+        What libraries keep for good must not lie in an arena.
         """
         torch.cuda.empty_cache()  # of an arena that was given up, too
         current, stream = torch.cuda.current_stream(device), _stream(device)
@@ -165,7 +165,7 @@ class Program:
 
     def let_go(self, alias: Callable[[Tensor], Tensor]) -> None:
         """Leave the memory to the recordings that follow, and the batch at hand to its own pass."""
-        self.new_buffers = None
+        self.new_buffers, self.layers, self.trained = None, [], []  # parameters that the model gives up are nobody's then
         self.buffers = self.buffers.mapped(alias)
         for layer in self.gradients:
             layer.pieces = {dtype: alias(piece) for dtype, piece in layer.pieces.items()}
@@ -180,7 +180,9 @@ class Recording:
         self.alive = [leaf.detach() for leaf in of_layers if isinstance(leaf, Tensor)]  # what the graphs read: they may
         self.alive += workspace.buffers.values()  # start before it is known that they are still the right ones
         self.quantised = [leaf for leaf in of_layers if isinstance(leaf, Quantised)]
-        self.kinds = taken.kinds()
+        self.kinds, self.workspace = taken.kinds(), workspace
+        self.read = [*self.alive, *(weight.packed for weight in self.quantised)]
+        self.where = _where(self.read)
         collects = gc.isenabled()
         gc.disable()  # what is freed in the middle of a recording could end it
         try:
@@ -191,10 +193,15 @@ class Recording:
                 gc.enable()
         self.program.let_go(arena.alias)
 
+    def is_intact(self) -> bool:
+        """Whether all that the graphs read is still where it was: a storage can be freed under its tensors."""
+        return self.where == _where(self.read)
+
     @torch.no_grad()
     def start(self, taken: Pass) -> None:
         """Run the forward of x (B, T, D)."""
         buffers = self.program.buffers
+        self.workspace.follow(taken.x.device)
         _fill(buffers.x, taken.x)
         for fixed, given in zip(buffers.tables, taken.tables.values(), strict=True):
             _fill(fixed[0], given[0])
@@ -211,6 +218,7 @@ class Recording:
     def backward(self, grad: Tensor) -> tuple[Tensor | None, list[Tensor]]:
         """grad (B, T, D) of the output -> the gradients of x, if wanted, and of what trains, in memory of their own."""
         program = self.program
+        self.workspace.follow(grad.device)
         _fill(program.buffers.rows, grad)
         self.backward_graph.replay()
         return (self.output(grad.shape[1]) if program.wants_x else None), copies(program.gradients)
@@ -222,7 +230,29 @@ class Flight:
     def __init__(self, recording: Recording, taken: Pass) -> None:
         self.recording, self.length = recording, taken.x.shape[1]
         self.landed = False
+        self.operands: list[Tensor] = []
+        self.where: list[int] = []
         recording.start(taken)
+
+    def watch(self, operands: list[Tensor]) -> None:
+        """These are what the forward has read, and what the backward reads again, where they lie now."""
+        self.operands, self.where = operands, _where(operands)
+
+    def land(self) -> Recording:
+        """The recording, for its backward, which comes now."""
+        if self.landed:
+            raise RuntimeError(
+                "The layers were asked for their backward a second time, but the first one used up what they had kept. "
+                "Compute the loss again, or call luthier.restore(model) before a backward with retain_graph=True."
+            )
+        recording, operands, self.landed = self.recording, self.operands, True
+        self.recording, self.operands = None, []  # who keeps a loss keeps no graphs
+        if _where(operands) != self.where:
+            raise RuntimeError(
+                "Weights were moved, replaced or freed between a forward and its backward, which reads them again where they "
+                "were. Call backward() first, compute the loss again, or turn graphs off (graphs_of(model).enabled = False)."
+            )
+        return recording
 
 
 class Stack(torch.autograd.Function):
@@ -236,16 +266,14 @@ class Stack(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        flight = ctx.flight
-        if flight.landed:
-            raise RuntimeError(
-                "The layers were asked for their backward a second time, but the first one used up what they had kept. "
-                "Compute the loss again, or call luthier.restore(model) before a backward with retain_graph=True."
-            )
+        recording = ctx.flight.land()
         ctx.trained.check()
-        recording, flight.landed, flight.recording = flight.recording, True, None  # who keeps a loss keeps no graphs
         grad_x, gradients = recording.backward(grad)
         return grad_x, None, *gradients
+
+
+def _where(tensors: list[Tensor]) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]
 
 
 class Gradients:
@@ -255,13 +283,18 @@ class Gradients:
         self.like = [torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for tensor in tensors]
         self.pieces = {dtype: torch.cat([t.flatten() for t in tensors if t.dtype == dtype]) for dtype in _dtypes(tensors)}
 
+    def views(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Those of one dtype."""
+        like = [tensor for tensor in self.like if tensor.dtype == dtype]
+        return _unflatten_dense_tensors(self.pieces[dtype], like) if like else ()
+
 
 def copies(layers: list[Gradients]) -> list[Tensor]:
-    """The gradients of all layers, in memory of their own."""
+    """The gradients of all layers, each in memory of its own: what is saved, freed or resized is one of them, not all."""
     like, found = [tensor for layer in layers for tensor in layer.like], {}
     for dtype in _dtypes(like):
-        flat = torch.cat([layer.pieces[dtype] for layer in layers if dtype in layer.pieces])
-        found[dtype] = iter(_unflatten_dense_tensors(flat, [tensor for tensor in like if tensor.dtype == dtype]))
+        views = [view for layer in layers for view in layer.views(dtype)]
+        found[dtype] = iter(torch._foreach_mul(views, 1.0))  # a copy in a few launches, bit for bit
     return [next(found[tensor.dtype]) for tensor in like]
 
 
@@ -298,6 +331,11 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def _emptied(device: torch.device) -> int:
-    """The bytes that torch holds on the device without its cache."""
+    """The bytes that torch holds on the device without its cache, and without cuBLAS' workspaces.
+
+    A recording makes workspaces of its own, in the arena. Those of a stream belong to whoever uses it: a torch.compile with
+    graphs frees them all, and so does the end of any graph that was recorded on it, while other graphs still write there.
+    """
+    torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
     return torch.cuda.memory_reserved(device)

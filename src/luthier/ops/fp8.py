@@ -130,9 +130,10 @@ def write_weight(weight: Tensor | Quantised, scales: Tensor, out: Tensor, transp
     """Write a weight (N, K) to ``out`` in e4m3: (N, K) with ``scales`` (N,), or ``transposed`` (K, N) with ``scales`` (K,).
 
     Those of ``columns_of_one_scale`` are the same.
-    The rows of ``out`` begin at multiples of four bytes and may be further apart than they are wide.
+    The rows of ``out`` may be further apart than they are wide.
     """
-    if isinstance(weight, Quantised) and not nf4_e4m3.fits(weight):
+    in_words = out.data_ptr() % 4 == 0 and out.stride(0) % 4 == 0  # not behind a layer of an odd width
+    if isinstance(weight, Quantised) and not (in_words and nf4_e4m3.fits(weight)):
         weight = dequantise(weight, dtype=torch.float32)
     if has_kernels(out):
         return launch_write(weight, scales, out, transposed)

@@ -73,17 +73,29 @@ def lora_linear_reference(x: Tensor, part: Part) -> Tensor:
 class Workspace:
     """Buffers for written-out weights, one for each shape, reused by every layer of a model in turn.
 
-    All use is on one stream at a time, so the next layer's write waits for this layer's product by itself.
+    All use is on one stream at a time, so the next layer's write waits for this layer's product by itself; ``follow`` sees
+    to it where that stream changes.
     """
 
     def __init__(self) -> None:
         self.buffers: dict[tuple, Tensor] = {}
+        self.stream: torch.cuda.Stream | None = None  # of whoever used them last
+
+    def follow(self, device: torch.device) -> None:
+        """Called before their next use: on another stream than the last one, it comes behind that one."""
+        if device.type != "cuda":
+            return
+        current = torch.cuda.current_stream(device)
+        if self.stream not in (None, current) and not torch.cuda.is_current_stream_capturing():
+            current.wait_stream(self.stream)
+        self.stream = current
 
     def buffer(self, role: str, shape: tuple[int, int], like: Tensor) -> Tensor:
         """Uninitialised memory of ``shape`` in the dtype and on the device of ``like``, the same on every call."""
         key = role, shape, like.dtype, like.device
         if key not in self.buffers:
-            self.buffers[key] = torch.zeros(shape, dtype=like.dtype, device=like.device)
+            with torch.inference_mode(False):  # which this call may be in, and later ones not
+                self.buffers[key] = torch.zeros(shape, dtype=like.dtype, device=like.device)
         return self.buffers[key]
 
     def inside(self, role: str, shape: tuple[int, int], like: Tensor, start: int, size: int) -> Tensor:
@@ -314,18 +326,18 @@ class Projection:
         found = {}
         for part, own in zip(self.parts, grad.split(self.widths, dim=1), strict=True):
             if part.trains:
-                found[id(part.weight)] = product(own, x, part.weight.dtype if whole else torch.float32)
+                add(found, part.weight, product(own, x, part.weight.dtype if whole else torch.float32))
             if _trains(part.bias):
-                found[id(part.bias)] = own.sum(0, dtype=torch.float32)
+                add(found, part.bias, own.sum(0, dtype=torch.float32))
         if not self.rank:
             return found
         of_a = None if self.drops else product(low_grad, x).split(self.ranks)
         widths = grad.split(self.widths, dim=1), low_grad.split(self.ranks, dim=1), low.split(self.ranks, dim=1)
         for index, (part, own, own_low_grad, own_low) in enumerate(zip(self.parts, *widths, strict=True)):
             if _trains(part.a):
-                found[id(part.a)] = product(own_low_grad, _seen(x, part, row)) if of_a is None else of_a[index]
+                add(found, part.a, product(own_low_grad, _seen(x, part, row)) if of_a is None else of_a[index])
             if _trains(part.b):
-                found[id(part.b)] = product(own, own_low)
+                add(found, part.b, product(own, own_low))
         return found
 
     @property
@@ -357,6 +369,12 @@ class Projection:
         for part, columns in zip(self.parts, low.split(self.ranks, dim=1), strict=True):
             columns.mul_(part.scale)
         return low
+
+
+def add(found: dict[int, Tensor], parameter: Tensor, gradient: Tensor) -> None:
+    """To what ``parameter`` has got already, from another layer that shares it."""
+    key = id(parameter)
+    found[key] = found[key] + gradient if key in found else gradient
 
 
 def product(x: Tensor, y: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
