@@ -145,6 +145,18 @@ def test_a_weight_is_written_from_its_stored_form(path, shape, transposed):
         assert error(out.float() * scales[:, None], dense.double()) < 1.15 * ROUNDING
 
 
+@pytest.mark.parametrize(("start", "stride"), [(0, 2), (2, 4), (2, 2)])
+def test_4_bits_behind_a_layer_of_an_odd_width(path, start, stride):
+    """Their kernel writes words, which such a place has none for."""
+    weight = weights(32, 128)["nested"]
+    scales = scales_of(weight_bounds(weight)[1])
+    room = torch.zeros(128, 64 + stride, device=DEVICE).to(E4M3)
+    write_weight(weight, scales, room[:, start : start + 32], transposed=True)
+    expected = torch.zeros_like(room, dtype=torch.float32)
+    expected[:, start : start + 32] = nf4.dequantise_reference(weight, torch.float32).T * (1 / scales)[:, None]
+    assert torch.equal(bits(room), bits(expected.to(E4M3)))
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_weight_may_lie_in_memory_in_any_order(path, transposed):
     weight = randn(48, 80).T
