@@ -486,5 +486,3 @@ def describe(plan: Plan, tokens: int, host: int = 0) -> str:
     if plan.from_graphs:
         parts.append("from CUDA graphs")
     return f"Memory plan for {tokens} tokens: {'; '.join(parts)}" + (f" ({host / GIB:.1f} GiB of it)" if host else "")
-
-

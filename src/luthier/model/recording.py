@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from luthier.model.graphs import Pass
     from luthier.ops.lora_linear import Workspace
 
+WORKSPACE = 1 << 25  # bytes that cuBLAS takes in every recording, on the largest cards
+
 
 class Arena:
     """Device memory that graphs are recorded over, one after the other, each as if all of it were free.
@@ -42,6 +44,7 @@ class Arena:
     def __init__(self, size: int, device: torch.device) -> None:
         self.size, self.device, self.bytes = size, device, 0
         self.pool, self.stream = torch.cuda.graph_pool_handle(), _stream(device)  # memory belongs to a stream
+        size += WORKSPACE
         self.holder = self.record(lambda: torch.empty(size, dtype=torch.uint8, device=device)[:1].zero_())
 
     @staticmethod
