@@ -382,15 +382,25 @@ def test_adapters_of_a_quantised_model_stay_in_fp32_the_reference_included(tmp_p
     assert all(entry["kl"] >= 0 for entry in logged(run, "kl"))
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.1])
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, beta):
+@pytest.mark.parametrize(
+    "step, changes",
+    [
+        (2, {}),
+        (2, {"beta": 0.1}),
+        (3, {}),  # the end of an epoch
+        (4, {}),
+        (3, {"num_iterations": 2}),  # the completions of step 3 train once more
+        (1, {"steps_per_generation": 2, "gradient_accumulation_steps": 1}),
+    ],
+)
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, step, changes):
     def run(name, resume=None):
         model = adapted(tiny_model("qwen2"))
-        changes = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "lr_scheduler_type": "constant"}
-        trainer(tmp_path / name, model=model, beta=beta, **changes).train(resume_from_checkpoint=resume)
+        saving = {"save_strategy": "steps", "save_steps": step, "max_steps": step + 2, "lr_scheduler_type": "constant"}
+        trainer(tmp_path / name, model=model, **saving, **changes).train(resume_from_checkpoint=resume)
         return {name: value for name, value in model.named_parameters() if "lora" in name}
 
-    whole, resumed = run("whole"), run("resumed", str(tmp_path / "whole" / "checkpoint-2"))
+    whole, resumed = run("whole"), run("resumed", str(tmp_path / "whole" / f"checkpoint-{step}"))
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 

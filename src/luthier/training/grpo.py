@@ -9,13 +9,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
+import torch
 import trl
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from trl.trainer.utils import RepeatSampler
 
 from luthier.errors import UnsupportedError, missing_extra, unknown
 from luthier.model.cpu_4bit import repair_cpu_4bit
@@ -245,6 +248,26 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
         if isinstance(model, PeftModel) and len(model.peft_config) > 1:
             model.load_adapter(resume_from_checkpoint, model.active_adapter, is_trainable=True)
 
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> EpochSampler:
+        sampler = super()._get_train_sampler(dataset)
+        sampler.__class__ = EpochSampler
+        return sampler
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """As transformers', in every process; and the completions that the next steps were still to learn from."""
+        super()._save_rng_state(output_dir)
+        if self._step % (self.args.steps_per_generation * self.num_iterations):
+            torch.save({"step": self._step, "inputs": self._buffered_inputs}, self._rollouts_file(output_dir))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None and self._rollouts_file(checkpoint).exists():
+            saved = torch.load(self._rollouts_file(checkpoint), map_location=self.args.device, weights_only=True)
+            self._step, self._buffered_inputs = saved["step"], saved["inputs"]
+
+    def _rollouts_file(self, directory: str) -> Path:
+        return Path(directory) / f"rollouts_{self.args.process_index}.pt"
+
     def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], Any, dict]:
         """TRL's, without a doubled BOS, and cut where ``too_long="truncate"`` asks for it."""
         if isinstance(prompts[0], str) and not self._is_vlm:
@@ -264,6 +287,16 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
         """TRL's, without dropout and without sampling settings of the checkpoint that the trainer does not know of."""
         with generating(self.accelerator.unwrap_model(self.model)):
             return super()._generate_single_turn(*args, **kwargs)
+
+
+class EpochSampler(RepeatSampler):
+    """TRL's order of the prompts, in a run that was resumed in a later epoch too: TRL would begin again with the first's."""
+
+    def set_epoch(self, epoch: int) -> None:
+        if self.shuffle:
+            self.generator.manual_seed(self.seed)
+            for _ in range(epoch):
+                torch.randperm(self.num_samples, generator=self.generator)
 
 
 def reward_change(log_history: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
