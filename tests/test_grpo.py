@@ -15,6 +15,7 @@ from tiny import save_tiny, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from luthier.errors import UnsupportedError
+from luthier.fast import FastLanguageModel
 from luthier.model.accelerate import accelerate
 from luthier.rl.rewards import RewardError, RewardTimeout
 from luthier.rl.sampling import SamplingParams
@@ -170,6 +171,15 @@ def test_rewards_sync_and_async_with_weights_columns_and_none(tmp_path):
         assert entry["reward"] == pytest.approx(2.0 * share + 4.0 * 0.25)
         assert entry["rewards/judged/mean"] == 0.25
         assert entry["rewards/right/mean"] == (1.0 if share else None)
+
+
+def test_a_step_to_which_no_reward_applies_learns_nothing(tmp_path, capsys):
+    model = adapted(tiny_model("qwen2"))
+    before = copy.deepcopy(model.state_dict())
+    run = trainer(tmp_path, lambda completions: [None] * len(completions), model=model, max_steps=1)
+    run.train()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert "step 1/1 · loss 0.0000 · " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
@@ -402,6 +412,17 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, step, changes):
 
     whole, resumed = run("whole"), run("resumed", str(tmp_path / "whole" / f"checkpoint-{step}"))
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_the_reference_of_a_whole_model_has_its_scaled_positions(tmp_path):
+    """TRL reads it anew from the checkpoint, whose 512 tokens of context were stretched to 1024 for this run."""
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        save_tiny("llama3", tmp_path / "base"), max_seq_length=1024, full_finetuning=True
+    )
+    saving = {"save_strategy": "steps", "save_steps": 1}  # writes the arguments
+    run = trainer(tmp_path, model=model, tokenizer=tokenizer, beta=0.1, max_steps=1, **saving)
+    run.train()
+    assert run.ref_model is not None and logged(run, "kl") == [{"kl": 0}]
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------

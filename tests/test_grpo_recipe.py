@@ -64,12 +64,18 @@ def test_the_workflow_trains_from_a_recipe_and_goes_on_from_its_adapter(tmp_path
         ({"rewards": ["nowhere.py:brief"]}, FileNotFoundError, "nowhere.py"),
         ({"data": "nowhere.jsonl"}, FileNotFoundError, "nowhere.jsonl"),
         ({"loss_type": "gpo"}, ValueError, "loss_type"),
+        ({"num_generations": 3}, ValueError, "rollout of 8 completions .* not divisible by num_generations=3"),
+        ({"data": "bare.jsonl"}, ValueError, "'brief' needs 'answer', but .*bare.jsonl has only the columns prompt"),
     ],
     ids=str,
 )
-def test_a_mistake_in_a_recipe_leaves_nothing_behind(tmp_path, recipe, changes, error, said):
-    with pytest.raises(error, match=said):
-        run_grpo(make_recipe({**recipe, **changes}, GRPORecipe))
+def test_a_mistake_in_a_recipe_leaves_nothing_behind(tmp_path, recipe, changes, error, said, monkeypatch):
+    (tmp_path / "bare.jsonl").write_text('{"prompt": "x"}\n' * 4)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(FastLanguageModel, "from_pretrained", None)  # found before the model is read
+    for attempt in (run_grpo, dry_run):
+        with pytest.raises(error, match=said):
+            attempt(make_recipe({**recipe, **changes}, GRPORecipe))
     assert not (tmp_path / "out").exists()
 
 

@@ -171,6 +171,17 @@ def missing_columns(reward: Reward, columns: Iterable[str]) -> list[str]:
     return [name for name in required if name not in TRAINER_ARGUMENTS and name not in set(columns)]
 
 
+def require_columns(rewards: Iterable[Reward], columns: Sequence[str], name: str) -> None:
+    """Raise ``ValueError`` for the first reward that needs a column which the dataset ``name`` does not have."""
+    for reward in rewards:
+        lacking = missing_columns(reward, set(columns) - {"prompt"})
+        if lacking:
+            raise ValueError(
+                f"The reward {reward_name(reward)!r} needs {' and '.join(map(repr, lacking))}, but {name} has only the "
+                f"columns {', '.join(columns)}"
+            )
+
+
 def _parameters(reward: Reward) -> list[inspect.Parameter]:
     try:
         return list(inspect.signature(reward).parameters.values())

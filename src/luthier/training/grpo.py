@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib.util
 import inspect
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +27,7 @@ from luthier.model.cpu_4bit import repair_cpu_4bit
 from luthier.rl.engine import context_length, generating, stop_token_ids
 from luthier.rl.losses import TRL_DEFAULTS, trl_settings
 from luthier.rl.prompts import TOO_LONG, PromptLedger, check_prompts, fit_prompts, prompt_token_ids
-from luthier.rl.rewards import checked, missing_columns, reward_name
+from luthier.rl.rewards import checked, require_columns
 from luthier.rl.sampling import SamplingParams
 from luthier.training.arguments import SharedArguments, fit_arguments, warn_contradictions
 from luthier.training.common import TrainerMixin, trainable_weights_kept
@@ -82,7 +84,18 @@ class GRPOConfig(SharedArguments, trl.GRPOConfig):
         self._settle_rollout()
         if self.metric_for_best_model is None and (self.load_best_model_at_end or self.early_stopping_patience is not None):
             self.metric_for_best_model = "reward"  # the loss of GRPO says nothing about how good the model is
+        self._require_whole_groups()
         super().__post_init__()
+
+    def _require_whole_groups(self) -> None:
+        micro_batches = self.steps_per_generation or self.gradient_accumulation_steps
+        processes = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun and accelerate
+        rollout = self.generation_batch_size or self.per_device_train_batch_size * micro_batches * processes
+        if rollout % self.num_generations:
+            raise ValueError(
+                f"A rollout of {rollout} completions (per_device_train_batch_size x gradient_accumulation_steps, or "
+                f"steps_per_generation) is not divisible by num_generations={self.num_generations}: change one of them"
+            )
 
     def _settle_loss(self) -> None:
         self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
@@ -179,7 +192,7 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
         def fitted(rows: Any, name: str) -> Any:
             return self._fitted(as_dataset(rows, name), name, processing_class, args, rewards)
 
-        with trainable_weights_kept(model):
+        with trainable_weights_kept(model), reference_configured(args, model):
             super().__init__(
                 model=model,
                 reward_funcs=[reward if _is_model(reward) else checked(reward, args.reward_timeout) for reward in rewards],
@@ -213,14 +226,8 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
     def _fitted(self, dataset: Any, name: str, processing_class: Any, args: GRPOConfig, rewards: list) -> Any:
         """The dataset without the rows whose prompts are too long; raises for one that cannot be used."""
         check_prompts(dataset)
-        columns = dataset.column_names or []
-        for reward in rewards:
-            lacking = [] if _is_model(reward) or not columns else missing_columns(reward, set(columns) - {"prompt"})
-            if lacking:
-                raise ValueError(
-                    f"The reward {reward_name(reward)!r} needs {' and '.join(map(repr, lacking))}, but {name} has only the "
-                    f"columns {', '.join(columns)}"
-                )
+        if dataset.column_names:
+            require_columns([reward for reward in rewards if not _is_model(reward)], dataset.column_names, name)
         if not isinstance(dataset, Dataset) or not isinstance(processing_class, PreTrainedTokenizerBase):
             if args.max_prompt_length is not None:
                 raise UnsupportedError("max_prompt_length needs a dataset that is not a stream, and prompts without images")
@@ -326,6 +333,18 @@ def recomputation_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for module, (is_on, function) in settings.items():
             module.gradient_checkpointing, module._gradient_checkpointing_func = is_on, function
+
+
+@contextmanager
+def reference_configured(args: GRPOConfig, model: nn.Module) -> Iterator[None]:
+    """Give the reference that TRL loads anew beside a model without an adapter the model's own config: scaled positions."""
+    given = args.model_init_kwargs
+    if args.beta and not isinstance(model, PeftModel):
+        args.model_init_kwargs = {"config": copy.deepcopy(model.config), **(given or {})}
+    try:
+        yield
+    finally:
+        args.model_init_kwargs = given  # a config is not to be written as JSON
 
 
 def _refuse_unknown(arguments: dict[str, Any]) -> None:

@@ -109,7 +109,8 @@ class ProgressCallback(TrainerCallback):
 
     def _facts(self, state: TrainerState, logs: dict[str, float]) -> list[str]:
         now = time.monotonic()
-        facts = [f"{name} {logs[name]:.4f}" for name in ("loss", "reward") if name in logs]
+        # the reward is None where no function applied to any completion
+        facts = [f"{name} {logs[name]:.4f}" for name in ("loss", "reward") if logs.get(name) is not None]
         if "num_tokens" in logs:
             facts.append(f"{(logs['num_tokens'] - self.tokens) / (now - self.last_log):,.0f} tokens/s")
             self.tokens = logs["num_tokens"]

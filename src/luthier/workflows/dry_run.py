@@ -15,7 +15,7 @@ from luthier.model.load import DEFAULT_LENGTH, find_files, is_vision
 from luthier.model.rope import native_length
 from luthier.model.vision import require_vision
 from luthier.rl.prompts import check_prompts
-from luthier.rl.rewards import load_reward
+from luthier.rl.rewards import load_reward, require_columns, reward_name
 from luthier.terminal import table
 from luthier.workflows import grpo
 from luthier.workflows.common import checked, training_arguments
@@ -52,7 +52,9 @@ def dry_run(recipe: TrainRecipe) -> dict[str, Any]:
     if isinstance(recipe, GRPORecipe):
         recipe.require("rewards")
         check_prompts(rows)
-        result["rewards"] = [load_reward(reference).__name__ for reference in recipe.rewards]
+        rewards = [load_reward(reference) for reference in recipe.rewards]
+        require_columns(rewards, rows.column_names, recipe.data)
+        result["rewards"] = [reward_name(reward) for reward in rewards]
 
     estimate = memory.estimate(
         config,

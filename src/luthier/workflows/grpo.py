@@ -12,7 +12,7 @@ from luthier.data.read import read_dataset
 from luthier.fast import FastLanguageModel
 from luthier.files import atomic_file
 from luthier.rl.prompts import check_prompts
-from luthier.rl.rewards import load_reward
+from luthier.rl.rewards import load_reward, require_columns
 from luthier.terminal import table
 from luthier.training.grpo import GRPOConfig, GRPOTrainer, reward_change
 from luthier.workflows.common import checked, save_outputs, training_arguments
@@ -29,7 +29,9 @@ def run(recipe: GRPORecipe) -> dict[str, Path]:
     rewards = [load_reward(reference) for reference in recipe.rewards]
     prompts = read_dataset(recipe.data, recipe.split)
     check_prompts(prompts)
+    require_columns(rewards, prompts.column_names, recipe.data)
     held_out = read_dataset(recipe.eval_data) if recipe.eval_data else None
+    args = arguments(recipe)
 
     # 2. The model, quantised as it is read, and its tokenizer
     model, tokenizer = FastLanguageModel.from_pretrained(recipe.model, **recipe.loading())
@@ -49,7 +51,7 @@ def run(recipe: GRPORecipe) -> dict[str, Path]:
         reward_funcs=rewards,
         train_dataset=prompts,
         eval_dataset=held_out,
-        args=arguments(recipe),
+        args=args,
     )
     trainer.train(resume_from_checkpoint=resume)
 
