@@ -367,6 +367,20 @@ def test_8_bit_graphs_of_4096_tokens_fit_into_8_gib(monkeypatch):
     assert cost.device(longest) < cost.device(inputs) + (1 << 20), "kept where it would be computed again"
 
 
+def test_graphs_copy_what_waits_in_host_memory_where_launching_takes_longer(monkeypatch):
+    dial = planner(monkeypatch, 1.7 * GIB)
+    dial.set_automatic()
+    plans = [
+        dial.planner(batch_of(2, 2048, shape=dataclasses.replace(LLAMA_8B, compute=kind))) for kind in ("bf16", "fp8-backward")
+    ]
+    assert [plan.from_graphs for plan in plans] == [False, True]
+    for plan in plans:
+        assert sum(layer.host > Host.NOTHING for layer in plan.layers) > 25 and not plan.layers[-1].host
+    cost = Cost(dataclasses.replace(LLAMA_8B, compute="fp8-backward"), 4096, 2048, from_graphs=True, gradients=160 << 20)
+    parked = [*offload_plan(cost.shape, 4096, 32, 64 * GIB)[:-1], LayerPlan(Mode.KEEP)]
+    assert 0.984 < cost.block(parked) / GIB < 1.15, "as of the other plans above, with larger gaps"
+
+
 def test_rows_are_planned_with_what_graphs_pad_them_by(monkeypatch):
     dial = planner(monkeypatch, 100 * GIB)
     dial.set_automatic()

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from luthier.model import dial as dial_module
 from luthier.model import graphs as graphs_module
+from luthier.model import offload as offload_module
 from luthier.model import recording as recording_module
 from luthier.model.accelerate import accelerate, dial_of, graphs_of
 from luthier.model.blocks import Mode
@@ -30,7 +31,7 @@ from luthier.model.checkpointing import set_checkpointing
 from luthier.model.compute import set_compute
 from luthier.model.dial import LayerPlan, padded
 from luthier.model.graphs import REPEATS
-from luthier.model.offload import Host
+from luthier.model.offload import Host, Offload, Recorded
 from luthier.model.recording import Arena, Gradients, copies
 from luthier.ops import attention as attention_module
 
@@ -364,7 +365,7 @@ def test_what_is_no_plain_batch_runs_without():
     assert_equal(models, batch(seed=2), replays=1)
 
 
-def test_long_batches_and_offloaded_ones_run_without(monkeypatch):
+def test_long_batches_run_without(monkeypatch):
     models = pair()
     with monkeypatch.context() as patch:
         patch.setattr(dial_module, "LAUNCHES", 0.0)
@@ -372,14 +373,55 @@ def test_long_batches_and_offloaded_ones_run_without(monkeypatch):
             assert_equal(models, batch(), replays=0)
     assert graphs_of(models[0]).why == "its kernels take longer than their launches"
     for model in models:
-        dial_of(model).set_plan([LayerPlan(Mode.KEEP), LayerPlan(Mode.KEEP, Host.NARROW)])
-    for _ in range(REPEATS + 1):
-        assert_equal(models, batch(), replays=0)
-    assert graphs_of(models[0]).why == "its plan keeps something in host memory"
-    for model in models:
         dial_of(model).set_plan([LayerPlan(Mode.KEEP), LayerPlan(Mode.RECOMPUTE)])
     warm(models)
     assert graphs_of(models[0]).why == ""
+
+
+PARKED = [
+    (Mode.RECOMPUTE, Host.NARROW),
+    (Mode.ALL_BUT_GATE_UP, Host.NARROW),
+    (Mode.KEEP, Host.INPUT),
+    (Mode.KEEP, Host.EVERYTHING),
+]
+
+
+@pytest.mark.parametrize(("mode", "host"), PARKED)
+def test_what_waits_in_host_memory_waits_there_from_graphs_too(monkeypatch, tmp_path, mode, host):
+    monkeypatch.setattr(offload_module, "SMALL", 0)
+    models = [graphed(with_lora(nf4_model(tmp_path, num_hidden_layers=4))) for _ in range(2)]
+    graphs_of(models[1]).enabled = False
+    for model in models:
+        dial_of(model).set_plan([LayerPlan(mode, host)] * 3 + [LayerPlan(Mode.KEEP)])
+    warm(models)
+    graphs, pool = graphs_of(models[0]), dial_of(models[0]).offload.pool
+    recording = next(iter(graphs.recordings.values()))
+    assert len(recording.slabs) == 3 and not pool.free, "graphs have taken over what passes without had pinned"
+    assert {*map(id, recording.slabs)} == {*map(id, graphs.copies.pool.free)}
+    for length in (64, 40, 128, 64):  # shorter ones in the same slabs
+        assert_equal(models, batch(length=length, seed=length), replays=1, exact=length in (64, 128))
+    assert {*map(id, recording.slabs)} <= {id(slab) for made in graphs.recordings.values() for slab in made.slabs}
+    results = []
+    for model in models:  # the second forward runs without, and must not write over what the first one has parked
+        model.zero_grad()
+        first, second = (model(**batch(seed=seed)).loss for seed in (1, 2))
+        (first + 2 * second).backward()
+        results.append(gradients_of(model))
+    assert difference(*results) == 0
+    graphs.clear()
+    assert {*map(id, recording.slabs)} <= {*map(id, pool.free)}, "and have given it back"
+    warm(models)
+
+
+def test_copies_of_a_recording_wait_for_no_event_of_another():
+    """Nor for one of a pass without: such an event is none that a graph knows."""
+    other, copies, device = Offload(), Recorded(), torch.device("cpu")
+    other.prepare([100, 200], device)
+    slabs = list(other.pool.free)
+    slabs[0].read, slabs[0].waits = object(), object()
+    copies.adopt(other, [150, 50], device)
+    assert {*map(id, copies.pool.free)} == {*map(id, slabs)} and not other.pool.free
+    assert all(slab.read is slab.waits is None for slab in slabs)
 
 
 def test_a_switch():

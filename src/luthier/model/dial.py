@@ -21,7 +21,7 @@ from luthier.model.blocks import KEPT_ROWS, LONG, ROWS, Mode
 from luthier.model.card import Speeds, card_speeds
 from luthier.model.device_memory import GIB, available_memory, held_by, held_by_others
 from luthier.model.host_memory import HostEmbedding, free_host_memory
-from luthier.model.offload import Host, Offload
+from luthier.model.offload import Host, Offload, slab_bytes
 from luthier.ops.experts import WRITTEN_BYTES
 from luthier.ops.linear_cross_entropy import CHUNK_BYTES
 from luthier.terminal import say
@@ -220,7 +220,7 @@ class Dial:
         if plan.embedding_in_host_memory and self.embedding is not None and self.host_embedding is None:
             self.host_embedding = HostEmbedding(self.embedding)
         sizes = [batch.tokens * batch.shape.parked(layer) for layer in plan.layers]
-        slabs = [size + 4096 for size in sizes if size]  # and for alignment
+        slabs = [slab_bytes(size) for size in sizes if size]
         if slabs:
             self.offload = self.offload or Offload()
             self.offload.prepare(slabs, batch.device)
@@ -261,13 +261,13 @@ class Dial:
         return eager
 
     def _fastest(self, batch: Batch, device: float, from_graphs: bool, trainable: int = 0) -> tuple[Plan, bool]:
-        """A plan for ``device`` bytes, and whether it fits. Graphs copy nothing to the host."""
+        """A plan for ``device`` bytes, and whether it fits."""
         cost, host = batch.cost(from_graphs, trainable), self.host_room
-        staying = plan_for(cost, self.layers, device, 0 if from_graphs else host)
+        staying = plan_for(cost, self.layers, device, host)
         fits = cost.device(staying) <= device
         if self.embedding is None or self.host_embedding is not None or host < self.table_bytes:
             return Plan(tuple(staying), self.host_embedding is not None, from_graphs), fits
-        rooms = device + self.table_bytes, 0 if from_graphs else host - self.table_bytes
+        rooms = device + self.table_bytes, host - self.table_bytes
         leaving = plan_for(cost, self.layers, *rooms)
         if fits and cost.seconds(leaving) > (1 - WORTH) * cost.seconds(staying):
             return Plan(tuple(staying), from_graphs=from_graphs), True
@@ -291,8 +291,6 @@ class Batch:
 
     def obstacle(self, layers: Sequence[LayerPlan]) -> str:
         """Why ``layers`` do not run from CUDA graphs, or nothing."""
-        if any(layer.host for layer in layers):
-            return "its plan keeps something in host memory"
         if BUSY * self.cost().seconds(layers) > self.launching(layers):
             return "its kernels take longer than their launches"
         return ""
@@ -361,14 +359,14 @@ class Cost:
 
     def pool(self, plan: Sequence[LayerPlan]) -> int:
         """What the layers take in graphs: gradients lie where something was kept, what comes in and goes out where a layer's
-        input and its gradient are counted. Pieces leave gaps, and larger ones where only the attention is kept."""
+        input and its gradient are counted. Pieces leave gaps: larger ones behind copies, or if attention alone is kept."""
         row, chunk = self.tokens * self.shape.hidden * self.shape.size, self.tokens * self.shape.mlp * self.shape.size
-        gaps = 3 * row // 2 + chunk * any(layer.mode == Mode.ATTENTION for layer in plan)
+        gaps = 3 * row // 2 + chunk * any(layer.host or layer.mode == Mode.ATTENTION for layer in plan)
         return max(self._staying(plan), self.gradients) + self._working(plan) + gaps
 
     def block(self, plan: Sequence[LayerPlan]) -> int:
         """Of the pool, in one piece."""
-        return self.pool(plan) - sum(self.shape.small(self.tokens, layer.mode) for layer in plan[:-1])
+        return self.pool(plan) - sum(self.shape.small(self.tokens, layer.mode) for layer in plan[:-1] if not layer.host)
 
     def warming_up(self, plan: Sequence[LayerPlan]) -> int:
         """What one layer alone takes before it is recorded, with what comes in and goes out."""

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from luthier.model.device_memory import available_memory, held_by_others, hold, release
 from luthier.model.dial import Cost, Dial, padded
+from luthier.model.offload import Recorded, slab_bytes
 from luthier.model.recording import Arena, Flight, Program, Recording, Stack
 from luthier.ops.attention import band, kernel_for
 from luthier.ops.lora_linear import Projection, Workspace
@@ -208,6 +209,8 @@ class Graphs:
         self.taken: Pass | None = None
         self.loop: Iterable[nn.Module] = ()  # the layers of the backbone that runs
         self.structure: Structure | None = None  # of its batch
+        self.flight: Callable[[], Flight | None] = lambda: None
+        self.copies = Recorded()
         self.is_chain = False  # a pass went from layer to layer, untouched between them
         self.clear()
 
@@ -217,8 +220,11 @@ class Graphs:
         self._give_back()
 
     def _give_back(self) -> None:
+        if self.dial.offload is not None and not self._in_flight():
+            self.dial.offload.take_over(self.copies)
+        self.copies = Recorded()
         self.seen: Counter[tuple] = Counter()  # passes of one state without a graph
-        self.flight: Callable[[], Flight | None] = lambda: None
+        self.flight = lambda: None
         self.has_trained = False
         self.warmed: dict[tuple, list] = {}  # what a key names by its id, once its layers have been warmed up
         self._forget()
@@ -422,9 +428,10 @@ class Graphs:
                     self._forget()
                 self._warm_up(key, taken, warming_up)
                 self._own()
+                copies = self._copies(taken)
                 self.arena = self.arena or self.arena_class(block, taken.x.device)
                 try:
-                    self.recordings[key] = Recording(taken, self.arena, self.workspace)
+                    self.recordings[key] = Recording(taken, self.arena, self.workspace, copies)
                 finally:  # an interrupted one has taken memory too
                     hold(self.dial, self.arena.device, self.arena.bytes)
         except torch.OutOfMemoryError:
@@ -452,6 +459,16 @@ class Graphs:
         if len(self.warmed) >= 2 * GRAPHS:
             self.warmed.clear()
         self.warmed[key] = [leaf for leaves in taken.leaves for leaf in leaves if isinstance(leaf, Quantised)]
+
+    def _copies(self, taken: Pass) -> Recorded | None:
+        """With the host memory that these layers want, that of the passes before first; None: they want none."""
+        if not any(layer.plan.host for layer in taken.layers):
+            return None
+        x, first = taken.x, taken.layers[0]
+        shape, tokens = first.blocks.shape(x, first.state.model.compute), x.shape[0] * padded(x.shape[1])
+        sizes = [tokens * shape.parked(layer.plan) for layer in taken.layers]
+        self.copies.adopt(self.dial.offload, [slab_bytes(size) for size in sizes if size], x.device)
+        return self.copies
 
     def _sizes(self, taken: Pass) -> tuple[int, int, int]:
         """Bytes of the graphs' block, of a step that runs from them, and of a layer that warms up."""

@@ -64,6 +64,16 @@ class Offload:
         self.pool = self.pool or SlabPool(device)
         self.pool.prepare(sizes)
 
+    def take_over(self, other: Offload) -> None:
+        """The slabs of ``other`` that are free."""
+        if other.pool is None:
+            return
+        with other.pool.lock:
+            slabs, other.pool.free = other.pool.free, []
+        self.pool = self.pool or SlabPool(other.pool.device)
+        with self.pool.lock:
+            self.pool.free += slabs
+
     def park(self, index: int, kept: Kept, host: Host) -> None:
         """Called at the end of a layer's forward. Copies start; the device's memory is free again DEPTH layers later."""
         if self.chain and self.chain[-1][0] >= index:
@@ -140,6 +150,27 @@ class Offload:
         parked.slab.waits = current
 
 
+class Recorded(Offload):
+    """Copies that CUDA graphs make. All graphs of a model use the same slabs: only one of them is under way at a time."""
+
+    def adopt(self, other: Offload | None, sizes: list[int], device: torch.device) -> None:
+        """Have slabs for a recording of layers that park ``sizes`` bytes, those of ``other`` first: all pinned, all at rest."""
+        self.pool = self.pool or SlabPool(device)
+        if other is not None:
+            self.take_over(other)
+        self.pool.prepare(sizes)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        for slab in self.pool.free:
+            slab.memory  # noqa: B018  # waits: nothing can be pinned while a graph is recorded
+        self.rest()
+
+    def rest(self) -> None:
+        """Forget what a recording waited for: neither another one nor a pass without may wait for it."""
+        for slab in self.pool.free if self.pool else ():
+            slab.read = slab.waits = None
+
+
 def _give_back(slab: Slab, pool: SlabPool) -> None:
     """Called before ``Parked`` goes. If nobody fetched it (an error in a backward), copies may still be written to tensors
     whose memory is free from now on: what their stream does next comes behind them."""
@@ -156,6 +187,11 @@ def _views(tensors: dict[str, Tensor], memory: Tensor) -> dict[str, Tensor]:
         views[name] = memory[start : start + value.nbytes].view(value.dtype).view(value.shape)
         start += _aligned(value.nbytes)
     return views
+
+
+def slab_bytes(size: int) -> int:
+    """Bytes of a slab for ``size`` bytes of a layer, with room for alignment."""
+    return size + 4096
 
 
 def _aligned(size: int) -> int:

@@ -29,6 +29,8 @@ from luthier.ops.unchanged import Unchanged
 if TYPE_CHECKING:
     from luthier.model.blocks import Call
     from luthier.model.graphs import Pass
+    from luthier.model.host_memory import Slab
+    from luthier.model.offload import Recorded
     from luthier.ops.lora_linear import Workspace
 
 WORKSPACE = 1 << 25  # bytes that cuBLAS takes in every recording, on the largest cards
@@ -124,11 +126,12 @@ class Buffers:
 class Program:
     """The layers' forward and backward over ``buffers``, which the first forward makes."""
 
-    def __init__(self, taken: Pass) -> None:
+    def __init__(self, taken: Pass, copies: Recorded | None = None) -> None:
+        self.copies = copies  # to host memory and back, where the plan wants some
         self.new_buffers = partial(Buffers.of, taken)
         self.wants_x = taken.x.requires_grad
         self.layers = [
-            (run.blocks, replace(run.call, cos=None, sin=None, mask=None, segments=None), run.plan.mode, which)
+            (run.blocks, replace(run.call, cos=None, sin=None, mask=None, segments=None), run.plan, which)
             for run, which in zip(taken.layers, taken.which, strict=True)
         ]
         self.trained = [run.blocks.trained() for run in taken.layers]
@@ -140,18 +143,22 @@ class Program:
         """Every layer once, by itself: kernels are compiled and libraries choose theirs now, not while a graph is recorded."""
         buffers = self.new_buffers().mapped(Tensor.zero_)
         rows, grad = buffers.x.flatten(0, 1), buffers.rows.flatten(0, 1)
-        for (unused, call, mode, which), trained in zip(self.layers, self.trained, strict=True):
+        for (unused, call, plan, which), trained in zip(self.layers, self.trained, strict=True):
             call, blocks = _on(buffers, call, which), unused.fresh()
-            blocks.backward(grad, call, blocks.forward(rows, call, mode)[1], wants_x=True, trained=trained)
+            blocks.backward(grad, call, blocks.forward(rows, call, plan.mode)[1], wants_x=True, trained=trained)
 
     def forward(self) -> None:
         self.buffers = self.buffers or self.new_buffers()
         rows = self.buffers.x.flatten(0, 1)
         self.kept = []
-        for unused, call, mode, which in self.layers:
+        for index, (unused, call, plan, which) in enumerate(self.layers):
             blocks = unused.fresh()
-            rows, kept = blocks.forward(rows, _on(self.buffers, call, which), mode)
+            rows, kept = blocks.forward(rows, _on(self.buffers, call, which), plan.mode)
             self.kept.append((blocks, kept))
+            if self.copies is not None:
+                self.copies.park(index, kept, plan.host)
+        if self.copies is not None:
+            self.copies.settle()
         self.buffers.rows.flatten(0, 1).copy_(rows)
 
     def backward(self) -> None:
@@ -159,12 +166,18 @@ class Program:
         for index in reversed(range(len(self.layers))):
             _, call, _, which = self.layers[index]
             blocks, kept = self.kept.pop()
+            if self.copies is not None:
+                self.copies.fetch(kept)
             call, wants_x = _on(self.buffers, call, which), index > 0 or self.wants_x
             grad, gradients = blocks.backward(grad, call, kept, wants_x, self.trained[index])
             found.insert(0, Gradients(gradients))
         if self.wants_x:
             self.buffers.rows.flatten(0, 1).copy_(grad)
         self.gradients = found
+
+    def slabs(self) -> list[Slab]:
+        """Host memory that the forward writes to and the backward reads."""
+        return [kept.parked.slab for _, kept in self.kept if kept.parked is not None]
 
     def let_go(self, alias: Callable[[Tensor], Tensor]) -> None:
         """Leave the memory to the recordings that follow, and the batch at hand to its own pass."""
@@ -177,8 +190,8 @@ class Program:
 class Recording:
     """The two graphs of one key, whose layers have been warmed up."""
 
-    def __init__(self, taken: Pass, arena: Arena, workspace: Workspace) -> None:
-        self.program = Program(taken)
+    def __init__(self, taken: Pass, arena: Arena, workspace: Workspace, copies: Recorded | None = None) -> None:
+        self.program = Program(taken, copies)
         of_layers = [leaf for leaves in taken.leaves for leaf in leaves]
         self.alive = [leaf.detach() for leaf in of_layers if isinstance(leaf, Tensor)]  # what the graphs read: they may
         self.alive += workspace.buffers.values()  # start before it is known that they are still the right ones
@@ -190,8 +203,11 @@ class Recording:
         gc.disable()  # what is freed in the middle of a recording could end it
         try:
             self.forward_graph = arena.record(self.program.forward)
+            self.slabs = self.program.slabs()
             self.backward_graph = arena.record(self.program.backward)
         finally:
+            if copies is not None:
+                copies.rest()
             if collects:
                 gc.enable()
         self.program.let_go(arena.alias)
