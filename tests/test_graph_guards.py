@@ -124,15 +124,14 @@ def test_a_graph_whose_weights_were_freed_is_not_started_early(monkeypatch):
     for model in models:
         weight = an_adapter(model)
         values, storage = weight.detach().clone(), weight.untyped_storage()
-        size = storage.size()
-        storage.resize_(0)
-        taken = torch.ones_like(values)  # so that it lies elsewhere
-        storage.resize_(size)
+        size, where, taken = storage.size(), weight.data_ptr(), []
+        while weight.data_ptr() == where:
+            storage.resize_(0)
+            taken.append(torch.ones_like(values))  # the next time it has to lie elsewhere
+            storage.resize_(size)
         weight.detach().copy_(values)
-        assert weight.data_ptr() != taken.data_ptr()
-    moved = not next(iter(graphs_of(models[0]).recordings.values())).is_intact()
-    assert_equal(models, batch(seed=1), replays=0 if moved else 1)
-    assert moved and len(started) == 1
+    assert_equal(models, batch(seed=1), replays=0)
+    assert len(started) == 1
 
 
 class Interrupted(Again):
@@ -292,6 +291,15 @@ def test_weights_that_were_merged_safely_are_kept_no_longer_than_to_the_next_pas
     warm(models)
 
 
+def test_other_memory_in_the_same_parameters_takes_the_place_of_the_old():
+    models = pair()
+    warm(models)
+    for model in models:
+        replace(model)
+    warm(models)
+    assert len(graphs_of(models[0]).recordings) == 1
+
+
 def test_two_streams(monkeypatch):
     """The buffers, and the graphs' memory, are one for all streams: the next one waits."""
     waits, streams = [], []
@@ -343,8 +351,8 @@ def test_a_first_forward_in_inference_mode():
     """Its buffers serve the training that follows."""
     models = pair()
     with torch.inference_mode():
-        losses = [model(**batch()).loss for model in models]
-    assert torch.equal(*losses)
+        losses = [model(**batch(), use_cache=False).loss for model in models]
+    assert torch.equal(*losses) and graphs_of(models[0]).workspace.buffers
     warm(models)
 
 

@@ -68,9 +68,9 @@ class Again:
                     program.buffers.mapped(lambda t: t.fill_(torch.nan if t.is_floating_point() else 99))
                     for piece in [piece for layer in program.gradients for piece in layer.pieces.values()]:
                         piece.fill_(torch.nan)
-            own.layers, own.trained = modules
+            left, (own.layers, own.trained) = (own.layers, own.trained), modules
             function()
-            own.layers, own.trained = [], []
+            own.layers, own.trained = left
             Again.replayed += not starts
 
         return types.SimpleNamespace(replay=replay)
