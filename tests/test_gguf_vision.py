@@ -170,6 +170,12 @@ def test_planted_faults_of_the_vision_part_are_found(family, exported, tmp_path)
     assert missed == []
 
 
+def test_a_vision_part_is_verified_with_its_text_part(exported):
+    directory, file = exported("gemma3")
+    with pytest.raises(ValueError, match="mmproj-.* is the vision part of a model: verify the text part"):
+        verify(mmproj_path(file), directory)
+
+
 def test_what_is_lost_or_flipped_in_a_vision_part_is_named(exported, tmp_path):
     directory, file = exported("qwen2_vl")
     text, good = tmp_path / "x.gguf", mmproj_path(file)

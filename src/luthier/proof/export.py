@@ -150,6 +150,8 @@ def verify(
     """Compare any GGUF file with the model in the directory ``against``: everything `prove` does, and every weight."""
     config = read_config(against)
     file = GGUFFile(path)
+    if file.metadata.get("general.architecture") == "clip":
+        raise ValueError(f"{path} is the vision part of a model: verify the text part beside it, which looks at both")
     source = CheckpointSource(against)
     reference = reference_of(_load(against, config, source), against, prompts, read_importance(imatrix))
     reference = replace(reference, slack=BF16_STEP)
