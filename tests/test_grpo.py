@@ -182,6 +182,13 @@ def test_a_step_to_which_no_reward_applies_learns_nothing(tmp_path, capsys):
     assert "step 1/1 · loss 0.0000 · " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_run_whose_completions_are_all_cut_and_masked_says_so(tmp_path, recwarn, masked):
+    trainer(tmp_path, mask_truncated_completions=masked, max_completion_length=1, max_steps=2).train()
+    said = [str(warning.message) for warning in recwarn]
+    assert sum("every completion was cut at max_completion_length=1," in text for text in said) == masked
+
+
 @pytest.mark.parametrize("kind", ["sync", "async"])
 def test_a_bad_reward_stops_the_run_by_name_before_anything_is_learned(tmp_path, kind):
     def wrong(completions, **columns):

@@ -29,6 +29,7 @@ from luthier.rl.losses import TRL_DEFAULTS, trl_settings
 from luthier.rl.prompts import TOO_LONG, PromptLedger, check_prompts, fit_prompts, prompt_token_ids
 from luthier.rl.rewards import checked, require_columns
 from luthier.rl.sampling import SamplingParams
+from luthier.terminal import notice_once
 from luthier.training.arguments import SharedArguments, fit_arguments, warn_contradictions
 from luthier.training.common import TrainerMixin, trainable_weights_kept
 from luthier.training.inputs import as_dataset
@@ -289,6 +290,17 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
         """TRL's, which switches recomputation off and on again its own way, forgetting how the model had planned it."""
         with recomputation_kept(self.model):
             return super()._generate_and_score_completions(inputs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        cut = self._metrics["train"].get("completions/clipped_ratio")  # shares of the rollouts since the last log
+        if self.mask_truncated_completions and cut and min(cut) == 1:
+            notice_once(
+                self,
+                "all cut",
+                f"Step {self.state.global_step}: every completion was cut at max_completion_length="
+                f"{self.args.max_completion_length}, and mask_truncated_completions leaves cut ones out: nothing is learned.",
+            )
+        super().log(logs, *args, **kwargs)
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> tuple[list[list[int]], Any]:
         """TRL's, without dropout and without sampling settings of the checkpoint that the trainer does not know of."""
