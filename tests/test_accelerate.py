@@ -276,6 +276,15 @@ class TestLoss:
         stock, fast = self.both(**extra)
         assert_alike(fast, stock)
 
+    def test_a_head_within_another_module(self):
+        """As recipes wrap it to get logits in fp32."""
+        models = tiny_model("llama3"), accelerate(tiny_model("llama3"))
+        for model in models:
+            model.lm_head = torch.nn.Sequential(model.lm_head)
+        (loss, gradients), (fast_loss, fast) = (loss_and_gradients(model, **batch()) for model in models)
+        torch.testing.assert_close(fast_loss, loss, rtol=1e-5, atol=0)
+        assert difference(fast, gradients) < 1e-5
+
     def test_no_valid_label_is_a_differentiable_zero(self):
         model = accelerate(with_lora(tiny_model("llama3"))).train()
         loss = model(**{**batch(), "labels": torch.full_like(batch()["labels"], -100)}).loss

@@ -345,6 +345,28 @@ def test_gradients_accumulate():
     assert difference(twice, once) < 1e-6
 
 
+@pytest.mark.parametrize("family", ["mistral", "gemma3"])
+def test_a_window_that_is_set_later(family):
+    """transformers makes its masks of the configuration, whatever the layers were built with."""
+    models = with_lora(tiny_model(family)), fused(with_lora(tiny_model(family)))
+    before = loss_and_gradients(models[0], **batch())
+    for model in models:
+        model.get_base_model().config.sliding_window = 5
+    truth = loss_and_gradients(models[0], **batch())
+    assert difference(truth[1], before[1]) > 1e-3
+    assert_same(models[1], batch(), truth)
+
+
+def test_a_backbone_without_a_head_is_fused_too():
+    """Nobody has asked for the key-value cache that its configuration would make."""
+    found = []
+    for model in (with_lora(tiny_model("llama3")), fused(with_lora(tiny_model("llama3")))):
+        backbone = model.train().get_base_model().model
+        backbone(batch()["input_ids"]).last_hidden_state.square().mean().backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert difference(found[1], found[0]) < 2e-5
+
+
 def test_a_disabled_adapter_is_the_base_model():
     model = fused(with_lora(tiny_model("llama3"))).train()
     base = tiny_model("llama3").train()(**batch(), use_cache=False).loss
@@ -484,6 +506,28 @@ def test_other_adapters_on_4_bits_run_stock(tmp_path):
     truth = loss_and_gradients(with_method(config, model=nf4_model(tmp_path)), **batch())
     with pytest.warns(UserWarning, match="a layer of kind Linear4bit"):
         assert_same(accelerate(with_method(config, model=nf4_model(tmp_path))), batch(), truth)
+
+
+@pytest.mark.parametrize("trained", ["mask", "rotation"])
+@pytest.mark.filterwarnings("default")
+def test_a_mask_or_a_rotation_that_trains_gets_its_gradient(trained):
+    length, found = batch()["input_ids"].shape[1], []
+    inputs = {name: batch()[name] for name in ("input_ids", "labels")}
+    for model in (with_lora(tiny_model("llama3")).train(), accelerate(with_lora(tiny_model("llama3"))).train()):
+        rotary = model.get_base_model().model.rotary_emb
+        if trained == "mask":
+            leaf = torch.zeros(1, 1, length, length, requires_grad=True)
+            more = {"attention_mask": leaf + torch.full_like(leaf, -1e9).triu(1)}
+        else:
+            leaf, more = torch.tensor(1.0, requires_grad=True), {}
+            stock = rotary.forward
+            rotary.forward = lambda x, position_ids, f=stock, s=leaf: tuple(s * table for table in f(x, position_ids))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model(**inputs, **more).loss.backward()
+        found.append({"leaf": leaf.grad})
+    assert any("mask or its rotation is trained" in str(warning.message) for warning in caught)
+    assert found[0]["leaf"].any() and difference(found[1], found[0]) < 2e-5
 
 
 @pytest.mark.filterwarnings("default")

@@ -70,6 +70,9 @@ def backbone_class_members(stock: type[nn.Module]) -> dict:
             state.clock.forward_begins(self.device)
         call = signature.bind(self, *args, **kwargs).arguments
         extra = next((call[name] for name, p in signature.parameters.items() if p.kind is p.VAR_KEYWORD and name in call), {})
+        asked = cache_of({**call, **extra}) is not None or call.get("use_cache") is not None
+        if torch.is_grad_enabled() and "use_cache" in signature.parameters and not asked:
+            kwargs["use_cache"] = False  # nobody who trains has use for a cache, which fused layers do without
         state.dial.embedding = movable(self.get_input_embeddings(), state.tied)
         try:
             structure = state.structure = find_structure({**call, **extra})

@@ -398,9 +398,9 @@ def _weight(linear: nn.Module) -> tuple[Tensor | Quantised, Tensor | None]:
 
 
 def _window(attention: nn.Module, spec: Spec) -> int | None:
-    if spec.window is None:
+    if spec.window is None or (spec.window == "attention" and attention.sliding_window is None):
         return None
-    return (attention if spec.window == "attention" else attention.config).sliding_window
+    return attention.config.sliding_window  # of which transformers makes its masks
 
 
 def _activation(mlp: nn.Module, config) -> str:
@@ -431,6 +431,9 @@ def _check_call(layer: nn.Module, hidden_states: Tensor, kwargs: dict) -> None:
         raise Unfused(f"its attention mask is a {type(mask).__name__}")
     if kwargs.get("position_embeddings") is None:
         raise Unfused("it was called without position embeddings")
+    given = [tensor for tensor in (mask, *kwargs["position_embeddings"]) if tensor is not None]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+        raise Unfused("its attention mask or its rotation is trained")
     if nn.modules.module._has_any_global_hook():
         raise Unfused("hooks are attached to all modules")
 

@@ -29,6 +29,8 @@ from luthier.model.fused_layer import is_hooked, unwrapped
 from luthier.ops.linear_cross_entropy import CHUNK_BYTES, linear_cross_entropy, shape_logits
 from luthier.ops.unchanged import Unchanged
 
+WIDE = 1 << 17  # the vocabulary of a head that says nothing of its own
+
 
 class LazyLogits:
     """Stands for logits inside an output until they are read. It is no tensor: what maps over tensors passes it by.
@@ -211,7 +213,8 @@ def _loss_through_module(hidden: Tensor, lm_head: nn.Module, targets: Tensor, sh
         return nn.functional.cross_entropy(logits, target, ignore_index=ignore_index, reduction="sum")
 
     index = (targets.reshape(-1) != ignore_index).nonzero().squeeze(1)
-    rows = max(1, CHUNK_BYTES // (4 * getattr(lm_head, "original_module", lm_head).out_features))
+    width = getattr(getattr(lm_head, "original_module", lm_head), "out_features", WIDE)
+    rows = max(1, CHUNK_BYTES // (4 * width))
     flat, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     total = hidden.sum().float() * 0.0  # keeps the graph where no target is valid
     for part in index.split(rows):
