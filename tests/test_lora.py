@@ -155,12 +155,18 @@ def test_4bit_experts_with_an_adapter_compute_what_peft_computes_over_the_expand
         torch.testing.assert_close(model(IDS).logits, plain(IDS).logits)
 
 
-@pytest.mark.parametrize("arguments", [{"lora_dropout": 0.1}, {"use_dora": True}])
+@pytest.mark.parametrize("arguments", [{"lora_dropout": 0.1}, {"use_dora": True}, {"init_lora_weights": "pissa"}])
 def test_what_experts_cannot_have_is_said(checkpoints, arguments):
-    model, _ = load_model(checkpoints("mixtral"))
+    model, _ = load_model(checkpoints("mixtral"), load_in_16bit="init_lora_weights" in arguments)
     with pytest.warns(UserWarning, match=f"experts get no adapter.*{next(iter(arguments))}"):
         model = get_peft_model(model, r=2, **arguments)
     assert not any("experts" in name for name in adapted(model))
+
+
+def test_an_initialisation_that_experts_cannot_have_is_refused_where_they_are_named(checkpoints):
+    model, _ = load_model(checkpoints("mixtral"), load_in_16bit=True)
+    with pytest.raises(UnsupportedError, match="'pissa' for target_parameters"):
+        get_peft_model(model, r=2, init_lora_weights="pissa", target_parameters=["experts.down_proj"])
 
 
 # Refused

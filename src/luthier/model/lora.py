@@ -29,6 +29,7 @@ from luthier.model.experts import ExpertsLora, Nf4Experts, expert_stacks
 from luthier.model.vocab import resize_embeddings
 
 BIASES = ("none", "all", "lora_only")
+INITS_OF_EXPERTS = (True, False, "gaussian", "eva")  # of init_lora_weights; the others read a layer's weight
 # Names that a dense MLP has, or had in a checkpoint, for what a stack of expert weights holds
 STACK_OF = dict.fromkeys(("gate_proj", "up_proj", "w1", "w3"), "gate_up_proj") | {"w2": "down_proj"}
 LINEAR = (nn.Linear, Conv1D)  # the 4-bit and 8-bit layers are Linears too
@@ -84,8 +85,11 @@ def get_peft_model(
     modules, stacks = _chosen_targets(base, target_modules, groups, layers)
     if target_parameters is not None:
         stacks = _check_parameters(base, target_parameters)
-    elif stacks and (lora_dropout or use_dora):
-        reason = "lora_dropout" if lora_dropout else "use_dora"
+    initialised = f"init_lora_weights={init_lora_weights!r}" if init_lora_weights not in INITS_OF_EXPERTS else ""
+    if stacks and initialised and target_parameters is not None:
+        raise UnsupportedError(f"peft has no {initialised} for target_parameters. Use init_lora_weights=True.")
+    if stacks and target_parameters is None and (lora_dropout or use_dora or initialised):
+        reason = "lora_dropout" if lora_dropout else "use_dora" if use_dora else initialised
         warnings.warn(f"The experts get no adapter: peft has none with {reason} for them.", UserWarning, stacklevel=2)
         stacks = []
     if use_dora and any(is_misread(module) for _, module in _linear_layers(base)):
