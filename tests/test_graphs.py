@@ -13,6 +13,7 @@ import gc
 import types
 import warnings
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -77,8 +78,10 @@ class Again:
 
 
 @pytest.fixture(autouse=True)
-def counters():
+def counters(monkeypatch):
+    """And every shape gets graphs the first time that it comes."""
     Again.made = Again.replayed = 0
+    monkeypatch.setattr(graphs_module, "VISITS", 1)
 
 
 def batch(rows: int = 2, length: int = 64, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -413,6 +416,72 @@ def test_what_waits_in_host_memory_waits_there_from_graphs_too(monkeypatch, tmp_
     warm(models)
 
 
+@pytest.mark.parametrize("family", ["gemma3", "cohere2", "olmo2", "phi3", "qwen3"])
+def test_every_family_finds_its_slabs_prepared(monkeypatch, family):
+    """Nothing can be pinned while a graph is recorded."""
+    monkeypatch.setattr(offload_module, "SMALL", 0)
+    for mode in (Mode.ATTENTION, Mode.KEEP):
+        models = pair(family)
+        for model in models:
+            dial_of(model).set_plan([LayerPlan(mode, Host.EVERYTHING), LayerPlan(Mode.KEEP)])
+        warm(models)
+        graphs = graphs_of(models[0])
+        recording = next(iter(graphs.recordings.values()))
+        assert len(recording.slabs) == 1 and [*map(id, recording.slabs)] == [*map(id, graphs.copies.pool.free)]
+
+
+def test_a_recording_leaves_others_the_host_memory_that_it_does_not_need():
+    other, copies, device = Offload(), Recorded(), torch.device("cpu")
+    other.prepare([100, 200, 300, 300], device)
+    for _ in range(3):  # nor does it take more the next time
+        copies.adopt(other, [150, 50], device)
+        assert sorted(slab.capacity for slab in copies.pool.free) == [100, 200]
+        assert [slab.capacity for slab in other.pool.free] == [300, 300]
+        other.take_over(copies)
+        other.pool.prepare([300, 300])
+        assert other.pool.held == 900
+        copies = Recorded()
+
+
+def test_what_a_recording_that_broke_off_waited_for_is_forgotten(monkeypatch):
+    """Its events are no others' to wait for, and its tensors lie in the graphs' memory."""
+    copies, device = Recorded(), torch.device("cpu")
+    copies.under_way, copies.chain = [(object(), [torch.zeros(1)])], [(0, object())]
+    copies.adopt(None, [100], device)
+    assert not copies.under_way and not copies.chain
+    slab = copies.pool.free[0]
+
+    def start(self, kept):
+        slab.read = slab.waits = object()
+
+    monkeypatch.setattr(Offload, "_start", start)
+    copies.fetch(types.SimpleNamespace(parked=types.SimpleNamespace(slab=slab, ready=None, back={}), before=None))
+    assert slab.read is slab.waits is None
+
+
+class Uncopied(Again):
+    def record(self, function):
+        if function.__self__.copies is not None:
+            raise RuntimeError("Cannot copy between CPU and CUDA tensors during CUDA graph capture")
+        return super().record(function)
+
+
+def test_copies_that_cannot_be_recorded_leave_other_plans_their_graphs():
+    """Where a system lets no memory be pinned, for one."""
+    models = pair()
+    graphs_of(models[0]).arena_class = Uncopied
+    parked, kept = [LayerPlan(Mode.ALL_BUT_GATE_UP, Host.NARROW), LayerPlan(Mode.KEEP)], [LayerPlan(Mode.KEEP)] * 2
+    for plan, replays in ((parked, 0), (kept, 1), (parked, 0), (kept, 1)):
+        for model in models:
+            dial_of(model).set_plan(plan)
+        first = plan is parked and not graphs_of(models[0]).uncopied
+        for index in range(REPEATS + 1):
+            says = partial(pytest.warns, UserWarning, match="in host memory: .*Cannot copy")
+            with says() if first and index == REPEATS else contextlib.nullcontext():
+                assert_equal(models, batch(), replays=replays if index == REPEATS else None)
+    assert graphs_of(models[0]).enabled
+
+
 def test_copies_of_a_recording_wait_for_no_event_of_another():
     """Nor for one of a pass without: such an event is none that a graph knows."""
     other, copies, device = Offload(), Recorded(), torch.device("cpu")
@@ -658,6 +727,20 @@ def test_evaluation_gets_the_memory_of_graphs_where_they_hold_most_of_it(monkeyp
             model.train()
         assert bool(graphs.recordings) == kept
     warm(models)
+
+
+def test_rows_of_many_lengths_get_graphs_when_their_length_comes_again(monkeypatch):
+    """Making graphs takes longer than a few passes without."""
+    monkeypatch.setattr(graphs_module, "VISITS", 3)
+    models = pair()
+    for length in (64, 128, 192, 256, 320, 128):
+        assert_equal(models, batch(length=length), replays=0)
+    assert not Again.made and graphs_of(models[0]).why == "its shape has not come often enough"
+    for length, replays in ((128, 1), (64, 0), (64, 1), (256, 0), (256, 1), (64, 1), (128, 1), (192, 0)):
+        assert_equal(models, batch(length=length), replays=replays)
+    monkeypatch.setattr(type(dial_of(models[0])), "room", lambda self, device: 0)
+    assert_equal(models, batch(length=32), replays=1)
+    assert_equal(models, batch(rows=3), replays=1)  # a pass without would need its memory beside them
 
 
 class Full(Again):

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from luthier.ops.flash_attention import Band
 
 REPEATS = 2  # passes without a graph, before graphs are made; twice as many each time that they had to give way
+VISITS = 3  # of a shape until it gets graphs, if it may run without beside those of others: they cost what some passes save
 GRAPHS = 32  # keys of a model that get graphs
 HALVES = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction", "allow_fp16_accumulation")
 PLAIN = {int, float, bool, str, type(None), type}
@@ -205,6 +206,8 @@ class Graphs:
     def __init__(self, dial: Dial, workspace: Workspace, arena_class: type = Arena) -> None:
         self.dial, self.workspace, self.arena_class = dial, workspace, arena_class
         self.enabled, self.why, self.broken = True, "nothing has run yet", ""  # and why they turned themselves off
+        self.uncopied = ""  # why there are none for plans that keep something in host memory, if those failed
+        self.came: Counter[tuple] = Counter()  # passes of one shape and plan until they have a graph
         self.expected = 0
         self.taken: Pass | None = None
         self.loop: Iterable[nn.Module] = ()  # the layers of the backbone that runs
@@ -286,7 +289,7 @@ class Graphs:
         if taken.deferred:
             return self._together(taken)
         self.is_chain = True
-        self.seen[taken.state()] += 1
+        self._count(taken.key())
         return layer(x)
 
     def interrupt(self, x: Tensor) -> Tensor:
@@ -357,10 +360,21 @@ class Graphs:
 
     def _make_room(self) -> None:
         """For a pass without a graph."""
-        if self.arena is None or self._in_flight():
-            return
-        if self.dial.planned.needed > self.dial.room(self.arena.device) - self.dial.graph_bytes:
+        if not self._in_flight() and not self._leaves_room():
             self._retreat()
+
+    def _leaves_room(self) -> bool:
+        """Whether a pass without a graph fits beside those there are."""
+        if self.arena is None:
+            return True
+        return self.dial.planned.needed <= self.dial.room(self.arena.device) - self.dial.graph_bytes
+
+    def _count(self, key: tuple) -> None:
+        if len(self.seen) > 100:  # something changes in every pass
+            self.seen.clear()
+        *kind, state = key
+        self.seen[state] += 1
+        self.came[tuple(kind)] += 1
 
     def _start_early(self, taken: Pass) -> None:
         """Start the graph that such an x took last, once the tables are there, while the other layers are still read.
@@ -401,12 +415,15 @@ class Graphs:
 
     def _record(self, key: tuple, taken: Pass) -> str:
         """Why there are no graphs of ``key`` now, or nothing."""
-        if len(self.seen) > 100:  # something changes in every pass
-            self.seen.clear()
-        *_, state = key
-        self.seen[state] += 1
+        self._count(key)
+        *kind, state = key
+        parks = any(layer.plan.host for layer in taken.layers)
+        if parks and self.uncopied:
+            return self.uncopied
         if self.seen[state] <= REPEATS << min(self.retreats, 10):
             return "its weights and adapters have not come often enough"
+        if self.came[tuple(kind)] < VISITS and self._leaves_room():
+            return "its shape has not come often enough"
         if len(self.recordings) >= GRAPHS:  # those of weights or settings that the model has no more, perhaps
             self.recordings = {known: recording for known, recording in self.recordings.items() if known[-1] == state}
             left = {id(recording) for recording in self.recordings.values()}
@@ -428,7 +445,7 @@ class Graphs:
                     self._forget()
                 self._warm_up(key, taken, warming_up)
                 self._own()
-                copies = self._copies(taken)
+                copies = self._copies(taken) if parks else None
                 self.arena = self.arena or self.arena_class(block, taken.x.device)
                 try:
                     self.recordings[key] = Recording(taken, self.arena, self.workspace, copies)
@@ -437,12 +454,16 @@ class Graphs:
         except torch.OutOfMemoryError:
             self._retreat()
             return "the device had no memory for them"
-        except RuntimeError as error:  # a kernel that cannot be recorded
+        except RuntimeError as error:  # a kernel that cannot be recorded, or a copy: where no memory may be pinned, for one
             self.clear()
-            self.enabled, self.broken = False, str(error).splitlines()[0]
-            message = f"No CUDA graphs for this model: every kernel is launched from Python ({self.broken})."
+            reason = str(error).partition("\n")[0]
+            if parks:
+                self.uncopied, whose = reason, "plans that keep something in host memory"
+            else:
+                self.enabled, self.broken, whose = False, reason, "this model"
+            message = f"No CUDA graphs for {whose}: every kernel is launched from Python ({reason})."
             warnings.warn(message, UserWarning, stacklevel=2)
-            return self.broken
+            return reason
         return ""
 
     def _warm_up(self, key: tuple, taken: Pass, size: int) -> None:
@@ -460,10 +481,8 @@ class Graphs:
             self.warmed.clear()
         self.warmed[key] = [leaf for leaves in taken.leaves for leaf in leaves if isinstance(leaf, Quantised)]
 
-    def _copies(self, taken: Pass) -> Recorded | None:
-        """With the host memory that these layers want, that of the passes before first; None: they want none."""
-        if not any(layer.plan.host for layer in taken.layers):
-            return None
+    def _copies(self, taken: Pass) -> Recorded:
+        """With the host memory that these layers want, that of the passes before first."""
         x, first = taken.x, taken.layers[0]
         shape, tokens = first.blocks.shape(x, first.state.model.compute), x.shape[0] * padded(x.shape[1])
         sizes = [tokens * shape.parked(layer.plan) for layer in taken.layers]

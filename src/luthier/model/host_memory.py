@@ -108,8 +108,9 @@ class SlabPool:
         """Bytes of the slabs that are free."""
         return sum(slab.capacity for slab in self.free)
 
-    def prepare(self, sizes: list[int]) -> None:
-        """Have slabs for ``sizes`` bytes, handed out in this order; what is missing is pinned in the background.
+    def prepare(self, sizes: list[int], other: SlabPool | None = None) -> None:
+        """Have slabs for ``sizes`` bytes, handed out in this order; what is missing comes from ``other``, as far as that has
+        some that will do, and is else pinned in the background.
 
         Free slabs that are too small for anything make room for those that are pinned.
         """
@@ -121,6 +122,10 @@ class SlabPool:
                     kept.append(spare.pop())
                 else:
                     missing.append(size)
+            for size in [*missing] if other else ():
+                if slab := other.take_free(size):
+                    kept.append(slab)
+                    missing.remove(size)
             self.free = kept if missing else kept + spare
             spare.clear()
             if missing:
@@ -130,13 +135,14 @@ class SlabPool:
 
     def take(self, size: int) -> Slab:
         """The smallest free slab of at least ``size`` bytes, the oldest of those; a new one if there is none."""
+        return self.take_free(size) or Slab(size, self.device)
+
+    def take_free(self, size: int) -> Slab | None:
         with self.lock:
-            fitting = [slab for slab in self.free if slab.capacity >= size]
-            if fitting:
-                best = min(fitting, key=lambda slab: slab.capacity)
+            best = min((slab for slab in self.free if slab.capacity >= size), key=lambda slab: slab.capacity, default=None)
+            if best is not None:
                 self.free.remove(best)
-                return best
-        return Slab(size, self.device)
+        return best
 
     def give(self, slab: Slab) -> None:
         with self.lock:

@@ -154,11 +154,12 @@ class Recorded(Offload):
     """Copies that CUDA graphs make. All graphs of a model use the same slabs: only one of them is under way at a time."""
 
     def adopt(self, other: Offload | None, sizes: list[int], device: torch.device) -> None:
-        """Have slabs for a recording of layers that park ``sizes`` bytes, those of ``other`` first: all pinned, all at rest."""
+        """Have slabs for a recording of layers that park ``sizes`` bytes, those of ``other`` first: all pinned, all at rest.
+
+        What ``other`` has beyond that stays there: passes without graphs would pin as much anew.
+        """
         self.pool = self.pool or SlabPool(device)
-        if other is not None:
-            self.take_over(other)
-        self.pool.prepare(sizes)
+        self.pool.prepare(sizes, other and other.pool)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         for slab in self.pool.free:
@@ -166,9 +167,15 @@ class Recorded(Offload):
         self.rest()
 
     def rest(self) -> None:
-        """Forget what a recording waited for: neither another one nor a pass without may wait for it."""
-        for slab in self.pool.free if self.pool else ():
+        """Forget what a pass without graphs waited for, or a recording that broke off: another one may not wait for it."""
+        self.under_way, self.chain = [], []
+        for slab in self.pool.free:
             slab.read = slab.waits = None
+
+    def _start(self, kept: Kept) -> None:
+        super()._start(kept)
+        if kept.parked is not None:  # nor may anybody else wait for an event of a recording
+            kept.parked.slab.read = kept.parked.slab.waits = None
 
 
 def _give_back(slab: Slab, pool: SlabPool) -> None:

@@ -206,8 +206,6 @@ class Recording:
             self.slabs = self.program.slabs()
             self.backward_graph = arena.record(self.program.backward)
         finally:
-            if copies is not None:
-                copies.rest()
             if collects:
                 gc.enable()
         self.program.let_go(arena.alias)
