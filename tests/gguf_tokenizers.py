@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from luthier.gguf.tokenizer import PRE_TOKENIZERS
 
-REGEX = {name: cuts[0] for cuts, name in PRE_TOKENIZERS.items()}
+CUTS = {name: cuts for cuts, name in PRE_TOKENIZERS.items()}
 SPECIALS = ["<|pad|>", "<|bos|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 PIECES = [
     "Hello", " world", "  two", "   three spaces", "\t", "\n", "\n\n", "\r\n", " \n ", "don't", "I'LL",
@@ -49,9 +49,9 @@ def byte_level(pre: str = "llama-bpe", vocab_size: int = 800, ignore_merges: boo
         steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     else:
-        cut = pre_tokenizers.Split(Regex(REGEX[pre]), behavior="isolated")
+        cuts = [pre_tokenizers.Split(Regex(cut), behavior="isolated") for cut in CUTS[pre]]
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+            [*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
         )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()

@@ -133,6 +133,14 @@ def test_q8_0_is_close(tmp_path):
         assert divergence(reference(directory), llama.logits(IDS)) < 1e-3
 
 
+@pytest.mark.parametrize("name", ["x.bin", "x.GGUF", "x.safetensors"])
+def test_a_file_of_another_ending_is_no_directory(name, tmp_path):
+    directory = tiny.save_tiny("qwen3", tmp_path / "model")
+    with pytest.raises(ValueError, match=f"{name} looks like a file: a GGUF file ends in .gguf"):
+        convert_to_gguf(directory, tmp_path / "y" / name, "q8_0")
+    assert not (tmp_path / "y").exists()
+
+
 def test_several_quantisations_come_from_one_pass(tmp_path):
     directory = tiny.save_tiny("qwen3", tmp_path / "model", max_shard_size="200KB")
     assert len(list(directory.glob("*.safetensors"))) > 1

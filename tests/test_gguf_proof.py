@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from gguf_tokenizers import byte_level, difficult_lines, sentencepiece
+from gguf_tokenizers import CUTS, byte_level, difficult_lines, sentencepiece
 from llama_oracle import Llama
 from safetensors.torch import load_file, save_file
 from test_gguf_convert import IDS, MODELS, save
@@ -20,8 +20,8 @@ from luthier.gguf import GGUFFile, convert_to_gguf
 from luthier.gguf.writer import GGUFWriter, TensorInfo, plan
 from luthier.model.load import load_model
 from luthier.model.lora import get_peft_model
+from luthier.proof import export as export_module
 from luthier.proof.export import (
-    THRESHOLDS,
     ExportProofError,
     prove,
     push_to_hub_gguf,
@@ -34,6 +34,7 @@ from luthier.proof.export import (
 from luthier.proof.export import convert_to_gguf as proved_conversion
 from luthier.proof.gguf_model import GGUFModel
 from luthier.proof.gguf_tokenizer import GGUFTokenizer
+from luthier.proof.logits import THRESHOLDS
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -47,7 +48,7 @@ def test_our_reading_of_a_file_is_that_of_llama_cpp(name, tmp_path, monkeypatch)
 
 
 TOKENIZERS = {
-    **{pre: lambda pre=pre: byte_level(pre) for pre in ("gpt-2", "smollm", "llama-bpe", "qwen2", "gpt-4o", "tekken")},
+    **{pre: lambda pre=pre: byte_level(pre) for pre in CUTS},
     "whole words": lambda: byte_level("llama-bpe", ignore_merges=True, bos=True),
     **{style: lambda style=style: sentencepiece(style) for style in ("llama", "phi-3", "mistral", "gemma")},
 }
@@ -282,6 +283,38 @@ def test_a_model_that_rounding_disturbs_more_than_others_is_allowed_it(tmp_path,
     loud = (GGUFFile(file).data("output_norm.weight").view(np.float32) * 10).view(np.uint8)  # noise costs such a file more
     wrong = rewrite(file, tmp_path / "z.gguf", {"general.file_type": 9999}, {"output_norm.weight": loud})
     assert any("its logits diverge" in failure for failure in prove(wrong, reference).failures)
+
+
+@pytest.mark.parametrize("dtype, quant", [(torch.bfloat16, "f16"), (torch.float32, "q8_0"), (torch.float32, "f32")])
+def test_a_very_sensitive_model_is_judged_by_its_tensors_and_its_header(dtype, quant, tmp_path, monkeypatch):
+    """16 bits cost this one 0.08 nats; its own weights, computed as the header says, still give its logits."""
+    directory = save(monkeypatch, tmp_path / "model", "gemma", {"initializer_range": 0.5}, dtype=torch.bfloat16)
+    reference = reference_of(AutoModelForCausalLM.from_pretrained(directory, dtype=dtype), directory)
+    (file,) = convert_to_gguf(directory, tmp_path / "x.gguf", quant)
+    assert prove(file, reference).failures == []
+    monkeypatch.setattr(export_module, "_compare_sizes", lambda *args: True)  # what our own table would say
+    wrong = rewrite(file, tmp_path / "y.gguf", metadata={"gemma.attention.layer_norm_rms_epsilon": 10.0})
+    failures = prove(wrong, reference).failures
+    assert failures[0].startswith("the model's own weights, computed as its header says, give logits that diverge by ")
+
+
+def test_an_adapter_that_an_f32_file_lacks_is_found(tmp_path):
+    """It moves weights by a thousandth, less than 16 bits round the large ones by; but not those near zero."""
+    base = tiny.save_tiny("llama3", tmp_path / "base", dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    tensors = load_file(base / "model.safetensors")
+    exact = {name: tensor.float() for name, tensor in tensors.items()}
+    exact["model.layers.0.mlp.up_proj.weight"] += 1e-4 * torch.randn(128, 64, generator=generator)
+    save_file(exact, base / "model.safetensors", metadata={"format": "pt"})
+    files = convert_to_gguf(base, tmp_path / "out", ["f32", "f16"])
+    for changes, fails in (
+        ({}, False),
+        ({"model.layers.0.mlp.up_proj.weight": tensors["model.layers.0.mlp.up_proj.weight"]}, True),
+    ):
+        save_file({**{n: t.bfloat16() for n, t in exact.items()}, **changes}, base / "model.safetensors", {"format": "pt"})
+        for file in files:
+            failures = verify(file, base).failures
+            assert any("16 bits put them" in failure for failure in failures) if fails else failures == [], failures
 
 
 def test_a_mixture_without_a_name_is_measured(models, tmp_path):

@@ -4,14 +4,15 @@ import json
 
 import pytest
 import tiny
-from gguf_tokenizers import byte_level, difficult_lines, sentencepiece
+from gguf_tokenizers import CUTS, byte_level, difficult_lines, sentencepiece
 from llama_oracle import Llama
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from luthier.errors import UnsupportedError
 from luthier.gguf import GGUFFile, convert_to_gguf
 from luthier.gguf.tokenizer import fix_sentencepiece_gguf, tokenizer_metadata
+from luthier.proof.gguf_tokenizer import GGUFTokenizer
 
 VOCAB = 1024
 TEMPLATE = "{%- for m in messages -%}\n  {{- m.role }}: {%- if m.role == 'assistant' -%}{%- generation -%}{{- m.content }}é{%- endgeneration -%}{%- endif -%}\n{%- endfor -%}\n"  # noqa: E501
@@ -49,7 +50,7 @@ def differences(tokenizer, file, lines):
     return [(line, tokenizer.encode(line).ids, found[line]) for line in lines if found[line] != tokenizer.encode(line).ids]
 
 
-@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2", "gpt-4o", "tekken"])
+@pytest.mark.parametrize("pre", CUTS)
 def test_byte_level_tokens_are_equal(pre, export):
     tokenizer = byte_level(pre)
     assert differences(tokenizer, export(tokenizer), difficult_lines()) == []
@@ -60,6 +61,42 @@ def test_whole_words_and_bos(export):
     tokenizer = byte_level("llama-bpe", ignore_merges=True, bos=True)
     file = export(tokenizer)
     assert GGUFFile(file).metadata["tokenizer.ggml.pre"] == "llama-bpe"
+    assert differences(tokenizer, file, difficult_lines()) == []
+
+
+def with_unmade_words(pre, ignore_merges):
+    """A tokenizer with two words in its vocabulary that its merges do not make."""
+    state = json.loads(byte_level(pre, ignore_merges=ignore_merges).to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < 800]
+    state["model"]["vocab"] |= {"Ġworldwide": 800, "HelloThere": 801}
+    return Tokenizer.from_str(json.dumps(state))
+
+
+@pytest.mark.parametrize("pre, whole", [("tekken", True), ("llama-bpe", True), ("llama-bpe", False), ("qwen2", False)])
+def test_words_that_no_merge_makes(pre, whole, export, recwarn):
+    tokenizer = with_unmade_words(pre, whole)
+    assert differences(tokenizer, export(tokenizer), ["a worldwide web", "HelloThere", "Hello there"]) == []
+    assert not any("merges make" in str(warning.message) for warning in recwarn)
+
+
+@pytest.mark.parametrize("pre, whole", [("tekken", False), ("qwen2", True)])
+def test_words_that_llama_cpp_cuts_otherwise_are_named(pre, whole, export):
+    with pytest.warns(UserWarning, match="2 tokens such as 'Ġworldwide' are not what the tokenizer's merges make"):
+        file = export(with_unmade_words(pre, whole))
+    with Llama(file) as llama:
+        assert GGUFTokenizer(GGUFFile(file)).encode("a worldwide web") == llama.tokenize("a worldwide web")
+
+
+def test_the_spelling_of_a_regex_does_not_matter(export):
+    """As tiktoken's converters write it: what the pattern finds is kept, and every case is spelled out."""
+    tokenizer = byte_level("qwen2")
+    spelled = CUTS["qwen2"][0].replace(
+        "(?i:'s|'t|'re|'ve|'m|'ll|'d)", "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
+    )
+    cut = pre_tokenizers.Split(Regex(spelled), behavior="removed", invert=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    file = export(tokenizer)
+    assert GGUFFile(file).metadata["tokenizer.ggml.pre"] == "qwen2"
     assert differences(tokenizer, file, difficult_lines()) == []
 
 

@@ -41,6 +41,8 @@ from luthier.gguf.types import FILE_TYPES, FileType, TensorType, file_type
 from luthier.gguf.writer import GGUFWriter, Layout, TensorInfo, Value, plan
 from luthier.terminal import progress
 
+FILE_ENDINGS = (".gguf", ".ggml", ".bin", ".safetensors", ".pt", ".pth")  # no directory is called so
+
 
 def convert_to_gguf(
     model_dir: str | Path,
@@ -101,6 +103,10 @@ def output_paths(out: str | Path, name: str, quantization_method: str | Sequence
         if len(names) > 1:
             raise ValueError(f"{out} is one file, but {len(names)} quantisations were asked for: give a directory.")
         return {out: names[0]}
+    if out.suffix.lower() in FILE_ENDINGS and not out.is_dir():
+        raise ValueError(
+            f"{out} looks like a file: a GGUF file ends in .gguf, and a directory gets a name without {out.suffix}."
+        )
     return {out / f"{name}-{method.upper()}.gguf": method for method in names}
 
 

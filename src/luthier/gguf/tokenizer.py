@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
 from luthier.errors import UnsupportedError
 from luthier.gguf.writer import Value
@@ -43,7 +43,16 @@ PRE_TOKENIZERS = {
     (_CONTRACTIONS + r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _REST,): "qwen2",
     (_GPT4O_WORDS.replace("{0}", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?") + r"\p{N}{1,3}" + _GPT4O_REST,): "gpt-4o",
     (_GPT4O_WORDS.replace("{0}", "") + r"\p{N}" + _GPT4O_REST,): "tekken",
+    (_CONTRACTIONS + r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}" + _REST.replace(r"\p{L}", r"\p{L}\p{M}"),): "qwen35",
+    (
+        r"\p{N}{1,3}",
+        "[一-龥぀-ゟ゠-ヿ]+",
+        r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+        r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ): "deepseek-v3",
 }
+WHOLE_WORDS = ("llama-bpe", "tekken")  # a word that is in the vocabulary is taken whole there, whatever the merges say
+CONTRACTIONS = re.compile(r"\(\?:'\[sS\]\|'\[tT\]\|'\[rR\]\[eE\]\|'\[vV\]\[eE\]\|'\[mM\]\|'\[lL\]\[lL\]\|'\[dD\]\)")
 
 
 @dataclass
@@ -140,8 +149,9 @@ def _pre_tokenizer(state: dict) -> str:
     for part in steps:
         if part["type"] == "ByteLevel" and part is not last:
             raise UnsupportedError("GGUF export does not cover a tokenizer that cuts its text once more after ByteLevel.")
-        if part["type"] == "Split" and "Regex" in part["pattern"] and part["behavior"] == "Isolated" and not part.get("invert"):
-            cuts.append(part["pattern"]["Regex"])
+        kept = (part.get("behavior"), bool(part.get("invert"))) in (("Isolated", False), ("Removed", True))
+        if part["type"] == "Split" and "Regex" in part["pattern"] and kept:
+            cuts.append(_plainly(part["pattern"]["Regex"]))
         elif part["type"] == "Digits" and part["individual_digits"]:
             cuts.append(r"\p{N}")
         elif part["type"] == "ByteLevel" and not part["add_prefix_space"]:
@@ -151,12 +161,38 @@ def _pre_tokenizer(state: dict) -> str:
     name = PRE_TOKENIZERS.get(tuple(cuts))
     if name is None:
         raise UnsupportedError(f"llama.cpp has no name for the way this tokenizer cuts its text: {cuts}.")
-    return _whole_words(name, bool(state["model"].get("ignore_merges")))
+    return _whole_words(name, state)
 
 
-def _whole_words(name: str, ignore_merges: bool) -> str:
+def _plainly(regex: str) -> str:
+    """A regex as `PRE_TOKENIZERS` spells it: contractions without regard to case, one number without a count."""
+    regex = CONTRACTIONS.sub("(?i:'s|'t|'re|'ve|'m|'ll|'d)", regex).replace("\r", r"\r").replace("\n", r"\n")
+    return regex.replace(r"\p{N}{1}|", r"\p{N}|")
+
+
+def _whole_words(name: str, state: dict) -> str:
     """Of two pre-tokenizers with one regex, the one that takes a word in the vocabulary whole, or the one that merges."""
-    return {("llama-bpe", False): "dbrx"}.get((name, ignore_merges), name)
+    whole = bool(state["model"].get("ignore_merges"))
+    name = "dbrx" if name == "llama-bpe" and not whole else name
+    odd = _unmade(state) if whole != (name in WHOLE_WORDS) else []
+    if odd:
+        warnings.warn(
+            f"{len(odd)} tokens such as {odd[0]!r} are not what the tokenizer's merges make of their text, and llama.cpp "
+            f"{'merges' if whole else 'takes them whole'} with {name!r}: such words are cut into other tokens there.",
+            UserWarning,
+            stacklevel=2,
+        )
+    return name
+
+
+def _unmade(state: dict) -> list[str]:
+    """Tokens that merging their text does not give."""
+    vocabulary = _read_vocabulary(state)
+    added = {token["content"] for token in vocabulary.added.values()}
+    tokens = [token for token in state["model"]["vocab"] if token not in added]
+    merging = Tokenizer(models.BPE(state["model"]["vocab"], vocabulary.merges))
+    made = merging.encode_batch(tokens, add_special_tokens=False)
+    return [token for token, encoded in zip(tokens, made, strict=True) if encoded.tokens != [token]]
 
 
 def _sentencepiece(state: dict, vocabulary: Vocabulary, vocab_size: int) -> dict[str, Value]:

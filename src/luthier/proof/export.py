@@ -48,25 +48,13 @@ from luthier.model.vision import load_vision_model
 from luthier.proof.gguf_model import GGUFModel
 from luthier.proof.gguf_tokenizer import GGUFTokenizer
 from luthier.proof.header import close, damaged_header
+from luthier.proof.logits import compare_logits
 from luthier.proof.reference import TEXTS, Reference, conversations, reference_of
 from luthier.proof.tensors import TensorComparison, compare_attention
 from luthier.proof.vision import compare_vision
 from luthier.proof.weights import BF16_STEP, checksums, compare_weights, stored_damage
 from luthier.terminal import table
 
-# file type -> KL divergence from the trained model that is still allowed, mean over positions, in nats: about five times
-# what is usual (docs/gguf.md), as models of a few hundred million parameters lose more than those of eight billion
-THRESHOLDS = {
-    "f32": 1e-8, "f16": 1e-4, "bf16": 2e-3, "q8_0": 1e-3, "q6_k": 0.025, "q5_k_m": 0.05, "q5_k_s": 0.08, "q5_1": 0.09,
-    "q5_0": 0.11, "q4_k_m": 0.15, "q4_k_s": 0.2, "q4_1": 0.35, "q4_0": 0.35, "q3_k_l": 0.45, "q3_k_m": 0.5, "q3_k_s": 1.1,
-    "q2_k": 2.2, "q2_k_s": 3.0,
-}  # fmt: skip
-F32_GAP = 1e-4  # largest difference of a logit, as a share of the largest logit, in an F32 file
-ROUNDINGS = 4  # times what noise of the size of the rounding costs, where that is more than the table allows
-ROUGH_REFERENCE = 5e-3  # what a reference in 16 bits adds to the divergence
-# where two experts are as good, rounding chooses another: of a model with experts, the share of positions that are left out,
-# those which diverge most, and what is added for what they do to the others; not where nothing is rounded
-TIES, NEAR_TIES = 0.1, 2e-3
 # what a file says by leaving a number out
 UNSAID = {
     "rope.freq_base": 10000.0, "rope.freq_base_swa": 10000.0, "rope.scaling.factor": 1.0, "rope.scaling.attn_factor": 1.0,
@@ -228,35 +216,11 @@ def _compare_logits(file: GGUFFile, reference: Reference, proof: Proof) -> None:
     _note_tensors(tensors, device, proof)
     proof.attention, wrong = compare_attention(model, reference.probes, reference.slack)
     proof.failures += wrong
-    ties = TIES if _has_experts(file) and not (proof.file_type == "f32" and reference.exact) else 0.0
-    proof.divergence = _divergence(reference.logits, found, device, ties)
-    same, largest = 0, 1.0
-    for wanted, got in zip(reference.logits, found, strict=True):
-        wanted, got = wanted.to(device), got[:, : wanted.shape[-1]].to(device)
-        proof.positions += len(wanted)
-        proof.largest_gap = max(proof.largest_gap, float((wanted - got).abs().max()))
-        same += int((wanted.argmax(-1) == got.argmax(-1)).sum())
-        largest = max(largest, float(wanted.abs().max()))
-    proof.top1_agreement = same / proof.positions
-    proof.allowed_divergence = THRESHOLDS.get(proof.file_type, THRESHOLDS["f16"])  # a mixture of one's own is measured
-    if ties:
-        proof.allowed_divergence += NEAR_TIES
-        proof.notes.append(f"the {ties:.0%} of positions that diverge most are left out: rounding chooses other experts there")
-    if not reference.exact:
-        proof.allowed_divergence += ROUGH_REFERENCE
-        proof.notes.append("the model was computed in 16 bits")
-    if not proof.divergence <= proof.allowed_divergence:
-        _allow_for_rounding(file, reference, found, ties, proof)
-    if not proof.divergence <= proof.allowed_divergence:
-        proof.failures.append(f"its logits diverge by {proof.divergence:.2e}, allowed {proof.allowed_divergence:.2e}")
-    # a directory may hold in 16 bits what the file holds in 32
-    strict = proof.file_type == "f32" and reference.exact and not reference.slack
-    if strict and not proof.largest_gap <= F32_GAP * largest:
-        proof.failures.append(f"a logit is off by {proof.largest_gap:.2e}")
-
-
-def _has_experts(file: GGUFFile) -> bool:
-    return f"{file.metadata['general.architecture']}.expert_count" in file.metadata
+    logits = compare_logits(file, proof.file_type, reference, found, tensors, bool(proof.failures))
+    proof.divergence, proof.allowed_divergence, proof.largest_gap = logits.divergence, logits.allowed, logits.gap
+    proof.top1_agreement, proof.positions = logits.agreement, logits.positions
+    proof.notes += logits.notes
+    proof.failures += logits.failures
 
 
 def _note_tensors(tensors: TensorComparison, device: str, proof: Proof) -> None:
@@ -265,31 +229,6 @@ def _note_tensors(tensors: TensorComparison, device: str, proof: Proof) -> None:
     proof.failures += tensors.failures
     if tensors.unknown:
         proof.notes.append(f"the model was not asked for {', '.join(tensors.unknown)}")
-
-
-def _allow_for_rounding(file: GGUFFile, reference: Reference, found: list[torch.Tensor], ties: float, proof: Proof) -> None:
-    """Some models lose more than others, one of random weights most: measure what rounding of this size costs this one.
-
-    Never is more allowed than what the model's answers to something else would cost: a wrong file may be very sensitive.
-    """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    again = GGUFModel(file, device, rounded_again={} if proof.failures else proof.errors)
-    usual = _divergence(found, again.logits(reference.sequences), device, ties)
-    unrelated = _divergence(reference.logits, [logits.roll(1, 0) for logits in reference.logits], device, ties)
-    allowed = min(ROUNDINGS * usual, unrelated)
-    if allowed > proof.allowed_divergence:
-        proof.allowed_divergence = allowed
-        proof.notes.append(f"this model is sensitive: noise of the size of the rounding makes it diverge by {usual:.1e}")
-
-
-def _divergence(wanted: list[torch.Tensor], found: list[torch.Tensor], device: str, left_out: float) -> float:
-    """KL divergence, mean over positions but a share of them, which are those that diverge most."""
-    positions = []
-    for one, two in zip(wanted, found, strict=True):
-        p, q = (logits.to(device)[:, : one.shape[-1]].double().log_softmax(-1) for logits in (one, two))
-        positions.append((p.exp() * (p - q)).sum(-1))
-    divergences = torch.cat(positions).sort().values  # NaN last
-    return float(divergences[: max(1, round(len(divergences) * (1 - left_out)))].mean())
 
 
 def _compare_tokens(file: GGUFFile, tokenizer: Any, proof: Proof) -> None:

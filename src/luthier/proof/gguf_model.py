@@ -7,7 +7,6 @@ wrote the file; what an architecture takes for granted is the row of `GRAPHS`, a
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,29 +55,23 @@ GRAPHS = {
 }
 
 
-# tensor type -> what rounding normal weights to it costs, root mean square as a share of theirs
-ROUNDING = {
-    "Q8_0": 0.0054, "Q6_K": 0.018, "Q5_K": 0.036, "Q5_1": 0.038, "Q5_0": 0.043, "Q4_K": 0.072, "Q4_1": 0.079, "Q4_0": 0.086,
-    "Q3_K": 0.15, "Q2_K": 0.30, "BF16": 0.0017, "F16": 0.0002,
-}  # fmt: skip
-
-
 class GGUFModel:
     """``GGUFModel(file).logits(sequences)``. ``UnsupportedError`` for an architecture without a graph.
 
-    ``rounded_again``: with noise of the size of its rounding added to every tensor; its values are the shares of a tensor that
-    this is, where it is more than usual. ``watch`` is called with the name and the
-    values of every tensor that is read whole.
+    ``tensor``: another source of its tensors, by name. ``jitter``: what every layer's output is off by at random, as a share of
+    it. ``watch`` is called with the name and the values of every tensor that is read whole.
     """
 
     def __init__(
         self,
         file: GGUFFile,
         device: torch.device | str = "cpu",
-        rounded_again: Mapping[str, float] | None = None,
+        tensor: Callable[[str], torch.Tensor] | None = None,
+        jitter: float = 0.0,
         watch: Callable[[str, torch.Tensor], None] = lambda name, tensor: None,
     ) -> None:
-        self.file, self.device, self.rounded_again, self.watch = file, device, rounded_again, watch
+        self.file, self.device, self.other, self.jitter, self.watch = file, device, tensor, jitter, watch
+        self.random = torch.Generator(device).manual_seed(0)
         self.name = file.metadata.get("general.architecture")
         if self.name not in GRAPHS:
             raise UnsupportedError(f"The proof cannot compute the architecture {self.name!r}. It knows {', '.join(GRAPHS)}.")
@@ -100,10 +93,12 @@ class GGUFModel:
             states = self._layer(layer, states)
         head = self._tensor("output.weight" if "output.weight" in self.file.tensors else "token_embd.weight")
         norm = self._tensor("output_norm.weight")
-        return [self._final(F.linear(self._norm(state, norm), head)).cpu() for state in states]
+        return [self._final(self._jittered(F.linear(self._norm(state, norm), head))).cpu() for state in states]
 
     def _embedded(self, ids: Sequence[int]) -> torch.Tensor:
         """The rows of some tokens; the table itself may be large."""
+        if self.other is not None:
+            return self.other("token_embd.weight")[list(ids)]
         rows = torch.from_numpy(self.file.data("token_embd.weight")[list(ids)])
         return dequantize(rows, self.file.tensors["token_embd.weight"].type).to(self.device)
 
@@ -119,17 +114,17 @@ class GGUFModel:
         result = []
         for state in states:
             mixed = self._attention(layer, part, self._norm(state, part.get("attn_norm.weight")))
-            state = state + residual * self._norm(mixed, part.get(after_attention))
+            state = self._jittered(state + residual * self._norm(mixed, part.get(after_attention)))
             fed = self._feed_forward(part, self._norm(state, part.get(f"{self.graph.ffn_norm}.weight")))
-            result.append(state + residual * self._norm(fed, part.get("post_ffw_norm.weight")))
+            result.append(self._jittered(state + residual * self._norm(fed, part.get("post_ffw_norm.weight"))))
         return result
 
     def _attention(self, layer: int, part: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         if "attn_qkv.weight" in part:
-            q, k, v = self._apart(_linear(part, "attn_qkv", x))
+            q, k, v = self._apart(self._linear(part, "attn_qkv", x))
         else:
-            q, k, v = (_linear(part, f"attn_{name}", x) for name in "qkv")
-        return _linear(part, "attn_output", self._attend(layer, part, q, k, v))
+            q, k, v = (self._linear(part, f"attn_{name}", x) for name in "qkv")
+        return self._linear(part, "attn_output", self._attend(layer, part, q, k, v))
 
     def _apart(self, qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return qkv.split([self.heads * self.size, self.kv_heads * self.size, self.kv_heads * self.size], -1)
@@ -203,10 +198,10 @@ class GGUFModel:
         if "ffn_gate_inp.weight" in part:
             return self._experts(part, x)
         if "ffn_gate.weight" in part:
-            gate, up = _linear(part, "ffn_gate", x), _linear(part, "ffn_up", x)
+            gate, up = self._linear(part, "ffn_gate", x), self._linear(part, "ffn_up", x)
         else:
-            gate, up = _linear(part, "ffn_up", x).chunk(2, -1)
-        return _linear(part, "ffn_down", self._gated(gate, up))
+            gate, up = self._linear(part, "ffn_up", x).chunk(2, -1)
+        return self._linear(part, "ffn_down", self._gated(gate, up))
 
     def _gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         if self.graph.clamped:
@@ -215,7 +210,7 @@ class GGUFModel:
         return (F.gelu(gate, approximate="tanh") if self.graph.gelu else F.silu(gate)) * up
 
     def _experts(self, part: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        scores, count = _linear(part, "ffn_gate_inp", x), self._get("expert_used_count")
+        scores, count = self._linear(part, "ffn_gate_inp", x), self._get("expert_used_count")
         if self.graph.top_k_first:
             top, chosen = scores.topk(count, -1)
             weights = top.softmax(-1)
@@ -226,8 +221,8 @@ class GGUFModel:
         for expert in chosen.unique().tolist():
             row, column = (chosen == expert).nonzero(as_tuple=True)
             own = {name.replace("_exps", ""): tensor[expert] for name, tensor in part.items() if "_exps" in name}
-            gate, up = _linear(own, "ffn_gate", x[row]), _linear(own, "ffn_up", x[row])
-            result.index_add_(0, row, weights[row, column, None] * _linear(own, "ffn_down", self._gated(gate, up)))
+            gate, up = self._linear(own, "ffn_gate", x[row]), self._linear(own, "ffn_up", x[row])
+            result.index_add_(0, row, weights[row, column, None] * self._linear(own, "ffn_down", self._gated(gate, up)))
         return result
 
     def _rotate(self, x: torch.Tensor, windowed: bool) -> torch.Tensor:
@@ -284,27 +279,28 @@ class GGUFModel:
         return frequencies * (1 - stretched) + frequencies / factor * stretched, 0.1 * math.log(factor) + 1
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-        return x if weight is None else F.rms_norm(x, weight.shape, weight, self.epsilon)
+        return x if weight is None else self._jittered(F.rms_norm(x, weight.shape, weight, self.epsilon))
 
     def _tensor(self, name: str) -> torch.Tensor:
+        if self.other is not None:
+            return self.other(name)
         found = load_tensor(self.file, name, self.device)
         self.watch(name, found)
-        if self.rounded_again is None:
-            return found
-        share = max(ROUNDING.get(self.file.tensors[name].type.name, 0.0), self.rounded_again.get(name, 0.0))
-        generator = torch.Generator(self.device).manual_seed(zlib.crc32(name.encode()))
-        noise = torch.randn(found.shape, generator=generator, device=self.device)
-        return found.addcmul_(noise, found.square().mean(-1, keepdim=True).sqrt(), value=share)
+        return found
+
+    def _linear(self, part: dict[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
+        return self._jittered(F.linear(x, part[f"{name}.weight"], part.get(f"{name}.bias")))
+
+    def _jittered(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.jitter:
+            return x
+        return x * (1 + self.jitter * torch.randn(x.shape, generator=self.random, device=x.device))
 
     def _get(self, key: str, *default: Any) -> Any:
         full = f"{self.name}.{key}"
         if full not in self.file.metadata and not default:
             raise ValueError(f"{self.file.path} does not say {full}.")
         return self.file.metadata.get(full, *default)
-
-
-def _linear(part: dict[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
-    return F.linear(x, part[f"{name}.weight"], part.get(f"{name}.bias"))
 
 
 def _softcap(x: torch.Tensor, cap: float | None) -> torch.Tensor:

@@ -34,7 +34,15 @@ CUTS = {
     "qwen2": (CL100K.replace("{1,3}", ""),),
     "gpt-4o": (WORD.replace("{0}", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?") + r"|\p{N}{1,3}" + SLASHED,),
     "tekken": (WORD.replace("{0}", "") + r"|\p{N}" + SLASHED,),
+    "qwen35": (CL100K.replace("{1,3}", "").replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r"\s\p{L}", r"\s\p{L}\p{M}"),),
+    "deepseek-v3": (
+        r"\p{N}{1,3}",
+        "[一-龥぀-ゟ゠-ヿ]+",
+        r"[!-/:-~&&[^A-Za-z]][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ),
 }
+WHOLE_WORDS = ("llama-bpe", "tekken")  # a word that is in the vocabulary is taken whole
 
 
 class GGUFTokenizer:
@@ -98,7 +106,7 @@ class GGUFTokenizer:
         for merge in merges:
             if len(merge) != 2 or not {*merge, "".join(merge)} <= self.ids.keys():
                 raise ValueError(f"its merge {' '.join(merge)!r} is of tokens that it does not have")
-        tokenizer = Tokenizer(models.BPE(self.ids, merges, ignore_merges=name == "llama-bpe"))
+        tokenizer = Tokenizer(models.BPE(self.ids, merges, ignore_merges=name in WHOLE_WORDS))
         cuts = [pre_tokenizers.Split(Regex(cut), "isolated") for cut in CUTS[name]]
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, byte_level])

@@ -17,9 +17,14 @@ from luthier.gguf.dequantize import dequantize, load_tensor
 from luthier.gguf.imatrix import Importance
 from luthier.gguf.quantize import encode_in_chunks
 from luthier.gguf.reader import GGUFFile
-from luthier.proof.gguf_model import GRAPHS, ROUNDING, GGUFModel
+from luthier.proof.gguf_model import GRAPHS, GGUFModel
 from luthier.proof.probes import Names, Probe, Probes
 
+# tensor type -> what rounding normal weights to it costs, root mean square as a share of theirs
+ROUNDING = {
+    "Q8_0": 0.0054, "Q6_K": 0.018, "Q5_K": 0.036, "Q5_1": 0.038, "Q5_0": 0.043, "Q4_K": 0.072, "Q4_1": 0.079, "Q4_0": 0.086,
+    "Q3_K": 0.15, "Q2_K": 0.30, "BF16": 0.0017, "F16": 0.0002,
+}  # fmt: skip
 USUAL, USUAL_ROW = 2.0, 3.0  # times what the type rounds normal weights by: beyond, a matrix or a row is looked at whole
 NOTHING = 0.9  # error of a matrix that has nothing of the model's; of another it is 1.4
 WORSE, WORSE_ROW = 1.5, 2.0  # times the error of rounding the model's own weights anew
@@ -126,15 +131,33 @@ class TensorComparison:
     def _usual(self, name: str) -> float:
         return ROUNDING.get(self.file.tensors[name].type.name, 0.0) + self.rounding
 
+    def trained(self, name: str, device: torch.device | str) -> Tensor:
+        """The model's own tensor in the file's order; the file's, where the model was not asked for it."""
+        if name in self.vectors:
+            own = self.vectors[name]
+        elif name in self.matrices:
+            own = self.probes.whole(self.matrices[name][0][0])
+        else:
+            return load_tensor(self.file, name, device)
+        own, heads = own.to(device).float(), self._turned_heads(name)
+        if heads:
+            own = own.reshape(heads, 2, -1, *own.shape[1:]).transpose(1, 2)
+        return own.reshape(self.file.tensors[name].shape)
+
     def _as_transformers(self, name: str, tensor: Tensor) -> Tensor:
         """Rows of queries and keys in transformers' order, halves and not pairs, where llama.cpp's graph turns pairs."""
-        architecture = self.file.metadata["general.architecture"]
-        stem = name.split(".")[-2]
-        if stem not in ("attn_q", "attn_k") or not GRAPHS[architecture].pairs:
+        heads = self._turned_heads(name)
+        if not heads:
             return tensor
-        heads = self.file.metadata[f"{architecture}.attention.head_count"]
-        heads = self.file.metadata.get(f"{architecture}.attention.head_count_kv", heads) if stem == "attn_k" else heads
         return tensor.reshape(heads, -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+
+    def _turned_heads(self, name: str) -> int:
+        """How many heads a tensor of queries or keys has whose rows stand in pairs; 0 for any other."""
+        architecture, stem = self.file.metadata["general.architecture"], name.split(".")[-2]
+        if stem not in ("attn_q", "attn_k") or not GRAPHS[architecture].pairs:
+            return 0
+        heads = self.file.metadata[f"{architecture}.attention.head_count"]
+        return self.file.metadata.get(f"{architecture}.attention.head_count_kv", heads) if stem == "attn_k" else heads
 
     def _compare_vector(self, name: str, found: Tensor, wanted: Tensor) -> None:
         if found.shape != wanted.shape:

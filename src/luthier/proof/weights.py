@@ -21,9 +21,13 @@ from luthier.gguf.types import TensorType
 from luthier.gguf.writer import THREADS
 
 DAMAGE = 0.05  # fewer blocks than this differ: not another rounding of the weights, but damage
-SEVERAL = 3  # tensors in which so few blocks differ, each as good as ours: a merge that was rounded to 16 bits, no damage
+ROWS, DRAWS = 4, 64  # of a tensor that differs so little: how often we encode what 16 bits may have stood for
+SEVERAL = 2  # bytes, or weights that are stored as they are: beyond a flipped bit
+CODES = 4  # in a byte
 WORSE = 1.5  # times the error of a plain quantisation
 BF16_STEP = 2.0**-8  # relative rounding of a model that was in 16 bits on the way
+F16_STEP = 2.0**-24  # of numbers near zero in float16
+MISFITS = 2e-4  # share of weights that may be off by more, in a type that does not round
 # tensor type -> bytes of a block with the lowest bits of its codes, which bits of each those are, and the share of weights
 # that may lie nearer to the code beside their own: none, but where an importance matrix moves scales after rounding
 LOWEST_BITS = {
@@ -32,6 +36,8 @@ LOWEST_BITS = {
     "Q5_1": (slice(8, 24), 0x11, 0.01), "Q5_0": (slice(6, 22), 0x11, 0.01), "Q4_1": (slice(4, 20), 0x11, 0.01),
     "Q4_0": (slice(2, 18), 0x11, 0.01),
 }  # fmt: skip
+SIGNIFICANT, SMALLEST = {torch.bfloat16: 8, torch.float16: 11}, {torch.bfloat16: -133, torch.float16: -24}  # bits, exponent
+UNROUNDED = ("F32", "F16", "BF16")
 
 
 def checksums(file: GGUFFile) -> dict[str, int]:
@@ -73,22 +79,17 @@ def compare_weights(
     if missing:
         return "not compared", [f"it lacks {', '.join(missing[:5])}"]
     verdicts = [
-        (piece.name, *_compare(file, piece, piece.transform(tensor), importance.get(piece.name)))
+        (piece.name, _compare(file, piece, piece.transform(tensor), importance.get(piece.name)))
         for name, tensor in source
         for file, planned in parts
         for piece in planned.pieces.get(name, ())
     ]
-    identical = sum(verdict == "" for _, verdict, _ in verdicts)
-    was_rounded = sum(excused for *_, excused in verdicts) >= SEVERAL
-    wrong = [f"{name} {verdict}" for name, verdict, excused in verdicts if verdict and not (excused and was_rounded)]
-    return f"{identical} of {len(verdicts)} tensors are identical", wrong
+    identical = sum(verdict == "" for _, verdict in verdicts)
+    return f"{identical} of {len(verdicts)} tensors are identical", [f"{name} {wrong}" for name, wrong in verdicts if wrong]
 
 
-def _compare(file: GGUFFile, piece: Piece, values: torch.Tensor, importance: torch.Tensor | None) -> tuple[str | None, bool]:
-    """What is wrong with a tensor, or an expert's part: "" if it is identical, None if it is as good as another rounding.
-
-    And whether weights that were rounded to 16 bits on the way would excuse it, if other tensors differ as little.
-    """
+def _compare(file: GGUFFile, piece: Piece, values: torch.Tensor, importance: torch.Tensor | None) -> str | None:
+    """What is wrong with a tensor, or an expert's part: "" if it is identical, None if it is as good as another rounding."""
     info = file.tensors[piece.name]
     values = values.reshape(-1, values.shape[-1])
     start = 0
@@ -96,42 +97,78 @@ def _compare(file: GGUFFile, piece: Piece, values: torch.Tensor, importance: tor
         start = len(values) * piece.expert
         importance = importance[piece.expert] if importance is not None and importance.ndim > 1 else importance
     if info.shape[-1] != values.shape[-1] or start + len(values) > info.rows:
-        return f"has the shape {info.shape}", False
+        return f"has the shape {info.shape}"
     stored = file.data(piece.name)
     blocks, differing = len(values) * values.shape[1] // info.type.block, [0, 0]  # blocks, bytes
-    errors, misfits, excused = [0.0, 0.0], 0, True  # squared: as stored, as we encode
+    errors, misfits, as_good, unlike_rows = [0.0, 0.0], 0, True, []  # squared: as stored, as we encode
     for row, wanted in encode_in_chunks(piece.name, values, info.type, importance):
         found = torch.from_numpy(stored[start + row : start + row + len(wanted)].copy())
-        unlike = (found != wanted).view(-1, info.type.size)
-        differing = [differing[0] + int(unlike.any(1).sum()), differing[1] + int(unlike.sum())]
+        unlike = found != wanted
+        differing[0] += int(unlike.view(-1, info.type.size).any(1).sum())
+        differing[1] += int(unlike.sum())
         if differing[0]:
             exact = values[row : row + len(wanted)].float()
             for i, data in enumerate((found, wanted)):
                 errors[i] += float((dequantize(data.to(exact.device), info.type) - exact).square().sum())
             misfits += _misfits(found.to(exact.device), exact, info.type)
-            excused &= _is_as_good(found, wanted, exact, info.type)
+            as_good &= _is_as_good(found, wanted, exact, info.type)
+            unlike_rows += (row + unlike.any(1).nonzero().flatten()[: ROWS - len(unlike_rows)]).tolist()
     if not differing[0]:
-        return "", False
-    if differing[0] < DAMAGE * blocks:
-        return f"differs from the model's in {differing[1]} bytes: it is damaged", excused
+        return ""
+    if differing[0] < max(DAMAGE * blocks, SEVERAL):
+        found = torch.from_numpy(stored[[start + row for row in unlike_rows]])
+        several = differing[0 if info.type.name in UNROUNDED else 1] >= SEVERAL
+        if as_good and _was_rounded(piece.name, found, values[unlike_rows], info.type, importance, several):
+            return None
+        return f"differs from the model's in {differing[1]} bytes: it is damaged"
     stored_error, usual = ((error / values.numel()) ** 0.5 for error in errors)
     if not stored_error <= WORSE * usual + float(values.float().square().mean().sqrt()) * BF16_STEP:
-        return f"is not the model's: its error is {stored_error:.2e}, where {usual:.2e} is usual", False
-    if misfits and misfits > values.numel() * LOWEST_BITS[info.type.name][-1]:
+        return f"is not the model's: its error is {stored_error:.2e}, where {usual:.2e} is usual"
+    if misfits > values.numel() * (MISFITS if info.type.name in UNROUNDED else LOWEST_BITS[info.type.name][-1]):
         share = misfits / values.numel()
-        return f"was rounded from other weights: {share:.2%} of the model's lie nearer to the code beside", False
-    return None, False
+        how = "are further off than 16 bits put them" if info.type.name in UNROUNDED else "lie nearer to the code beside"
+        return f"was rounded from other weights: {share:.2%} of the model's {how}"
+    return None
 
 
 def _is_as_good(found: torch.Tensor, wanted: torch.Tensor, exact: torch.Tensor, kind: TensorType) -> bool:
     """Whether no block of ``found`` is further from the weights than 16 bits may put it."""
     blocks = exact.view(-1, kind.block)
     stored, ours = ((dequantize(data.to(exact.device), kind).view_as(blocks) - blocks).norm(dim=1) for data in (found, wanted))
-    return bool((stored <= 1.05 * ours + BF16_STEP * blocks.norm(dim=1)).all())
+    return bool((stored <= WORSE * ours + BF16_STEP * blocks.norm(dim=1)).all())
+
+
+def _was_rounded(
+    name: str, found: torch.Tensor, values: torch.Tensor, kind: TensorType, importance: torch.Tensor | None, several: bool
+) -> bool:
+    """Whether a merge explains how rows ``found`` differ: other weights, which 16 bits round to ``values``, encode to that.
+
+    Such weights are drawn; most of the numbers that differ have to lie among what they give. Unless ``several`` do, no scale
+    may differ and no number that is stored as it is: there one flipped bit may look the same.
+    """
+    if values.dtype not in SIGNIFICANT:
+        return False
+    exact = values.float()
+    exponent = (torch.frexp(exact)[1] - SIGNIFICANT[values.dtype]).clamp_min(SMALLEST[values.dtype])
+    half = torch.ldexp(torch.full_like(exact, 0.5), exponent).masked_fill(exact == 0, 2.0 ** (SMALLEST[values.dtype] - 1))
+    generator = torch.Generator(exact.device).manual_seed(0)
+    drawn = torch.rand(DRAWS, *exact.shape, generator=generator, device=exact.device).mul_(2).sub_(1).mul_(half).add_(exact)
+    drawn = torch.cat([exact[None], drawn])
+    encoded = torch.cat([data for _, data in encode_in_chunks(name, drawn.flatten(0, 1), kind, importance)])
+    given = dequantize(encoded.to(exact.device), kind).view_as(drawn)
+    stored = dequantize(found.to(exact.device), kind)
+    unlike = stored != given[0]
+    if not several and (kind.name in UNROUNDED or unlike.sum() > CODES):
+        return False
+    return int(((given.amin(0) <= stored) & (stored <= given.amax(0)))[unlike].sum()) * 2 > int(unlike.sum())
 
 
 def _misfits(found: torch.Tensor, exact: torch.Tensor, kind: TensorType) -> int:
-    """How many weights, by more than a 16-bit step, lie nearer to the code that differs in its lowest bit."""
+    """How many weights, by more than a 16-bit step, lie nearer to the code that differs in its lowest bit; of a type without
+    codes, how many are off by more than two roundings to 16 bits.
+    """
+    if kind.name in UNROUNDED:
+        return int(((dequantize(found, kind) - exact).abs() > 1.5 * BF16_STEP * exact.abs() + F16_STEP).sum())
     if kind.name not in LOWEST_BITS:
         return 0
     place, bits, _ = LOWEST_BITS[kind.name]
