@@ -17,6 +17,10 @@ from transformers import AutoModelForCausalLM
 from luthier.errors import UnsupportedError
 from luthier.fast import FastLanguageModel
 from luthier.gguf import GGUFFile, convert_to_gguf
+from luthier.gguf.architectures import find
+from luthier.gguf.convert import read_config
+from luthier.gguf.plan import plan_tensors
+from luthier.gguf.source import CheckpointSource
 from luthier.gguf.writer import GGUFWriter, TensorInfo, plan
 from luthier.model.load import load_model
 from luthier.model.lora import get_peft_model
@@ -35,6 +39,7 @@ from luthier.proof.export import convert_to_gguf as proved_conversion
 from luthier.proof.gguf_model import GGUFModel
 from luthier.proof.gguf_tokenizer import GGUFTokenizer
 from luthier.proof.logits import THRESHOLDS
+from luthier.proof.weights import compare_weights
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -199,6 +204,20 @@ def test_one_flipped_bit_is_found(quant, models, tmp_path):
     assert any(
         "blk.1.ffn_down.weight differs from the model's in 1 bytes" in failure for failure in verify(file, directory).failures
     )
+
+
+def test_a_code_that_a_merge_could_have_moved_is_found_alone(tmp_path):
+    """A weight may lie as near to one code of q8_0 as to the next within bfloat16; but a merge does not move one code."""
+    directory = tiny.save_tiny("llama3", tmp_path / "model", dtype=torch.bfloat16)
+    (file,) = convert_to_gguf(directory, tmp_path / "x.gguf", "q8_0")
+    name, missed = "blk.1.ffn_down.weight", 0
+    planned = plan_tensors(find(read_config(directory)), read_config(directory), (source := CheckpointSource(directory)).shapes)
+    for place in range(2, 34):
+        data = GGUFFile(file).data(name).copy()
+        data[3, place] ^= 1
+        wrong = rewrite(file, tmp_path / "y.gguf", tensors={name: data})
+        missed += not compare_weights([(GGUFFile(wrong), planned)], source)[1]
+    assert missed == 0
 
 
 def test_damage_after_the_proof_is_found_without_the_weights(models, tmp_path):
