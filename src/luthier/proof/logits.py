@@ -28,7 +28,8 @@ THRESHOLDS = {
     "q2_k": 2.2, "q2_k_s": 3.0,
 }  # fmt: skip
 F32_GAP = 1e-4  # largest difference of a logit, as a share of the largest logit, in an F32 file
-ROUNDINGS = 4  # times what errors of this size cost the model, where that is more than the table allows
+ROUNDINGS = 4  # times what errors of the precision it was computed in cost the model, where that is more than the limit
+ERRORS = 10  # times what errors of the size of its weights' do, which are compared one by one
 DRAWS = 2  # of the signs of these errors; the one that costs more counts
 ROUGH_REFERENCE = 5e-3  # what a reference in 16 bits adds to the divergence
 # where two experts are as good, rounding chooses another: of a model with experts, the share of positions that are left out,
@@ -116,10 +117,10 @@ def _allow_for_errors(
         return 0.0
     rough = [_plainly_compared(own, computed(True, draw, jitter), device, ties) for draw in range(DRAWS)]
     usual = max(one.divergence for one in rough)
-    if ROUNDINGS * usual > result.allowed:
-        result.allowed = ROUNDINGS * usual
+    if ERRORS * usual > result.allowed:
+        result.allowed = ERRORS * usual
         result.notes.append(f"this model is sensitive: errors of the size of its rounding make it diverge by {usual:.1e}")
-    return ROUNDINGS * max(one.gap for one in rough)
+    return ERRORS * max(one.gap for one in rough)
 
 
 def _signs(name: str, draw: int, like: Tensor) -> Tensor:
