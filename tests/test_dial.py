@@ -381,6 +381,40 @@ def test_graphs_copy_what_waits_in_host_memory_where_launching_takes_longer(monk
     assert 0.984 < cost.block(parked) / GIB < 1.15, "as of the other plans above, with larger gaps"
 
 
+def test_moments_have_room_in_every_plan_of_a_first_step_over_several_lengths(monkeypatch):
+    """Gradients add up over batches, each of which is planned when it comes, before the optimizer makes its moments."""
+    dial, rooms = planner(monkeypatch, 100 * GIB), []
+    fastest = Dial._fastest
+
+    def watched(self, batch, device, **rest):
+        rooms.append(device)
+        return fastest(self, batch, device, **rest)
+
+    def room() -> float:
+        rooms.clear()
+        dial.planner(batch_of(1, 512))
+        return rooms[0]
+
+    monkeypatch.setattr(Dial, "_fastest", watched)
+    weight, dial.has_run = torch.nn.Parameter(torch.zeros(3)), False
+    dial.set_automatic(None, GIB, weight)
+    optimizer = torch.optim.AdamW([weight])
+    assert room() == 97 * GIB - LLAMA_8B.written()
+    dial.has_run, weight.grad = True, torch.ones(3)
+    before = room()
+    assert 97 * GIB <= before < 98 * GIB
+    optimizer.step()
+    assert room() == before + 2 * GIB
+    dial.has_run = False
+    room()
+    dial.has_run = True
+    assert room() == before
+    weight.grad = None  # an optimizer that writes past torch has stepped, too, when its gradients are gone
+    assert room() == before + 2 * GIB
+    del weight, optimizer
+    assert room() == before + 2 * GIB
+
+
 def test_rows_are_planned_with_what_graphs_pad_them_by(monkeypatch):
     dial = planner(monkeypatch, 100 * GIB)
     dial.set_automatic()

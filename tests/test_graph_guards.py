@@ -18,6 +18,7 @@ from tiny import tiny_model
 
 from luthier.model import device_memory
 from luthier.model import dial as dial_module
+from luthier.model import recording as recording_module
 from luthier.model.accelerate import base_model, dial_of, graphs_of, restore
 from luthier.model.fused_layer import Unfused, read_part
 from luthier.model.graphs import flags
@@ -345,6 +346,30 @@ def test_a_recording_makes_its_own_workspaces(monkeypatch):
     arena.bytes = 0
     arena.record(lambda: done.append("record"))
     assert done == ["clear", "record", "clear"]
+
+
+def test_other_threads_may_pin_memory_while_a_recording_that_failed_is_made_up_for(monkeypatch):
+    modes = []
+
+    @contextlib.contextmanager
+    def graph(graph, capture_error_mode="global", **how):
+        modes.append(capture_error_mode)
+        yield
+
+    for name in ("current_stream", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *given: None)
+    monkeypatch.setattr(recording_module, "_emptied", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    arena = Arena.__new__(Arena)
+    arena.device, arena.pool, arena.stream = torch.device("cpu"), None, None
+
+    def fails():
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        arena.record(fails)
+    assert modes == ["thread_local"] * 2
 
 
 def test_a_first_forward_in_inference_mode():

@@ -335,7 +335,6 @@ def test_a_backward_over_weights_that_have_changed_is_refused():
 def test_a_checkpoint_around_the_model(reentrant):
     """It runs everything twice, once with a graph and once without, and what it sees being saved must be the same."""
     models = pair()
-    graphs_of(models[0]).ragged = True
     for rows, length in ((2, 24), (3, 5)):
         inputs = batch(rows, length)
         inputs["attention_mask"][0, :2] = 0

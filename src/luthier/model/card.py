@@ -33,10 +33,11 @@ def card_speeds(device: torch.device) -> Speeds:
     host = torch.empty(1 << 25, dtype=torch.uint8, pin_memory=True)
     target = torch.empty_like(host, device=device)
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    target.copy_(host)  # warms up
-    start.record()
-    for _ in range(COPIES):
-        target.copy_(host, non_blocking=True)
-    end.record()
-    end.synchronize()
+    with torch.cuda.device(device):  # whose stream does the copies: the clocks run on the one that is current
+        target.copy_(host)  # warms up
+        start.record()
+        for _ in range(COPIES):
+            target.copy_(host, non_blocking=True)
+        end.record()
+        end.synchronize()
     return Speeds(products, COPIES * host.nbytes / (start.elapsed_time(end) / 1000))

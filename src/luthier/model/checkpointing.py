@@ -46,8 +46,8 @@ def set_checkpointing(model: nn.Module, mode: bool | str = "auto", memory_budget
         state.graphs.clear()  # they hold the memory of plans that are over
         dial.follow_flag()
         if mode == "auto":
-            trainable = sum(parameter.nbytes for parameter in base.parameters() if parameter.requires_grad)
-            dial.set_automatic(memory_budget, trainable)
+            trained = [parameter for parameter in base.parameters() if parameter.requires_grad]
+            dial.set_automatic(memory_budget, sum(parameter.nbytes for parameter in trained), next(iter(trained), None))
         elif mode == "offload":
             dial.set_offload()
     on_gpu = next(base.parameters()).is_cuda

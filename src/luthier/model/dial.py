@@ -8,6 +8,7 @@ memory. The same loss and gradients come out of any.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -156,7 +157,9 @@ class Dial:
         self.layers = layers
         self.host_embedding: HostEmbedding | None = None
         self.embedding: nn.Embedding | None = None  # the backbone says which one could wait in host memory
-        self.has_run = False  # moments, buffers and what libraries take are there since the first step
+        self.has_run = False  # buffers and what libraries take are there since the first pass
+        self.trained: weakref.ref[Tensor] | None = None  # a weight that tells when the optimizer's moments are there, too,
+        self.version = 0  # by what it was at the first pass
         self.follow_flag()
 
     def follow_flag(self) -> None:
@@ -170,11 +173,13 @@ class Dial:
         given = Plan(tuple(plan), embedding_in_host_memory)
         self._choose(lambda batch: given)
 
-    def set_automatic(self, budget: float | None = None, trainable: int = 0) -> None:
+    def set_automatic(self, budget: float | None = None, trainable: int = 0, trained: Tensor | None = None) -> None:
         """Plan at the first training step, and for every length of batch that comes later.
 
-        ``budget`` in GiB, or None for what is free; ``trainable``: bytes of what will still get a gradient and two moments.
+        ``budget`` in GiB, or None for what is free; ``trainable``: bytes of what will still get a gradient and two moments;
+        ``trained``: one of those.
         """
+        self.trained = None if trained is None else weakref.ref(trained)
         self._choose(partial(self._within, trainable), budget)
 
     def set_offload(self) -> None:
@@ -249,9 +254,8 @@ class Dial:
     def _within(self, trainable: int, batch: Batch) -> Plan:
         if batch.device.type != "cuda":  # main memory is plenty, and a CPU is slow at computing twice
             return Plan((LayerPlan(Mode.KEEP if self.budget is None else Mode.RECOMPUTE),) * self.layers)
-        pending = 3 * trainable + batch.shape.written()  # the first step makes moments and buffers
-        if self.has_run:
-            pending = trainable - SCRATCH + SCRATCH_OF_A_STREAM  # libraries have taken theirs too
+        pending = trainable if self._has_moments() else 3 * trainable
+        pending += SCRATCH_OF_A_STREAM - SCRATCH if self.has_run else batch.shape.written()  # what libraries take is there
         device = self.room(batch.device) - pending
         eager, _ = self._fastest(batch, device, from_graphs=False)
         if batch.graphs:
@@ -259,6 +263,14 @@ class Dial:
             if fits and batch.prefers_graphs(graphed.layers, eager.layers):
                 return graphed
         return eager
+
+    def _has_moments(self) -> bool:
+        """Whether the optimizer has stepped. A first step may add up batches of several lengths before it does."""
+        weight = self.trained and self.trained()
+        if not self.has_run:
+            self.version = 0 if weight is None else weight._version
+            return False
+        return weight is None or weight.grad is None or weight._version != self.version
 
     def _fastest(self, batch: Batch, device: float, from_graphs: bool, trainable: int = 0) -> tuple[Plan, bool]:
         """A plan for ``device`` bytes, and whether it fits."""

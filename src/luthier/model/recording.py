@@ -73,13 +73,13 @@ class Arena:
     def record(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph:
         """What ``function`` does on the GPU, recorded without being done, to be done by ``replay``."""
         before, graph = _emptied(self.device), torch.cuda.CUDAGraph()
+        alone = {"capture_error_mode": "thread_local"}  # other threads may pin memory meanwhile
         with torch.cuda.stream(torch.cuda.current_stream(self.device)):  # a recording that fails leaves another one behind
             try:
-                how = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}  # others may pin memory
-                with torch.cuda.graph(graph, **how):
+                with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, **alone):
                     function()
             except RuntimeError:
-                with torch.cuda.graph(torch.cuda.CUDAGraph()):  # one that ends well: random numbers work again
+                with torch.cuda.graph(torch.cuda.CUDAGraph(), **alone):  # one that ends well: random numbers work again
                     torch.zeros(1, device=self.device)
                 raise
         self.bytes += _emptied(self.device) - before
