@@ -21,7 +21,7 @@ import warnings
 from pathlib import Path
 
 LAYERS = {"gemma3-4b": 6, "gemma3-12b": 6}  # every sixth layer sees the whole row
-VOCABULARY = 32768  # the head would outweigh so few layers
+WIDE = {"vocab_size": 32768, "pad_token_id": 0}  # the head would outweigh so few layers
 FAMILIES = (
     "llama-3.1-8b,qwen3-8b,gemma3-4b,mistral-7b,qwen2.5-7b,phi-4,gemma3-12b,granite-8b,phi-3-mini,"
     "gemma2-9b,qwen3-4b,llama-3.2-1b,smollm3-3b,olmo2-7b"
@@ -105,7 +105,7 @@ def measured(family: str, arguments: argparse.Namespace) -> dict:
         return timed(model, optimizer, batch, tokens, arguments.warmup, arguments.steps)
 
     with tempfile.TemporaryDirectory() as directory:
-        write_checkpoint(directory, family, layers, **(TINY if arguments.tiny else {"vocab_size": VOCABULARY}))
+        write_checkpoint(directory, family, layers, **(TINY if arguments.tiny else WIDE))
         started = time.perf_counter()
         stock = load_stock(directory, four_bit=arguments.kind == "qlora").train()
         stock = stock if arguments.kind == "full" else with_lora(stock)
