@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+from collections.abc import Sequence
 from pydoc_data import topics
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -22,6 +23,28 @@ PIECES = [
     "ﬁ", "ǅ", "\ufeff", "\x00", "\x7f", "A", "z", "<|im_start|>", "<|im_end|>", "<|endoftext|>",
     "<|im_start|>user\n", "<tool>", "</tool>", " <tool> ", "<|not_a_token|>",
 ]  # fmt: skip
+
+
+# words in which a cut at capitals or at combining marks shows
+CASED = (
+    "éÉcole", "ÉCOLE", "École", "straßeÄrger", "приветМир", "ПРИВЕТ", "e\u0301cole", "E\u0301COLE", "हिन्दी", "العَرَبِيَّة", "שָׁלוֹם",
+    "ภาษาไทย", "ǅungla", "aʰB", "ABC日本語abc", " \u0301a", "ÉCOLE's", "1É2é", "camelCase", "l'École",
+)  # fmt: skip
+
+
+def joined(pre: str, lines: Sequence[str]) -> Tokenizer:
+    """A byte-level BPE that cuts as ``pre`` does, whose merges would join every line into one token."""
+    tokenizer = Tokenizer(models.BPE())
+    whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer, tokenizer.decoder = whole, decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000, min_frequency=1, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(lines, trainer)
+    cuts = [pre_tokenizers.Split(Regex(cut), behavior="isolated") for cut in CUTS[pre]]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, whole])
+    return tokenizer
 
 
 @functools.cache

@@ -109,6 +109,26 @@ def test_dry_run(place, run):
     assert not (place / "dry").exists()
 
 
+def test_a_system_message_is_counted_and_no_template_is_exchanged_for_it(place, run):
+    """The run and the dry run take the same template."""
+    dry = ("sft", place / "recipe.yaml", "--output", place / "dry", "--dry-run", "--json")
+    message = ("--system-message", "You are a careful luthier who answers in one line.")
+    longest = [
+        json.loads(run(*dry, "--chat-template", "chatml", *more).out)["ledger"]["longest"] for more in ((), message)
+    ]
+    assert longest[1] > longest[0]
+    for command in (dry, (*dry[:4], *RUN)):
+        refused = run(*command, *message)
+        assert refused.code == 2 and "--chat-template" in refused.err
+
+
+def test_a_template_that_nobody_chose_is_named(place, run, tmp_path):
+    shutil.copytree(place / "model", tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    result = run("sft", place / "recipe.yaml", "--model", tmp_path / "model", "--output", tmp_path / "dry", "--dry-run")
+    assert result.code == 0 and "chatml is used" in result.err
+
+
 def test_dry_run_of_grpo(place, run, tmp_path):
     rewards = tmp_path / "rewards.py"
     rewards.write_text("def short(completions, **columns):\n    return [-len(c[0]['content']) for c in completions]\n")

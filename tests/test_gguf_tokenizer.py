@@ -1,10 +1,11 @@
 """Exported tokenizers against the originals, with llama.cpp doing the tokenising."""
 
+import itertools
 import json
 
 import pytest
 import tiny
-from gguf_tokenizers import CUTS, byte_level, difficult_lines, sentencepiece
+from gguf_tokenizers import CASED, CUTS, byte_level, difficult_lines, joined, sentencepiece
 from llama_oracle import Llama
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -12,7 +13,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from luthier.errors import UnsupportedError
 from luthier.gguf import GGUFFile, convert_to_gguf
 from luthier.gguf.tokenizer import fix_sentencepiece_gguf, tokenizer_metadata
-from luthier.proof.gguf_tokenizer import GGUFTokenizer
+from luthier.proof.export import CAPITALS, verify
+from luthier.proof.gguf_tokenizer import CUTS as CUTS_OF_FILES
+from luthier.proof.gguf_tokenizer import PUBLISHED, GGUFTokenizer
 
 VOCAB = 1024
 TEMPLATE = "{%- for m in messages -%}\n  {{- m.role }}: {%- if m.role == 'assistant' -%}{%- generation -%}{{- m.content }}é{%- endgeneration -%}{%- endif -%}\n{%- endfor -%}\n"  # noqa: E501
@@ -98,6 +101,24 @@ def test_the_spelling_of_a_regex_does_not_matter(export):
     file = export(tokenizer)
     assert GGUFFile(file).metadata["tokenizer.ggml.pre"] == "qwen2"
     assert differences(tokenizer, file, difficult_lines()) == []
+
+
+@pytest.mark.parametrize("pre", [pre for pre in CUTS if pre != "gpt-2"])
+def test_capitals_and_marks_are_cut_as_llama_cpp_cuts_them(pre, export):
+    """Where that is not how the tokenizer does it, the proof knows, and says it of the user's own texts."""
+    lines = [*CASED, *map("".join, itertools.pairwise(CASED))]
+    tokenizer = joined(pre, lines)
+    file = export(tokenizer)
+    rebuilt = GGUFTokenizer(GGUFFile(file))
+    with Llama(file) as llama:
+        assert [line for line in lines if rebuilt.encode(line) != llama.tokenize(line)] == []
+    published = GGUFTokenizer(GGUFFile(file), CUTS_OF_FILES | PUBLISHED)
+    assert [line for line in lines if published.encode(line) != tokenizer.encode(line).ids] == []
+    differ = [line for line in lines if rebuilt.encode(line) != tokenizer.encode(line).ids]
+    assert bool(differ) == (pre in PUBLISHED)
+    proof = verify(file, file.parent, ["plain words", *differ])
+    assert not proof.failures
+    assert (CAPITALS in proof.notes) == (pre in PUBLISHED)
 
 
 @pytest.mark.parametrize("style", ["llama", "phi-3", "gemma"])

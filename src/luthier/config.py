@@ -196,7 +196,7 @@ class SFTRecipe(TrainRecipe):
     """QLoRA fine-tuning on chat rows."""
 
     chat_template: str | None = None
-    """Chat template by name (see docs/chat-templates.md) or .jinja file. Default: the tokenizer's own."""
+    """Chat template by name (see docs/chat-templates.md) or .jinja file. Default: the tokenizer's own, else chatml."""
     system_message: str | None = None
     """System message to use instead of the template's default."""
     train_on: Literal["responses", "all"] = "responses"
@@ -242,7 +242,7 @@ class GRPORecipe(TrainRecipe):
     rollout: Literal["transformers", "vllm"] = "transformers"
     """Engine that samples the completions."""
     chat_template: str | None = None
-    """Chat template by name or .jinja file. Default: the tokenizer's own."""
+    """Chat template by name or .jinja file. Default: the tokenizer's own, else chatml."""
     learning_rate: float = 5e-6
     """Peak learning rate of the adapter."""
 
@@ -253,7 +253,7 @@ class GRPORecipe(TrainRecipe):
         self.at_least("max_prompt_length", 1)
         given, wanted = len(self.reward_weights or self.rewards), len(self.rewards)
         if given != wanted:
-            raise ValueError(f"reward_weights has {given} entries for {wanted} rewards: give one each")
+            raise ValueError(f"reward_weights has {given} entries for {wanted} rewards: give one each (--reward-weights)")
         if self.temperature <= 0:
             raise ValueError(f"temperature is {self.temperature}: rollouts need one above 0, or a group is all the same")
 

@@ -17,7 +17,7 @@ def demo(
         model: Hub id or local directory to use instead of the embedded model.
         grpo: Reinforcement learning instead: a reward that rises.
         vision: A vision-language model instead: a word error rate that falls.
-        output: Directory for everything that is written. Default: outputs/demo.
+        output: Directory for everything that is written. Default: outputs/demo, -grpo or -vision behind it.
         json: Print the scores as JSON on standard output.
     """
     if grpo and vision:

@@ -46,7 +46,7 @@ from luthier.model.original import computing_with, original_weights
 from luthier.model.save import save_adapter, upload
 from luthier.model.vision import load_vision_model
 from luthier.proof.gguf_model import GGUFModel
-from luthier.proof.gguf_tokenizer import GGUFTokenizer
+from luthier.proof.gguf_tokenizer import CUTS, PUBLISHED, GGUFTokenizer
 from luthier.proof.header import close, damaged_header
 from luthier.proof.logits import compare_logits
 from luthier.proof.reference import TEXTS, Reference, conversations, reference_of
@@ -62,6 +62,7 @@ UNSAID = {
     "final_logit_softcapping": 0.0,
 }  # fmt: skip
 SPACES = "llama.cpp puts a space behind special tokens where the tokenizer puts none"
+CAPITALS = "llama.cpp cuts words with capitals or accents beyond ASCII otherwise than the tokenizer does: their tokens differ"
 
 
 @dataclass
@@ -124,7 +125,7 @@ def prove(path: str | Path, reference: Reference) -> Proof:
         proof.failures += wrong
     if _compare_sizes(file, reference.config, proof):
         _compare_logits(file, reference, proof)
-    _compare_tokens(file, reference.tokenizer, proof)
+    _compare_tokens(file, reference, proof)
     _compare_chat(file, reference, proof)
     return proof
 
@@ -231,13 +232,14 @@ def _note_tensors(tensors: TensorComparison, device: str, proof: Proof) -> None:
         proof.notes.append(f"the model was not asked for {', '.join(tensors.unknown)}")
 
 
-def _compare_tokens(file: GGUFFile, tokenizer: Any, proof: Proof) -> None:
+def _compare_tokens(file: GGUFFile, reference: Reference, proof: Proof) -> None:
+    tokenizer = reference.tokenizer
     try:
         rebuilt = GGUFTokenizer(file)
     except ValueError as error:
         proof.failures.append(str(error))
         return
-    plain = [(text, tokenizer(text)["input_ids"], rebuilt.encode(text)) for text in TEXTS]
+    plain = [(text, tokenizer(text)["input_ids"], rebuilt.encode(text)) for text in (*TEXTS, *reference.texts)]
     # what prints its own BOS gets no second one from the programs that read GGUF
     chats = [(text, tokenizer(text, add_special_tokens=False)["input_ids"], rebuilt.encode(text, special=False))
              for text in conversations(tokenizer)]  # fmt: skip
@@ -246,6 +248,8 @@ def _compare_tokens(file: GGUFFile, tokenizer: Any, proof: Proof) -> None:
             proof.texts += 1
         elif rebuilt.kind == "llama" and rebuilt.spaceless(wanted) == rebuilt.spaceless(found):
             proof.notes.append(SPACES)
+        elif GGUFTokenizer(file, CUTS | PUBLISHED).encode(text, special=(text, wanted, found) in plain) == wanted:
+            proof.notes.append(CAPITALS)
         else:
             place = next((i for i, (a, b) in enumerate(zip(wanted, found, strict=False)) if a != b), -1)
             names = [rebuilt.tokens[ids[place]] for ids in (found, wanted)]

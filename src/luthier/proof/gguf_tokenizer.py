@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
@@ -22,8 +22,19 @@ CL100K = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-WORD = rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+{{0}}|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*{{0}}"
+NOT_LOWER, NOT_UPPER = (
+    r"(?:(?=\p{L})[^a-z])",
+    r"(?:(?=\p{L})[^A-Z])",
+)  # llama.cpp has no classes of case, and marks are no letters
 SLASHED = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def _words(upper: str, lower: str, numbers: str, contractions: str = "") -> tuple[str]:
+    start = r"[^\r\n\p{L}\p{N}]?"
+    return (f"{start}{upper}*{lower}+{contractions}|{start}{upper}+{lower}*{contractions}|{numbers}{SLASHED}",)
+
+
+_GPT4O = r"\p{N}{1,3}", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 
 # what tokenizer.ggml.pre stands for in llama.cpp
 CUTS = {
@@ -32,8 +43,8 @@ CUTS = {
     "llama-bpe": (CL100K,),
     "dbrx": (CL100K,),
     "qwen2": (CL100K.replace("{1,3}", ""),),
-    "gpt-4o": (WORD.replace("{0}", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?") + r"|\p{N}{1,3}" + SLASHED,),
-    "tekken": (WORD.replace("{0}", "") + r"|\p{N}" + SLASHED,),
+    "gpt-4o": _words(NOT_LOWER, NOT_UPPER, *_GPT4O),
+    "tekken": _words(NOT_LOWER, NOT_UPPER, r"\p{N}"),
     "qwen35": (CL100K.replace("{1,3}", "").replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r"\s\p{L}", r"\s\p{L}\p{M}"),),
     "deepseek-v3": (
         r"\p{N}{1,3}",
@@ -42,14 +53,19 @@ CUTS = {
         r"|\s*[\r\n]+|\s+(?!\S)|\s+",
     ),
 }
+# where the tokenizers of that name cut otherwise
+PUBLISHED = {"gpt-4o": _words(UPPER, LOWER, *_GPT4O), "tekken": _words(UPPER, LOWER, r"\p{N}")}
 WHOLE_WORDS = ("llama-bpe", "tekken")  # a word that is in the vocabulary is taken whole
 
 
 class GGUFTokenizer:
-    """``GGUFTokenizer(file).encode(text)``: control tokens in the text are parsed, BOS and EOS added if the file says so."""
+    """``GGUFTokenizer(file).encode(text)``: control tokens in the text are parsed, BOS and EOS added if the file says so.
 
-    def __init__(self, file: GGUFFile) -> None:
-        self.file = file
+    ``cuts``: of the text before BPE; as llama.cpp does it, or ``CUTS | PUBLISHED`` as the tokenizers do.
+    """
+
+    def __init__(self, file: GGUFFile, cuts: Mapping[str, tuple[str, ...]] = CUTS) -> None:
+        self.file, self._cuts = file, cuts
         missing = [key for key in NEEDED if f"tokenizer.ggml.{key}" not in file.metadata]
         if missing:
             raise ValueError(f"it has no tokenizer.ggml.{missing[0]}")
@@ -98,7 +114,7 @@ class GGUFTokenizer:
 
     def _byte_level(self) -> Callable[[str, bool], list[int]]:
         name = self.file.metadata.get("tokenizer.ggml.pre", "default")
-        if name not in CUTS:
+        if name not in self._cuts:
             raise UnsupportedError(f"The proof does not know the pre-tokenizer {name!r}.")
         if "tokenizer.ggml.merges" not in self.file.metadata:
             raise ValueError("it has no tokenizer.ggml.merges")
@@ -107,7 +123,7 @@ class GGUFTokenizer:
             if len(merge) != 2 or not {*merge, "".join(merge)} <= self.ids.keys():
                 raise ValueError(f"its merge {' '.join(merge)!r} is of tokens that it does not have")
         tokenizer = Tokenizer(models.BPE(self.ids, merges, ignore_merges=name in WHOLE_WORDS))
-        cuts = [pre_tokenizers.Split(Regex(cut), "isolated") for cut in CUTS[name]]
+        cuts = [pre_tokenizers.Split(Regex(cut), "isolated") for cut in self._cuts[name]]
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, byte_level])
         return lambda text, after_special: tokenizer.encode(text, add_special_tokens=False).ids

@@ -46,6 +46,7 @@ class Reference:
     vision: VisionReference | None = None
     probes: Probes | None = None
     importance: Importance = field(default_factory=dict)  # what its files were rounded with
+    texts: Sequence[str] = ()  # of the user's own, whose tokens are compared
     slack: float = 0.0  # what weights may be off by, as those that were in 16 bits on the way
 
 
@@ -82,7 +83,9 @@ def reference_of(
     in_32_bits = all(parameter.dtype == torch.float32 for parameter in model.parameters() if parameter.is_floating_point())
     exact = in_32_bits and probes.rounding <= 1e-3
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
-    return Reference(model.config, tokenizer, template, sequences, logits, exact, deviation, vision, probes, importance or {})
+    return Reference(
+        model.config, tokenizer, template, sequences, logits, exact, deviation, vision, probes, importance or {}, prompts or ()
+    )
 
 
 @torch.no_grad()

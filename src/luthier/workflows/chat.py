@@ -9,12 +9,12 @@ import torch
 from transformers import TextStreamer
 from tyro.conf import Positional, arg
 
-from luthier.data.chat import get_chat_template
 from luthier.fast import FastLanguageModel
 from luthier.model.rope import native_length
 from luthier.rl.engine import stop_token_ids
 from luthier.terminal import say
 from luthier.workflows.inspect import config_of
+from luthier.workflows.templates import with_template
 
 LONGEST = 8192
 
@@ -49,8 +49,7 @@ def chat(
         raise ValueError(f"temperature is {temperature}: it must be 0 (greedy) or above")
     max_seq_length = max_seq_length or min(native_length(config_of(model)) or LONGEST, LONGEST)
     loaded, tokenizer = FastLanguageModel.from_pretrained(model, max_seq_length, load_in_16bit=load_in_16bit)
-    if chat_template or not tokenizer.chat_template:
-        tokenizer = get_chat_template(tokenizer, chat_template or "chatml")
+    tokenizer = with_template(tokenizer, chat_template)
     FastLanguageModel.for_inference(loaded)
     torch.manual_seed(seed)
     stops = stop_token_ids(loaded, tokenizer)

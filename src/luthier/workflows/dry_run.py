@@ -45,7 +45,7 @@ def dry_run(recipe: TrainRecipe) -> dict[str, Any]:
         without_images(rows, recipe.data)
         if held_out is not None:
             without_images(held_out, recipe.eval_data)
-        tokenizer = tokenizer_of(recipe.model, recipe.chat_template, **hub)
+        tokenizer = tokenizer_of(recipe.model, recipe.chat_template, recipe.system_message, **hub)
         _, ledger = prepare_chat(rows, tokenizer, length, recipe.train_on, recipe.too_long)
         ledger.table(f"Data: {recipe.data}")
         result["ledger"] = ledger.to_dict()

@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 from peft import PeftModel
 from tyro.conf import Positional, arg
 
-from luthier.data.chat import get_chat_template
 from luthier.data.images import image_root
 from luthier.data.prepare import prepare_chat
 from luthier.data.read import read_dataset
@@ -18,6 +17,7 @@ from luthier.evaluation.compare import compare, measure_loss
 from luthier.evaluation.ocr import ocr
 from luthier.fast import FastLanguageModel, FastVisionModel
 from luthier.terminal import table
+from luthier.workflows.templates import with_template
 
 
 def evaluate(
@@ -62,8 +62,8 @@ def evaluate(
     kind = FastVisionModel if task == "ocr" else FastLanguageModel
     loaded, processor = kind.from_pretrained(model, max_seq_length, load_in_16bit=load_in_16bit)
     kind.for_inference(loaded)
-    if task != "ocr" and (chat_template or not processor.chat_template):
-        processor = get_chat_template(processor, chat_template or "chatml")
+    if task != "ocr":
+        processor = with_template(processor, chat_template)
 
     if task == "ocr":
         report = ocr(loaded, processor, rows, max_new_tokens or 128, batch_size, resize, image_root=image_root(data))

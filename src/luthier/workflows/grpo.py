@@ -7,7 +7,6 @@ from pathlib import Path
 from peft import PeftModel
 
 from luthier.config import GRPORecipe
-from luthier.data.chat import get_chat_template
 from luthier.data.read import read_dataset
 from luthier.fast import FastLanguageModel
 from luthier.files import atomic_file
@@ -16,6 +15,7 @@ from luthier.rl.rewards import load_reward, require_columns
 from luthier.terminal import table
 from luthier.training.grpo import GRPOConfig, GRPOTrainer, reward_change
 from luthier.workflows.common import checked, save_outputs, training_arguments
+from luthier.workflows.templates import with_template
 
 LOG = "trainer_state.json"
 
@@ -37,8 +37,7 @@ def run(recipe: GRPORecipe) -> dict[str, Path]:
     model, tokenizer = FastLanguageModel.from_pretrained(recipe.model, **recipe.loading())
 
     # 3. The chat template: the tokenizer's own unless another is asked for
-    if recipe.chat_template or not tokenizer.chat_template:
-        tokenizer = get_chat_template(tokenizer, recipe.chat_template or "chatml")
+    tokenizer = with_template(tokenizer, recipe.chat_template)
 
     # 4. The adapter: a new one, unless the model came with one that goes on
     if not recipe.full_finetuning and not isinstance(model, PeftModel):

@@ -11,7 +11,6 @@ from transformers import PreTrainedTokenizerBase
 from tyro.conf import Positional, arg
 
 import luthier
-from luthier.data.chat import get_chat_template
 from luthier.data.prepare import prepare_chat
 from luthier.data.preview import preview, preview_rows
 from luthier.data.read import read_dataset
@@ -20,6 +19,7 @@ from luthier.model import checkpoint, memory
 from luthier.model.load import read_config
 from luthier.model.tokenizer import load_tokenizer
 from luthier.terminal import say, table
+from luthier.workflows.templates import with_template
 
 EMBEDDED = Path(luthier.__file__).parent / "demo" / "base"
 
@@ -130,9 +130,8 @@ def config_of(name: str, trust_remote_code: bool = False, **hub: Any):
     return read_config(directory, trust_remote_code)
 
 
-def tokenizer_of(name: str, chat_template: str | None = None, **hub: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model with the template asked for, else its own, else chatml."""
-    tokenizer = load_tokenizer(small_files(name, **hub))
-    if chat_template or not tokenizer.chat_template:
-        tokenizer = get_chat_template(tokenizer, chat_template or "chatml")
-    return tokenizer
+def tokenizer_of(
+    name: str, chat_template: str | None = None, system_message: str | None = None, **hub: Any
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model with the template that a run would use."""
+    return with_template(load_tokenizer(small_files(name, **hub)), chat_template, system_message)

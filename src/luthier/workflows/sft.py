@@ -7,12 +7,12 @@ from pathlib import Path
 from peft import PeftModel
 
 from luthier.config import SFTRecipe
-from luthier.data.chat import get_chat_template
 from luthier.data.read import read_dataset
 from luthier.data.vision import without_images
 from luthier.fast import FastLanguageModel
 from luthier.training.trainer import Trainer
 from luthier.workflows.common import checked, save_outputs, training_arguments
+from luthier.workflows.templates import with_template
 
 
 def run(recipe: SFTRecipe) -> dict[str, Path]:
@@ -27,8 +27,7 @@ def run(recipe: SFTRecipe) -> dict[str, Path]:
     model, tokenizer = FastLanguageModel.from_pretrained(recipe.model, **recipe.loading())
 
     # 3. The chat template: the tokenizer's own unless another is asked for
-    if recipe.chat_template or recipe.system_message or not tokenizer.chat_template:
-        tokenizer = get_chat_template(tokenizer, recipe.chat_template or "chatml", system_message=recipe.system_message)
+    tokenizer = with_template(tokenizer, recipe.chat_template, recipe.system_message)
 
     # 4. The adapter, everything else stays frozen; unless the model came with one that goes on
     if not recipe.full_finetuning and not isinstance(model, PeftModel):
