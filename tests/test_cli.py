@@ -113,9 +113,7 @@ def test_a_system_message_is_counted_and_no_template_is_exchanged_for_it(place, 
     """The run and the dry run take the same template."""
     dry = ("sft", place / "recipe.yaml", "--output", place / "dry", "--dry-run", "--json")
     message = ("--system-message", "You are a careful luthier who answers in one line.")
-    longest = [
-        json.loads(run(*dry, "--chat-template", "chatml", *more).out)["ledger"]["longest"] for more in ((), message)
-    ]
+    longest = [json.loads(run(*dry, "--chat-template", "chatml", *more).out)["ledger"]["longest"] for more in ((), message)]
     assert longest[1] > longest[0]
     for command in (dry, (*dry[:4], *RUN)):
         refused = run(*command, *message)
