@@ -101,7 +101,7 @@ def environment(job: str) -> dict[str, str]:
     settings.setdefault("TOKENIZERS_PARALLELISM", "false")
     settings.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if job.startswith("test"):
-        settings["OMP_NUM_THREADS"] = "1"  # tests fork: OpenMP's threads do not come along, and more than one would be waited for
+        settings["OMP_NUM_THREADS"] = "1"  # more would be waited for in vain by tests that fork
         if not has_gpu():
             settings.setdefault("TRITON_INTERPRET", "1")
     if os.environ.get("SETUP") == "0":
