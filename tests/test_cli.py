@@ -251,6 +251,11 @@ def test_merge(place, run, tmp_path):
     assert (tmp_path / "merged" / names[1]).read_bytes() == (place / "out" / Path(*names)).read_bytes()
 
 
+def test_merge_that_merges_nothing_is_refused(place, run, tmp_path):
+    result = run("merge", place / "out" / "adapter", "--output", tmp_path / "merged", "--save-method", "lora")
+    assert result.code == 2 and not (tmp_path / "merged").exists()
+
+
 def test_gguf_of_a_model_and_of_an_adapter(place, run, tmp_path):
     result = run("gguf", place / "model", "--quant", "q8_0,f16", "--output", tmp_path / "model", "--json")
     assert result.code == 0, result.err
@@ -259,7 +264,12 @@ def test_gguf_of_a_model_and_of_an_adapter(place, run, tmp_path):
     assert all(path.read_bytes()[:4] == b"GGUF" for path in paths)
     assert run("verify", paths[0], "--against", place / "model").code == 0
     other = tiny.save_tiny("llama3", tmp_path / "other", seed=1)
-    assert run("verify", paths[0], "--against", other).code == 1
+    refused, told = (run("verify", paths[0], "--against", other, *more) for more in ((), ("--json",)))
+    failures = json.loads(told.out)["failures"]
+    assert refused.code == told.code == 1 and len(failures) > 10
+    assert refused.err.count("FAILED") == 11 and f"and {len(failures) - 10} more" in refused.err
+    adapter = run("verify", paths[0], "--against", place / "out" / "adapter")
+    assert adapter.code == 2 and "is an adapter: merge it first (luthier merge" in adapter.err
 
     result = run("gguf", place / "out" / "adapter", "--quant", "f16", "--output", tmp_path / "adapter", "--json")
     assert result.code == 0, result.err
@@ -478,6 +488,13 @@ def test_unknown_key(broken, run, tmp_path):
     result = run("sft", tmp_path / "recipe.yaml")
     assert result.code == 2 and "'lora_rank'" in result.err and "lora_alpha" in result.err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_key_of_another_workflow(broken, run, tmp_path):
+    recipe = yaml.safe_load((broken / "recipe.yaml").read_text())
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"finetune_vision_layers": True}))
+    result = run("sft", tmp_path / "recipe.yaml")
+    assert result.code == 2 and "It belongs to luthier vision." in result.err
 
 
 def test_a_gated_model(broken, run, monkeypatch):

@@ -286,6 +286,9 @@ class VisionRecipe(TrainRecipe):
             raise ValueError("finetune_attention_modules and finetune_mlp_modules are both false: nothing would train")
 
 
+COMMANDS: dict[str, type[TrainRecipe]] = {"sft": SFTRecipe, "grpo": GRPORecipe, "vision": VisionRecipe}
+
+
 def load_recipe(path: str | Path, kind: type[Recipe]) -> Recipe:
     """Read and check a YAML recipe.
 
@@ -300,7 +303,7 @@ def load_options(path: str | Path, function: Callable) -> dict[str, Any]:
     Raises as ``load_recipe``.
     """
     keys, hints = _read_keys(Path(path)), get_type_hints(function)
-    known = {*hints, *(entry.name for kind in (SFTRecipe, GRPORecipe, VisionRecipe) for entry in dataclasses.fields(kind))}
+    known = {*hints, *(entry.name for kind in COMMANDS.values() for entry in dataclasses.fields(kind))}
     for key in keys:
         if key not in known - {"return"}:
             raise unknown(f"key in {path}:", key, known - {"return"})
@@ -356,7 +359,8 @@ def make_recipe(keys: dict[str, Any], kind: type[Recipe], where: str = "recipe")
     allowed = [entry.name for entry in dataclasses.fields(kind)]
     for key in keys:
         if key not in allowed:
-            raise unknown(f"key in {where}:", key, allowed)
+            commands = [command for command, other in COMMANDS.items() if key in get_type_hints(other)]
+            raise unknown(f"key in {where}:", key, allowed, f"It belongs to luthier {commands[0]}." if commands else "")
     hints = get_type_hints(kind)
     keys = {key: _as_meant(key, value, hints[key]) for key, value in keys.items()}
     try:

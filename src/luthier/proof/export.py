@@ -62,6 +62,7 @@ UNSAID = {
     "final_logit_softcapping": 0.0,
 }  # fmt: skip
 SPACES = "llama.cpp puts a space behind special tokens where the tokenizer puts none"
+SHOWN = 10  # failures that a person is told; the JSON holds all
 CAPITALS = "llama.cpp cuts words with capitals or accents beyond ASCII otherwise than the tokenizer does: their tokens differ"
 
 
@@ -104,9 +105,14 @@ class Proof:
             ("stop tokens", " ".join(self.stop_tokens)),
             *([("known difference", self.deviation)] if self.deviation else []),
             *(("note", note) for note in self.notes),
-            *(("FAILED", failure) for failure in self.failures),
+            *(("FAILED", failure) for failure in self.first_failures()),
         ]
         table(f"Proof of {self.file}", ["what", "result"], rows)
+
+    def first_failures(self) -> list[str]:
+        """For a person; a file of another model has hundreds."""
+        more = len(self.failures) - SHOWN
+        return self.failures[:SHOWN] + ([f"and {more} more"] if more > 0 else [])
 
 
 def prove(path: str | Path, reference: Reference) -> Proof:
@@ -163,7 +169,7 @@ def require(proof: Proof) -> None:
     """Show the proof; ``ExportProofError`` where it does not hold."""
     proof.show()
     if proof.failures:
-        raise ExportProofError(f"{proof.file} does not say what the model says: {'; '.join(proof.failures)}.")
+        raise ExportProofError(f"{proof.file} does not say what the model says: {'; '.join(proof.first_failures())}.")
 
 
 def write_proof(path: str | Path, proof: Proof) -> Path:

@@ -9,7 +9,6 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from luthier.config import SaveMethod
 from luthier.fast import FastModel
 from luthier.model.checkpoint import is_adapter
 from luthier.proof.export import convert_to_gguf
@@ -20,7 +19,7 @@ from luthier.terminal import table
 def merge(
     adapter: Annotated[Positional[str], arg(metavar="ADAPTER")],
     output: str = "merged",
-    save_method: SaveMethod = "merged_16bit",
+    save_method: Literal["merged_16bit", "merged_4bit"] = "merged_16bit",
     base: Literal["16bit", "nf4"] = "16bit",
     max_shard_size: str = "5GB",
     json: bool = False,
@@ -79,6 +78,8 @@ def verify(file: Annotated[Positional[str], arg(metavar="FILE")], against: str, 
         against: Directory of the model that it was made from.
         json: Print the proof as JSON on standard output.
     """
+    if is_adapter(Path(against)):
+        raise ValueError(f"{against} is an adapter: merge it first (luthier merge {against}) and give that directory")
     proof = prove_file(file, against)
     if json:
         print(json_format.dumps(asdict(proof), indent=1))
