@@ -66,7 +66,8 @@ def worker(arguments: argparse.Namespace, cap: float, tokens: int | None) -> dic
     from models import random_model, with_lora
 
     from luthier.model.accelerate import accelerate, dial_of
-    from luthier.model.dial import Cost, Shape, card_speeds
+    from luthier.model.card import card_speeds
+    from luthier.model.cost import Cost, Shape
     from luthier.model.host_memory import free_host_memory
 
     device, is_full = torch.device("cuda", 0), tokens is not None
@@ -158,14 +159,14 @@ def layer_bytes(model) -> float:
 
 
 def fastest(shape, tokens: int, room: float, host: float, speeds):
-    from luthier.model.dial import Cost, plan_for
+    from luthier.model.cost import Cost, plan_for
 
     return plan_for(Cost(shape, tokens, tokens, speeds), LAYERS, room, host)
 
 
 def longest(shape, room: float, host: float, speeds) -> int:
     """The most tokens, in thousands, for which a plan fits."""
-    from luthier.model.dial import Cost
+    from luthier.model.cost import Cost
 
     low, high = 1, 4096
     while high - low > 1:

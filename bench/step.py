@@ -246,7 +246,7 @@ def correctness(shape: str) -> dict:
     from luthier.model.accelerate import accelerate, dial_of, graphs_of
     from luthier.model.blocks import Mode
     from luthier.model.compute import set_compute
-    from luthier.model.dial import LayerPlan
+    from luthier.model.cost import LayerPlan
     from luthier.model.graphs import REPEATS
     from luthier.model.offload import Host
 
@@ -302,7 +302,7 @@ def beside_bf16(model, kind: str) -> dict:
     from luthier.model.accelerate import state_of
     from luthier.model.blocks import Mode
     from luthier.model.compute import set_compute
-    from luthier.model.dial import LayerPlan
+    from luthier.model.cost import LayerPlan
 
     state = state_of(model)
     dial = state.dial

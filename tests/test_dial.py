@@ -14,22 +14,12 @@ from tiny import tiny_model
 from luthier.model import dial as dial_module
 from luthier.model import offload
 from luthier.model.accelerate import accelerate, dial_of, restore
-from luthier.model.blocks import Mode
+from luthier.model.blocks import LONG, Mode
+from luthier.model.card import Speeds
 from luthier.model.checkpointing import checkpointing_mode, set_checkpointing
-from luthier.model.dial import (
-    GIB,
-    Cost,
-    Dial,
-    LayerPlan,
-    Plan,
-    Shape,
-    Speeds,
-    bucket,
-    candidates,
-    describe,
-    offload_plan,
-    plan_for,
-)
+from luthier.model.cost import SCRATCH, Cost, LayerPlan, Shape, candidates, offload_plan, plan_for
+from luthier.model.device_memory import GIB
+from luthier.model.dial import Dial, Plan, bucket, describe
 from luthier.model.offload import Host
 
 LLAMA_8B = Shape(hidden=4096, attention=6144, heads=4096, mlp=14336, low=16 * 7, size=2)
@@ -352,7 +342,7 @@ def test_graphs_fit_into_their_block(compute, plan, taken):
 def test_8_bit_graphs_of_4096_tokens_fit_into_8_gib(monkeypatch):
     """One step of 2x2048 after another, the embedding table in host memory."""
     shape, trainable, table = dataclasses.replace(LLAMA_8B, compute="fp8-backward"), 160 << 20, 128256 * 4096 * 2
-    fixed = 5.22 * GIB + dial_module.SCRATCH  # weights, head, adapters, moments and buffers, and what libraries have taken
+    fixed = 5.22 * GIB + SCRATCH  # weights, head, adapters, moments and buffers, and what libraries have taken
     dial = planner(monkeypatch, 8 * GIB - fixed - table)
     dial.set_automatic(8.0, trainable)
     dial.has_run, dial.embedding = True, types.SimpleNamespace(weight=types.SimpleNamespace(nbytes=table))
@@ -430,7 +420,7 @@ def test_rows_are_not_planned_as_the_long_sequence_of_as_many_tokens(monkeypatch
     monkeypatch.setattr(Dial, "host_room", 100 * GIB)
     monkeypatch.setattr(dial_module, "card_speeds", lambda device: Speeds())
     monkeypatch.setattr(dial_module.Offload, "prepare", lambda self, sizes, device: None)
-    dial, tokens = Dial(32), dial_module.LONG
+    dial, tokens = Dial(32), LONG
     dial.set_automatic()
     dial.has_run = True
     rows = types.SimpleNamespace(shape=(tokens, 4096), device=torch.device("cuda"))

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from luthier.model.accelerate import accelerate, dial_of, restore
 from luthier.model.blocks import Mode
-from luthier.model.dial import LayerPlan
+from luthier.model.cost import LayerPlan
 from luthier.model.experts import expert_stacks
 from luthier.model.fused_experts import ExpertsState
 from luthier.ops import experts as op

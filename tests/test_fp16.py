@@ -12,7 +12,7 @@ from tiny import tiny_model
 from luthier import TrainingArguments
 from luthier.model.accelerate import accelerate, dial_of
 from luthier.model.blocks import Mode
-from luthier.model.dial import LayerPlan
+from luthier.model.cost import LayerPlan
 from luthier.model.precision import choose_dtype
 from luthier.ops.linear_cross_entropy import linear_cross_entropy
 from luthier.training.arguments import fit_arguments

@@ -20,7 +20,7 @@ from luthier.model import blocks, compute
 from luthier.model.accelerate import accelerate, dial_of, state_of
 from luthier.model.blocks import Mode
 from luthier.model.compute import set_compute
-from luthier.model.dial import LayerPlan
+from luthier.model.cost import LayerPlan
 from luthier.model.load import load_model
 from luthier.ops import fp8, gated_mlp, lora_linear, nf4
 from luthier.ops.dropout import Dropout

@@ -17,7 +17,7 @@ from luthier.model import blocks, offload
 from luthier.model.accelerate import accelerate, dial_of, restore
 from luthier.model.backbone import find_structure
 from luthier.model.blocks import Mode
-from luthier.model.dial import LayerPlan
+from luthier.model.cost import LayerPlan
 from luthier.model.fused_layer import LayerState
 from luthier.model.offload import Host
 

@@ -30,10 +30,10 @@ from luthier.model.accelerate import accelerate, dial_of, graphs_of
 from luthier.model.blocks import Mode
 from luthier.model.checkpointing import set_checkpointing
 from luthier.model.compute import set_compute
-from luthier.model.dial import LayerPlan, padded
+from luthier.model.cost import LayerPlan
 from luthier.model.graphs import REPEATS
 from luthier.model.offload import Host, Offload, Recorded
-from luthier.model.recording import Arena, Gradients, copies
+from luthier.model.recording import Arena, Gradients, copies, padded
 from luthier.ops import attention as attention_module
 
 

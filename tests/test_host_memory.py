@@ -18,7 +18,7 @@ from luthier.model import host_memory, offload
 from luthier.model.accelerate import accelerate, dial_of, restore
 from luthier.model.blocks import Mode
 from luthier.model.checkpointing import set_checkpointing
-from luthier.model.dial import LayerPlan
+from luthier.model.cost import LayerPlan
 from luthier.model.host_memory import Slab, SlabPool, anonymous, free_host_memory, movable
 from luthier.model.offload import Host
 

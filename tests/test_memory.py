@@ -5,7 +5,7 @@ import pytest
 import tiny
 from transformers import LlamaConfig
 
-from luthier.model.dial import GIB
+from luthier.model.device_memory import GIB
 from luthier.model.load import load_model
 from luthier.model.lora import get_peft_model
 from luthier.model.memory import estimate

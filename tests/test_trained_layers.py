@@ -15,7 +15,7 @@ from luthier.model import blocks
 from luthier.model.accelerate import accelerate, dial_of
 from luthier.model.blocks import Mode
 from luthier.model.checkpointing import set_checkpointing
-from luthier.model.dial import LayerPlan
+from luthier.model.cost import LayerPlan
 from luthier.ops.dropout import Dropout, drop
 
 DENSE = [family for family in FAMILIES if family != "gpt_oss"]

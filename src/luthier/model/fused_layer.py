@@ -28,7 +28,7 @@ from luthier.adapters.spec import Spec
 from luthier.model.attention_interface import NAME
 from luthier.model.backbone import CACHE_NAMES, ModelState, cache_of
 from luthier.model.blocks import AttentionBlock, Call, Gradients, Kept, MlpBlock, Mode, Norm
-from luthier.model.dial import LayerPlan, Shape
+from luthier.model.cost import LayerPlan, Shape
 from luthier.model.experts import routed
 from luthier.ops.backend import has_kernels, rows_of
 from luthier.ops.dropout import Dropout

@@ -29,10 +29,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from luthier.model.cost import Cost
 from luthier.model.device_memory import available_memory, held_by_others, hold, release
-from luthier.model.dial import Cost, Dial, padded
+from luthier.model.dial import Dial
 from luthier.model.offload import Recorded, slab_bytes
-from luthier.model.recording import Arena, Flight, Program, Recording, Stack
+from luthier.model.recording import Arena, Flight, Program, Recording, Stack, padded
 from luthier.ops.attention import band, kernel_for
 from luthier.ops.lora_linear import Projection, Workspace
 from luthier.ops.nf4 import Quantised

@@ -15,7 +15,9 @@ from luthier import adapters
 from luthier.errors import unknown
 from luthier.model.blocks import Mode
 from luthier.model.checkpointing import checkpointing_mode
-from luthier.model.dial import GIB, HOST_SHARE, Cost, LayerPlan, Shape, offload_plan, plan_for
+from luthier.model.cost import Cost, LayerPlan, Shape, offload_plan, plan_for
+from luthier.model.device_memory import GIB
+from luthier.model.dial import HOST_SHARE
 from luthier.model.experts import BLOCK, expert_stacks, routed
 from luthier.model.host_memory import free_host_memory
 from luthier.model.lora import LAYER_INDEX, require_targets

@@ -20,7 +20,6 @@ from torch import Tensor
 from torch._utils import _unflatten_dense_tensors  # hundreds of views in one call
 from torch.autograd.function import once_differentiable
 
-from luthier.model.dial import padded
 from luthier.ops.attention import Padding
 from luthier.ops.flash_attention import Band
 from luthier.ops.nf4 import Quantised
@@ -328,6 +327,12 @@ def _on(buffers: Buffers, call: Call, which: int) -> Call:
 
 def _mapped(function: Callable[[Tensor], Tensor], seen: Band) -> Band:
     return Band(*map(function, vars(seen).values()))
+
+
+def padded(length: int) -> int:
+    """The length to which a graph pads rows of ``length`` tokens: what is right of them changes nothing in causal rows."""
+    step = 64 if length <= 1024 else 128 if length <= 4096 else 256
+    return -(-length // step) * step
 
 
 def _longer(table: Tensor, length: int) -> Tensor:
