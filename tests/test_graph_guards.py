@@ -21,7 +21,7 @@ from luthier.model import dial as dial_module
 from luthier.model import recording as recording_module
 from luthier.model.accelerate import base_model, dial_of, graphs_of, restore
 from luthier.model.fused_layer import Unfused, read_part
-from luthier.model.graphs import flags
+from luthier.model.passes import flags
 from luthier.model.recording import Arena, Recording
 from luthier.ops.lora_linear import Workspace
 

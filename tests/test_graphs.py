@@ -23,6 +23,7 @@ from tiny import VOCAB, tiny_model
 from torch.utils.checkpoint import checkpoint
 
 from luthier.model import dial as dial_module
+from luthier.model import graph_rules as rules_module
 from luthier.model import graphs as graphs_module
 from luthier.model import offload as offload_module
 from luthier.model import recording as recording_module
@@ -33,7 +34,8 @@ from luthier.model.compute import set_compute
 from luthier.model.cost import LayerPlan
 from luthier.model.graphs import REPEATS
 from luthier.model.offload import Host, Offload, Recorded
-from luthier.model.recording import Arena, Gradients, copies, padded
+from luthier.model.passes import padded
+from luthier.model.recording import Arena, Gradients, copies
 from luthier.ops import attention as attention_module
 
 
@@ -671,7 +673,7 @@ STRUCTURED = {
 @pytest.mark.parametrize("kind", list(STRUCTURED))
 def test_packed_and_padded_rows_whose_kernel_reads_bands(monkeypatch, kind, family):
     """One graph for all of them, and another for whole rows, whatever they hold."""
-    for module in (attention_module, graphs_module):
+    for module in (attention_module, rules_module):
         monkeypatch.setattr(module, "kernel_for", lambda *given: "reference")
     models = pair(family)
     inputs = STRUCTURED[kind]

@@ -6,8 +6,8 @@ of their forward and one of their backward, which run without Python.
 
 The layers are called one by one by a loop that is not ours. While a pass is *deferred* each of them is noted down and
 gives back its input untouched, and the last one runs them all: from graphs, or one after the other as if nothing had
-happened. A graph does on the same addresses the same again, so its key holds every address, shape, number and flag that
-its kernels were launched with: whatever has changed makes another key, and another key runs without a graph.
+happened. The graphs are those of the pass' key, which holds all that they depend on (``model/passes.py``); a pass whose
+key is new, or that no graph can do (``model/graph_rules.py``), runs without.
 
 What layers keep between a graph's forward and its backward lies in memory that the graphs hold for good, all in the same.
 A pass without a graph that needs this memory makes them give it back.
@@ -22,7 +22,6 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import is_dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -32,164 +31,23 @@ from torch import Tensor, nn
 from luthier.model.cost import Cost
 from luthier.model.device_memory import available_memory, held_by_others, hold, release
 from luthier.model.dial import Dial
+from luthier.model.graph_rules import obstacle
 from luthier.model.offload import Recorded, slab_bytes
-from luthier.model.recording import Arena, Flight, Program, Recording, Stack, padded
-from luthier.ops.attention import band, kernel_for
-from luthier.ops.lora_linear import Projection, Workspace
-from luthier.ops.nf4 import Quantised
+from luthier.model.passes import Pass, padded
+from luthier.model.recording import Arena, Flight, Program, Recording, Stack
+from luthier.ops.lora_linear import Workspace
 
 if TYPE_CHECKING:
     from luthier.model.backbone import Structure
-    from luthier.model.blocks import AttentionBlock
     from luthier.model.fused_layer import Blocks, LayerRun
-    from luthier.ops.flash_attention import Band
 
 REPEATS = 2  # passes without a graph, before graphs are made; twice as many each time that they had to give way
 VISITS = 3  # of a shape until it gets graphs, if it may run without beside those of others: they cost what some passes save
 GRAPHS = 32  # keys of a model that get graphs
-HALVES = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction", "allow_fp16_accumulation")
-PLAIN = {int, float, bool, str, type(None), type}
-GRADIENT_BYTES = 1 << 30  # of what trains; beyond, the copies of its gradients cost more than Python does
 
 
 class NotAChain(Exception):
     """Something other than the next layer has touched what a deferred layer gave back."""
-
-
-class Pass:
-    """One forward through the layers, as far as it has come."""
-
-    def __init__(self, x: Tensor, structure: Structure, deferred: bool) -> None:
-        self.x = self.last = x  # what went into the first layer, and what the last one so far gave
-        self.version = x._version
-        self.structure = structure.padding or structure.segments  # of packed or padded rows
-        self.deferred = deferred
-        self.layers: list[LayerRun] = []
-        self.leaves: list[list] = []  # of each layer
-        self.flight: Flight | None = None  # if the graph of its forward runs already
-        self.tables: dict[tuple, tuple[Tensor, Tensor]] = {}  # of the rotations: all layers may have one, or a few
-        self.which: list[int] = []  # of them each layer uses
-
-    def continues(self, layer: LayerRun, x: Tensor) -> bool:
-        return layer.index == len(self.layers) and self.holds(x) and not layer.blocks.are_unique
-
-    def holds(self, x: Tensor) -> bool:
-        return x is self.last and x._version == self.version
-
-    def append(self, layer: LayerRun) -> None:
-        cos, sin = layer.call.cos, layer.call.sin
-        table = cos.data_ptr(), cos.shape, cos.stride(), sin.data_ptr()
-        self.tables.setdefault(table, (cos, sin))
-        self.which.append(list(self.tables).index(table))
-        self.layers.append(layer)
-        self.leaves.append(leaves((layer.call.window, layer.blocks), []))
-
-    def gave(self, output: Tensor) -> Tensor:
-        self.last, self.version = output, output._version
-        return output
-
-    def key(self) -> tuple:
-        return self.shape(), tuple(layer.plan for layer in self.layers), self.state()
-
-    def shape(self) -> tuple:
-        x = self.x
-        return x.shape[0], padded(x.shape[1]), x.shape[2], x.dtype, x.device, x.requires_grad, type(self.structure)
-
-    def state(self) -> tuple:
-        """All of the key that is not of the batch alone."""
-        return tuple(map(addresses, self.leaves)), tuple(self.which), self.kinds(), flags()
-
-    def kinds(self) -> tuple:
-        """What a recording has fixed of the tables."""
-        length = self.x.shape[1]
-        return tuple((t.shape[0], t.shape[1] == length, t.shape[2:], t.dtype) for pair in self.tables.values() for t in pair)
-
-    def windows(self) -> set[int | None]:
-        """Of the layers, where the rows are packed or padded: what a token sees is another thing in every batch."""
-        length = padded(self.x.shape[1])
-        windows = {layer.call.window for layer in self.layers if self.structure is not None}
-        return {window if window is not None and window < length else None for window in windows}
-
-    def band(self, window: int | None) -> Band:
-        """What each token sees, as a graph pads the rows."""
-        return band(padded(self.x.shape[1]), window, replace(self.structure, bands={}), self.x.device)
-
-    def operands(self) -> list[Tensor]:
-        """What the kernels of the layers read."""
-        found = [leaf for leaves in self.leaves for leaf in leaves]
-        return [leaf.packed if type(leaf) is Quantised else leaf for leaf in found if isinstance(leaf, Tensor | Quantised)]
-
-    def parameters(self) -> list[Tensor]:
-        return [parameter for layer in self.layers for parameter in layer.blocks.trained()]
-
-    def eager(self) -> Tensor:
-        x = self.x
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
-def flags() -> tuple:
-    """Settings of torch that choose kernels, or what they sum in."""
-    cuda = torch.backends.cuda
-    fixed = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
-    attention = cuda.cudnn_sdp_enabled(), cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()
-    sums = [getattr(cuda.matmul, name, None) for name in HALVES]
-    return fixed + attention + (*sums, cuda.preferred_blas_library())
-
-
-def leaves(values: Iterable[object], found: list) -> list:
-    """The tensors, numbers and flags in and below ``values``: all that a kernel can be launched with."""
-    for value in values:
-        kind = type(value)
-        if kind in PLAIN:
-            found.append(value)
-        elif kind is list or kind is tuple:
-            found.append(len(value))
-            leaves(value, found)
-        elif kind is Quantised or not (isinstance(value, Projection) or is_dataclass(kind)):
-            found.append(value)
-        else:
-            found.append(kind)
-            leaves(vars(value).values(), found)
-    return found
-
-
-def addresses(found: list) -> tuple:
-    """What of some leaves a captured kernel has fixed."""
-    return tuple([leaf if type(leaf) in PLAIN else _address(leaf) for leaf in found])
-
-
-def _address(leaf: object) -> object:
-    if isinstance(leaf, Tensor):
-        return leaf.data_ptr(), leaf.shape, leaf.stride(), leaf.dtype, leaf.requires_grad
-    return id(leaf) if type(leaf) is Quantised else leaf  # whatever a quantised weight knows of itself may be read
-
-
-def watched(layers: Iterable[nn.Module]) -> bool:
-    """Whether somebody's hooks see or change what goes into a layer or comes out of it."""
-    if torch.nn.modules.module._has_any_global_hook():
-        return True
-    return any(
-        layer._forward_pre_hooks or layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks
-        or "forward" in layer.__dict__
-        for layer in layers
-    )  # fmt: skip
-
-
-def sharded(layers: Iterable[nn.Module]) -> bool:
-    """Whether FSDP gathers their weights for each pass, into memory that it frees behind it."""
-    return any(getattr(layer, "_is_fsdp_managed_module", False) for layer in layers)
-
-
-def reads_bands(attention: AttentionBlock, x: Tensor, structure: Structure) -> bool:
-    """Whether the kernel reads on the device what tokens of packed or padded rows see, or they are neither."""
-    segments = structure.padding or structure.segments
-    if segments is None:
-        return True
-    q, rest = x.new_empty(1, 1, 0, attention.width), (segments, attention.softcap, attention.sinks)
-    kernels = {kernel_for(q, None, window, *rest) for window in (None, 1)}
-    return kernels == {"tiles" if x.is_cuda else "reference"}
 
 
 def _weight_went(graphs: weakref.ref[Graphs], weight: weakref.ref[Tensor]) -> None:
@@ -315,8 +173,8 @@ class Graphs:
         """Bytes that are free for this model, those of its own graphs among them."""
         return available_memory(device, None) - held_by_others(self.dial, device)
 
-    def _own(self) -> None:
-        """Note whose memory the graphs read: they would keep it where a merge or a load has put other weights in its place."""
+    def _note_owners(self) -> None:
+        """Whose memory the graphs read: they would keep it where a merge or a load has put other weights in its place."""
         went = partial(_weight_went, weakref.ref(self))
         for layer in self.loop:
             for weight in layer.parameters():
@@ -330,26 +188,9 @@ class Graphs:
     def _obstacle(self, blocks: Blocks, x: Tensor) -> str:
         if not self.enabled:
             return self.broken or "they are turned off"
-        if self.structure is None:
-            return "only a mask tells what its tokens see"
-        if blocks.mlp is None:
-            return "its experts have none"
-        if watched(self.loop):
-            return "hooks are attached to layers"
-        if sharded(self.loop):
-            return "its weights are sharded: they lie elsewhere in every pass"
-        if blocks.are_unique:
-            return "the masks of dropout, or several adapters as one, are made anew in every pass"
-        if x.ndim != 3 or not self.arena_class.fits(x):
+        if not self.arena_class.fits(x):
             return "its device has none"
-        if not reads_bands(blocks.attention, x, self.structure):
-            return "its rows are packed or padded, and the kernel of its attention reads their lengths on the CPU"
-        if self._gradient_bytes(blocks) > GRADIENT_BYTES:
-            return "copying the gradients of so much that trains would take longer"
-        return ""
-
-    def _gradient_bytes(self, blocks: Blocks) -> int:
-        return self.dial.layers * sum(parameter.nbytes for parameter in blocks.trained())
+        return obstacle(x, blocks, self.loop, self.structure, self.dial.layers)
 
     def _begin(self, x: Tensor) -> Pass | None:
         if self.expected and not self.dial.planned.obstacle:
@@ -396,7 +237,8 @@ class Graphs:
             self.why = "the backward of the pass before it has not come yet"
         elif key not in self.recordings:
             taken.flight = None
-            self.why = self._record(key, taken)
+            self._count(key)
+            self.why = self._too_early(key, taken) or self._record(key, taken)
         if self.why:
             self.latest.pop(shape, None)
             return self._eagerly(taken)
@@ -414,58 +256,73 @@ class Graphs:
         self._make_room()
         return taken.eager()
 
-    def _record(self, key: tuple, taken: Pass) -> str:
-        """Why there are no graphs of ``key`` now, or nothing."""
-        self._count(key)
+    def _too_early(self, key: tuple, taken: Pass) -> str:
+        """Why ``key`` gets no graphs in this pass, or nothing."""
         *kind, state = key
-        parks = any(layer.plan.host for layer in taken.layers)
-        if parks and self.uncopied:
+        if taken.parks and self.uncopied:
             return self.uncopied
         if self.seen[state] <= REPEATS << min(self.retreats, 10):
             return "its weights and adapters have not come often enough"
         if self.came[tuple(kind)] < VISITS and self._leaves_room():
             return "its shape has not come often enough"
         if len(self.recordings) >= GRAPHS:  # those of weights or settings that the model has no more, perhaps
-            self.recordings = {known: recording for known, recording in self.recordings.items() if known[-1] == state}
-            left = {id(recording) for recording in self.recordings.values()}
-            self.warmed = {known: held for known, held in self.warmed.items() if known[-1] == state}
-            self.latest = {shape: recording for shape, recording in self.latest.items() if id(recording) in left}
+            self._keep_only(state)
         if len(self.recordings) >= GRAPHS:
             return f"{GRAPHS} other shapes or states have graphs"
         if any(table.shape[1] != taken.x.shape[1] for pair in taken.tables.values() for table in pair):
             return "its rotations are not those of its tokens"
+        return ""
+
+    def _keep_only(self, state: tuple) -> None:
+        """Give up the graphs of every other."""
+        self.recordings = {key: recording for key, recording in self.recordings.items() if key[-1] == state}
+        self.warmed = {key: held for key, held in self.warmed.items() if key[-1] == state}
+        left = {id(recording) for recording in self.recordings.values()}
+        self.latest = {shape: recording for shape, recording in self.latest.items() if id(recording) in left}
+
+    def _record(self, key: tuple, taken: Pass) -> str:
+        """Make graphs of ``key``; why that failed, or nothing."""
         if self._have_moved():  # what the others read is nobody's any more
             self.warmed.clear()
             self._forget()
-        block, whole, warming_up = self._sizes(taken)
-        if taken.x.is_cuda and whole > self._room(taken.x.device):
+        gradients = sum(parameter.nbytes for parameter in taken.parameters())
+        cost = Cost(taken.widths(), taken.tokens, self.dial.planned.batch.length, from_graphs=True, gradients=gradients)
+        plans = [layer.plan for layer in taken.layers]
+        if taken.x.is_cuda and cost.device(plans) > self._room(taken.x.device):
             return "the device has no memory for them"
         try:
             with torch.no_grad(), torch.autocast(taken.x.device.type, enabled=False):
-                if self.arena is not None and self.arena.size < block:  # the others are made again in the larger one
-                    self._forget()
-                self._warm_up(key, taken, warming_up)
-                self._own()
-                copies = self._copies(taken) if parks else None
-                self.arena = self.arena or self.arena_class(block, taken.x.device)
-                try:
-                    self.recordings[key] = Recording(taken, self.arena, self.workspace, copies)
-                finally:  # an interrupted one has taken memory too
-                    hold(self.dial, self.arena.device, self.arena.bytes)
+                self._record_within(cost.block(plans), cost.warming_up(plans), key, taken)
         except torch.OutOfMemoryError:
             self._retreat()
             return "the device had no memory for them"
         except RuntimeError as error:  # a kernel that cannot be recorded, or a copy: where no memory may be pinned, for one
-            self.clear()
-            reason = str(error).partition("\n")[0]
-            if parks:
-                self.uncopied, whose = reason, "plans that keep something in host memory"
-            else:
-                self.enabled, self.broken, whose = False, reason, "this model"
-            message = f"No CUDA graphs for {whose}: every kernel is launched from Python ({reason})."
-            warnings.warn(message, UserWarning, stacklevel=2)
-            return reason
+            return self._give_up(str(error).partition("\n")[0], taken.parks)
         return ""
+
+    def _record_within(self, block: int, warming_up: int, key: tuple, taken: Pass) -> None:
+        """Over an arena of ``block`` bytes, once the layers have been warmed up, in so many."""
+        if self.arena is not None and self.arena.size < block:  # the others are made again in the larger one
+            self._forget()
+        self._warm_up(key, taken, warming_up)
+        self._note_owners()
+        copies = self._copies(taken) if taken.parks else None
+        self.arena = self.arena or self.arena_class(block, taken.x.device)
+        try:
+            self.recordings[key] = Recording(taken, self.arena, self.workspace, copies)
+        finally:  # an interrupted one has taken memory too
+            hold(self.dial, self.arena.device, self.arena.bytes)
+
+    def _give_up(self, reason: str, parks: bool) -> str:
+        """No graphs from now on: for plans that keep something in host memory if this one ``parks``, else for the model."""
+        self.clear()
+        if parks:
+            self.uncopied, whose = reason, "plans that keep something in host memory"
+        else:
+            self.enabled, self.broken, whose = False, reason, "this model"
+        message = f"No CUDA graphs for {whose}: every kernel is launched from Python ({reason})."
+        warnings.warn(message, UserWarning, stacklevel=2)
+        return reason
 
     def _warm_up(self, key: tuple, taken: Pass, size: int) -> None:
         """Run the layers before they are recorded, which takes ``size`` bytes: if they find no room beside the arena it goes.
@@ -480,21 +337,11 @@ class Graphs:
         self.arena_class.aside(Program(taken).warm_up, taken.x.device)
         if len(self.warmed) >= 2 * GRAPHS:
             self.warmed.clear()
-        self.warmed[key] = [leaf for leaves in taken.leaves for leaf in leaves if isinstance(leaf, Quantised)]
+        self.warmed[key] = taken.quantised()
 
     def _copies(self, taken: Pass) -> Recorded:
         """With the host memory that these layers want, that of the passes before first."""
-        x, first = taken.x, taken.layers[0]
-        shape, tokens = first.blocks.shape(x, first.state.model.compute), x.shape[0] * padded(x.shape[1])
-        sizes = [tokens * shape.parked(layer.plan) for layer in taken.layers]
-        self.copies.adopt(self.dial.offload, [slab_bytes(size) for size in sizes if size], x.device)
+        widths = taken.widths()
+        sizes = [taken.tokens * widths.parked(layer.plan) for layer in taken.layers]
+        self.copies.adopt(self.dial.offload, [slab_bytes(size) for size in sizes if size], taken.x.device)
         return self.copies
-
-    def _sizes(self, taken: Pass) -> tuple[int, int, int]:
-        """Bytes of the graphs' block, of a step that runs from them, and of a layer that warms up."""
-        x, first = taken.x, taken.layers[0]
-        shape, length = first.blocks.shape(x, first.state.model.compute), self.dial.planned.batch.length
-        gradients = sum(parameter.nbytes for parameter in taken.parameters())
-        cost = Cost(shape, x.shape[0] * padded(x.shape[1]), length, from_graphs=True, gradients=gradients)
-        plans = [layer.plan for layer in taken.layers]
-        return cost.block(plans), cost.device(plans), cost.warming_up(plans)

@@ -20,14 +20,13 @@ from torch import Tensor
 from torch._utils import _unflatten_dense_tensors  # hundreds of views in one call
 from torch.autograd.function import once_differentiable
 
+from luthier.model.passes import Pass, padded
 from luthier.ops.attention import Padding
 from luthier.ops.flash_attention import Band
-from luthier.ops.nf4 import Quantised
 from luthier.ops.unchanged import Unchanged
 
 if TYPE_CHECKING:
     from luthier.model.blocks import Call
-    from luthier.model.graphs import Pass
     from luthier.model.host_memory import Slab
     from luthier.model.offload import Recorded
     from luthier.ops.lora_linear import Workspace
@@ -191,12 +190,10 @@ class Recording:
 
     def __init__(self, taken: Pass, arena: Arena, workspace: Workspace, copies: Recorded | None = None) -> None:
         self.program = Program(taken, copies)
-        of_layers = [leaf for leaves in taken.leaves for leaf in leaves]
-        self.alive = [leaf.detach() for leaf in of_layers if isinstance(leaf, Tensor)]  # what the graphs read: they may
-        self.alive += workspace.buffers.values()  # start before it is known that they are still the right ones
-        self.quantised = [leaf for leaf in of_layers if isinstance(leaf, Quantised)]
-        self.kinds, self.workspace = taken.kinds(), workspace
-        self.read = [*self.alive, *(weight.packed for weight in self.quantised)]
+        self.kinds, self.workspace, self.quantised = taken.kinds(), workspace, taken.quantised()
+        alive = [tensor.detach() for tensor in taken.tensors()]
+        # what the graphs read stays alive: they may start before it is known that it is still the right thing
+        self.read = [*alive, *workspace.buffers.values(), *(weight.packed for weight in self.quantised)]
         self.where = _where(self.read)
         collects = gc.isenabled()
         gc.disable()  # what is freed in the middle of a recording could end it
@@ -327,12 +324,6 @@ def _on(buffers: Buffers, call: Call, which: int) -> Call:
 
 def _mapped(function: Callable[[Tensor], Tensor], seen: Band) -> Band:
     return Band(*map(function, vars(seen).values()))
-
-
-def padded(length: int) -> int:
-    """The length to which a graph pads rows of ``length`` tokens: what is right of them changes nothing in causal rows."""
-    step = 64 if length <= 1024 else 128 if length <= 4096 else 256
-    return -(-length // step) * step
 
 
 def _longer(table: Tensor, length: int) -> Tensor:
