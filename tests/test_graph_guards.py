@@ -16,13 +16,14 @@ from stock_pairs import difference, nf4_model, with_lora
 from test_graphs import Again, assert_equal, batch, change_scaling, counters, gradients_of, graphed, pair, step, warm  # noqa: F401
 from tiny import tiny_model
 
+from luthier.model import arena as arena_module
 from luthier.model import device_memory
 from luthier.model import dial as dial_module
-from luthier.model import recording as recording_module
 from luthier.model.accelerate import base_model, dial_of, graphs_of, restore
+from luthier.model.arena import Arena
 from luthier.model.fused_layer import Unfused, read_part
 from luthier.model.passes import flags
-from luthier.model.recording import Arena, Recording
+from luthier.model.recording import Recording
 from luthier.ops.lora_linear import Workspace
 
 
@@ -358,7 +359,7 @@ def test_other_threads_may_pin_memory_while_a_recording_that_failed_is_made_up_f
 
     for name in ("current_stream", "CUDAGraph"):
         monkeypatch.setattr(torch.cuda, name, lambda *given: None)
-    monkeypatch.setattr(recording_module, "_emptied", lambda device: 0)
+    monkeypatch.setattr(arena_module, "_emptied", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
     monkeypatch.setattr(torch.cuda, "graph", graph)
     arena = Arena.__new__(Arena)

@@ -22,12 +22,13 @@ from stock_pairs import difference, nf4_model, with_lora
 from tiny import VOCAB, tiny_model
 from torch.utils.checkpoint import checkpoint
 
+from luthier.model import arena as arena_module
 from luthier.model import dial as dial_module
 from luthier.model import graph_rules as rules_module
 from luthier.model import graphs as graphs_module
 from luthier.model import offload as offload_module
-from luthier.model import recording as recording_module
 from luthier.model.accelerate import accelerate, dial_of, graphs_of
+from luthier.model.arena import Arena
 from luthier.model.blocks import Mode
 from luthier.model.checkpointing import set_checkpointing
 from luthier.model.compute import set_compute
@@ -35,7 +36,7 @@ from luthier.model.cost import LayerPlan
 from luthier.model.graphs import REPEATS
 from luthier.model.offload import Host, Offload, Recorded
 from luthier.model.passes import padded
-from luthier.model.recording import Arena, Gradients, copies
+from luthier.model.recording import Gradients, handed_out
 from luthier.ops import attention as attention_module
 
 
@@ -614,13 +615,13 @@ def test_an_experts_model_runs_without():
 def test_gradients_of_several_dtypes():
     tensors = [torch.full((2, 3), 0.0), torch.full((4,), 1.0, dtype=torch.bfloat16), torch.full((5,), 2.0).expand(3, 5)]
     layers = [Gradients(tensors[:2]), Gradients([]), Gradients(tensors[2:])]
-    copied = copies(layers)
+    copied = handed_out(layers)
     for layer in layers:
         for piece in layer.pieces.values():
             piece.fill_(9)
     for index, (copy_, tensor) in enumerate(zip(copied, tensors, strict=True)):
         assert copy_.shape == tensor.shape and copy_.dtype == tensor.dtype and (copy_ == index).all()
-    alone = copies([Gradients(tensors[:1])])[0]
+    alone = handed_out([Gradients(tensors[:1])])[0]
     assert alone.data_ptr() != tensors[0].data_ptr()
 
 
@@ -772,7 +773,7 @@ def test_what_a_failed_warm_up_has_launched_is_waited_for(monkeypatch):
     """It writes into the buffers that the pass without a graph uses next."""
     waits, stream = [], types.SimpleNamespace(wait_stream=lambda stream: None)
     current = types.SimpleNamespace(wait_stream=waits.append)
-    monkeypatch.setattr(recording_module, "_stream", lambda device: stream)
+    monkeypatch.setattr(arena_module, "_stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
     monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
     with pytest.raises(torch.OutOfMemoryError):

@@ -28,13 +28,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from luthier.model.arena import Arena
 from luthier.model.cost import Cost
 from luthier.model.device_memory import available_memory, held_by_others, hold, release
 from luthier.model.dial import Dial
 from luthier.model.graph_rules import obstacle
 from luthier.model.offload import Recorded, slab_bytes
 from luthier.model.passes import Pass, padded
-from luthier.model.recording import Arena, Flight, Program, Recording, Stack
+from luthier.model.recording import Flight, Program, Recording, Stack
 from luthier.ops.lora_linear import Workspace
 
 if TYPE_CHECKING:
