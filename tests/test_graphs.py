@@ -34,7 +34,7 @@ from luthier.model.checkpointing import set_checkpointing
 from luthier.model.compute import set_compute
 from luthier.model.cost import LayerPlan
 from luthier.model.graphs import REPEATS
-from luthier.model.offload import Host, Offload, Recorded
+from luthier.model.offload import GraphOffload, Host, Offload
 from luthier.model.passes import padded
 from luthier.model.recording import Gradients, handed_out
 from luthier.ops import attention as attention_module
@@ -433,7 +433,7 @@ def test_every_family_finds_its_slabs_prepared(monkeypatch, family):
 
 
 def test_a_recording_leaves_others_the_host_memory_that_it_does_not_need():
-    other, copies, device = Offload(), Recorded(), torch.device("cpu")
+    other, copies, device = Offload(), GraphOffload(), torch.device("cpu")
     other.prepare([100, 200, 300, 300], device)
     for _ in range(3):  # nor does it take more the next time
         copies.adopt(other, [150, 50], device)
@@ -442,12 +442,12 @@ def test_a_recording_leaves_others_the_host_memory_that_it_does_not_need():
         other.take_over(copies)
         other.pool.prepare([300, 300])
         assert other.pool.held == 900
-        copies = Recorded()
+        copies = GraphOffload()
 
 
 def test_what_a_recording_that_broke_off_waited_for_is_forgotten(monkeypatch):
     """Its events are no others' to wait for, and its tensors lie in the graphs' memory."""
-    copies, device = Recorded(), torch.device("cpu")
+    copies, device = GraphOffload(), torch.device("cpu")
     copies.under_way, copies.chain = [(object(), [torch.zeros(1)])], [(0, object())]
     copies.adopt(None, [100], device)
     assert not copies.under_way and not copies.chain
@@ -486,7 +486,7 @@ def test_copies_that_cannot_be_recorded_leave_other_plans_their_graphs():
 
 def test_copies_of_a_recording_wait_for_no_event_of_another():
     """Nor for one of a pass without: such an event is none that a graph knows."""
-    other, copies, device = Offload(), Recorded(), torch.device("cpu")
+    other, copies, device = Offload(), GraphOffload(), torch.device("cpu")
     other.prepare([100, 200], device)
     slabs = list(other.pool.free)
     slabs[0].read, slabs[0].waits = object(), object()

@@ -33,7 +33,7 @@ from luthier.model.cost import Cost
 from luthier.model.device_memory import available_memory, held_by_others, hold, release
 from luthier.model.dial import Dial
 from luthier.model.graph_rules import obstacle
-from luthier.model.offload import Recorded, slab_bytes
+from luthier.model.offload import GraphOffload, slab_bytes
 from luthier.model.passes import Pass, padded
 from luthier.model.recording import Flight, Program, Recording, Stack
 from luthier.ops.lora_linear import Workspace
@@ -73,7 +73,7 @@ class Graphs:
         self.loop: Iterable[nn.Module] = ()  # the layers of the backbone that runs
         self.structure: Structure | None = None  # of its batch
         self.flight: Callable[[], Flight | None] = lambda: None
-        self.copies = Recorded()
+        self.copies = GraphOffload()
         self.is_chain = False  # a pass went from layer to layer, untouched between them
         self.clear()
 
@@ -85,7 +85,7 @@ class Graphs:
     def _give_back(self) -> None:
         if self.dial.offload is not None and not self._in_flight():
             self.dial.offload.take_over(self.copies)
-        self.copies = Recorded()
+        self.copies = GraphOffload()
         self.seen: Counter[tuple] = Counter()  # passes of one state without a graph
         self.flight = lambda: None
         self.has_trained = False
@@ -340,7 +340,7 @@ class Graphs:
             self.warmed.clear()
         self.warmed[key] = taken.quantised()
 
-    def _copies(self, taken: Pass) -> Recorded:
+    def _copies(self, taken: Pass) -> GraphOffload:
         """With the host memory that these layers want, that of the passes before first."""
         widths = taken.widths()
         sizes = [taken.tokens * widths.parked(layer.plan) for layer in taken.layers]

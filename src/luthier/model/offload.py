@@ -150,7 +150,7 @@ class Offload:
         parked.slab.waits = current
 
 
-class Recorded(Offload):
+class GraphOffload(Offload):
     """Copies that CUDA graphs make. All graphs of a model use the same slabs: only one of them is under way at a time."""
 
     def adopt(self, other: Offload | None, sizes: list[int], device: torch.device) -> None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from luthier.model.arena import Arena
     from luthier.model.blocks import Call
     from luthier.model.host_memory import Slab
-    from luthier.model.offload import Recorded
+    from luthier.model.offload import GraphOffload
     from luthier.ops.lora_linear import Workspace
 
 
@@ -62,7 +62,7 @@ class Buffers:
 class Program:
     """The layers' forward and backward over ``buffers``, which the first forward makes."""
 
-    def __init__(self, taken: Pass, copies: Recorded | None = None) -> None:
+    def __init__(self, taken: Pass, copies: GraphOffload | None = None) -> None:
         self.copies = copies  # to host memory and back, where the plan wants some
         self.new_buffers = partial(Buffers.of, taken)
         self.wants_x = taken.x.requires_grad
@@ -126,7 +126,7 @@ class Program:
 class Recording:
     """The two graphs of one key, whose layers have been warmed up."""
 
-    def __init__(self, taken: Pass, arena: Arena, workspace: Workspace, copies: Recorded | None = None) -> None:
+    def __init__(self, taken: Pass, arena: Arena, workspace: Workspace, copies: GraphOffload | None = None) -> None:
         self.program = Program(taken, copies)
         self.kinds, self.workspace, self.quantised = taken.kinds(), workspace, taken.quantised()
         alive = [tensor.detach() for tensor in taken.tensors()]
