@@ -21,8 +21,8 @@ from luthier.model import device_memory
 from luthier.model import dial as dial_module
 from luthier.model.accelerate import base_model, dial_of, graphs_of, restore
 from luthier.model.arena import Arena
-from luthier.model.fused_layer import Unfused, read_part
 from luthier.model.passes import flags
+from luthier.model.read_layer import Unfused, read_part
 from luthier.model.recording import Recording
 from luthier.ops.lora_linear import Workspace
 

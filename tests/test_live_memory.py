@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from luthier.model import blocks
 from luthier.model.blocks import AttentionBlock, Call, MlpBlock, Mode, Norm
 from luthier.model.cost import SCRATCH, Cost, LayerPlan
-from luthier.model.fused_layer import Blocks
+from luthier.model.layer_blocks import Blocks
 from luthier.model.offload import Host, Offload, Parked
 from luthier.ops import gated_mlp, lora_linear, nf4, rms_norm, rotary
 from luthier.ops.attention import AttentionState

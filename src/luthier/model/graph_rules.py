@@ -13,7 +13,7 @@ from luthier.ops.attention import kernel_for
 if TYPE_CHECKING:
     from luthier.model.backbone import Structure
     from luthier.model.blocks import AttentionBlock
-    from luthier.model.fused_layer import Blocks
+    from luthier.model.layer_blocks import Blocks
 
 GRADIENT_BYTES = 1 << 30  # of what trains; beyond, the copies of its gradients cost more than Python does
 

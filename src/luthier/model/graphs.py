@@ -40,7 +40,8 @@ from luthier.ops.lora_linear import Workspace
 
 if TYPE_CHECKING:
     from luthier.model.backbone import Structure
-    from luthier.model.fused_layer import Blocks, LayerRun
+    from luthier.model.fused_layer import LayerRun
+    from luthier.model.layer_blocks import Blocks
 
 REPEATS = 2  # passes without a graph, before graphs are made; twice as many each time that they had to give way
 VISITS = 3  # of a shape until it gets graphs, if it may run without beside those of others: they cost what some passes save

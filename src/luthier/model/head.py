@@ -25,7 +25,7 @@ from transformers.utils import ModelOutput
 
 from luthier.adapters.spec import Head, Spec
 from luthier.model.backbone import cache_of
-from luthier.model.fused_layer import is_hooked, unwrapped
+from luthier.model.read_layer import is_hooked, unwrapped
 from luthier.ops.linear_cross_entropy import CHUNK_BYTES, linear_cross_entropy, shape_logits
 from luthier.ops.unchanged import Unchanged
 
