@@ -64,7 +64,8 @@ def nf4_model(tmp_path, family: str = "llama3", **changes):
     quantisation = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
     )
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / family, quantization_config=quantisation, dtype=torch.float32)
+    settings = {"quantization_config": quantisation, "dtype": torch.float32, "device_map": "cpu"}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / family, **settings)
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
             module.support_avx512bf16_for_cpu = False

@@ -591,6 +591,25 @@ def test_what_cannot_be_recorded_runs_without_and_says_so_once():
         assert_equal(models, batch(), replays=0)
 
 
+def test_graphs_do_not_fill_their_inputs_where_algorithms_are_deterministic():
+    """torch fills new memory with NaN then, and a graph does again in every replay what was done while it was recorded."""
+    models, made = pair(), []
+
+    class Noted(Again):
+        def record(self, function):
+            made.append(torch.empty(99))
+            return super().record(function)
+
+    graphs_of(models[0]).arena_class = Noted
+    torch.use_deterministic_algorithms(True)
+    try:
+        warm(models)
+        assert torch.empty(99).isnan().all()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(made) == 2 and torch.stack(made).isfinite().all()
+
+
 def test_two_models_and_a_copy_have_graphs_of_their_own():
     models, others = pair(), pair("qwen3")
     warm(models)

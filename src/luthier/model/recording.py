@@ -7,8 +7,9 @@ as the longest batch needs. What goes in and comes out of them lies there too, a
 
 from __future__ import annotations
 
+import contextlib
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from torch._utils import _unflatten_dense_tensors  # hundreds of views in one call
 from torch.autograd.function import once_differentiable
+from torch.utils import deterministic
 
 from luthier.model.passes import Pass, padded
 from luthier.ops.attention import Padding
@@ -133,15 +135,10 @@ class Recording:
         # what the graphs read stays alive: they may start before it is known that it is still the right thing
         self.read = [*alive, *workspace.buffers.values(), *(weight.packed for weight in self.quantised)]
         self.where = _where(self.read)
-        collects = gc.isenabled()
-        gc.disable()  # what is freed in the middle of a recording could end it
-        try:
+        with _undisturbed():
             self.forward_graph = arena.record(self.program.forward)
             self.slabs = self.program.slabs()
             self.backward_graph = arena.record(self.program.backward)
-        finally:
-            if collects:
-                gc.enable()
         self.program.let_go(arena.alias)
 
     def is_intact(self) -> bool:
@@ -221,6 +218,22 @@ class Stack(torch.autograd.Function):
         ctx.trained.check()
         grad_x, gradients = recording.backward(grad)
         return grad_x, None, *gradients
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """While open, nothing is freed in the middle of a recording, which could end it, and new memory is left as it is: with
+    deterministic algorithms torch fills it with NaN, and a graph would fill its inputs in every replay.
+    """
+    collects, fills = gc.isenabled(), deterministic.fill_uninitialized_memory
+    gc.disable()
+    deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        deterministic.fill_uninitialized_memory = fills
+        if collects:
+            gc.enable()
 
 
 def _where(tensors: list[Tensor]) -> list[int]:
