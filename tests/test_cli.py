@@ -24,6 +24,9 @@ from transformers import AutoModelForCausalLM
 
 import luthier
 from luthier import cli, files
+from luthier.config import SFTRecipe
+from luthier.terminal import say, table
+from luthier.workflows.common import save_outputs
 
 RUN = ("--max-steps", "2", "--per-device-train-batch-size", "1", "--gradient-accumulation-steps", "1")
 
@@ -636,3 +639,16 @@ def test_training_that_diverges_failed(place, run, monkeypatch, tmp_path):
     monkeypatch.setattr("trl.SFTTrainer.training_step", lambda *args, **kwargs: nan)
     result = run("sft", *flags, *RUN)
     assert result.code == 1 and result.err.splitlines()[-1].startswith("Failed: ") and "learning_rate" in result.err
+
+
+def test_of_several_processes_the_first_talks_and_writes(run, monkeypatch, tmp_path, capsys):
+    """As torchrun starts them; errors come from whoever meets them."""
+    monkeypatch.setenv("RANK", "1")
+    say("the first says this")
+    table("Title", ["column"], [["cell"]])
+    assert save_outputs(None, None, SFTRecipe(output=str(tmp_path))) == {} and not list(tmp_path.iterdir())
+    assert capsys.readouterr().err == ""
+    assert "missing.yaml" in run("sft", str(tmp_path / "missing.yaml")).err
+    monkeypatch.setenv("RANK", "0")
+    say("the first says this")
+    assert capsys.readouterr().err == "the first says this\n"

@@ -68,12 +68,12 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, TypeError, ImportError, OSError) as error:
         if not raised_by_luthier(error):
             raise
-        say(f"Error: {error.strerror if isinstance(error, OSError) and error.strerror else error}")
+        say(f"Error: {error.strerror if isinstance(error, OSError) and error.strerror else error}", quiet=False)
         return 2
     except (ExportProofError, FloatingPointError) as error:
         if not raised_by_luthier(error):
             raise
-        say(f"Failed: {error}")
+        say(f"Failed: {error}", quiet=False)
         return 1
     except KeyboardInterrupt:
         say("Stopped.")

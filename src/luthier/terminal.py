@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 import warnings
@@ -16,14 +17,19 @@ from rich.text import Text
 PLAIN_LINE_SECONDS = 10.0
 
 
-def console() -> Console:
-    """A console on the current standard error: results go to standard output, talk goes here."""
-    return Console(file=sys.stderr, soft_wrap=True, highlight=False)
+def is_first_process() -> bool:
+    """Whether this is the process that talks and writes, of those that train one model."""
+    return int(os.environ.get("RANK", 0)) == 0  # set by torchrun and accelerate launch
 
 
-def say(message: str) -> None:
-    """One line for the person at the terminal."""
-    console().print(message, markup=False)
+def console(quiet: bool | None = None) -> Console:
+    """A console on the current standard error: results go to standard output, talk goes here. The first process talks."""
+    return Console(file=sys.stderr, soft_wrap=True, highlight=False, quiet=not is_first_process() if quiet is None else quiet)
+
+
+def say(message: str, quiet: bool | None = None) -> None:
+    """One line for the person at the terminal; ``quiet=False``: from whichever process."""
+    console(quiet).print(message, markup=False)
 
 
 def notice_once(owner: object, key: str, message: str) -> None:

@@ -47,5 +47,4 @@ class Clock:
         between = now - self.began - sum(self.parts.values())
         parts = [f"{seconds:.1f} s {name}" for name, seconds in self.parts.items()]
         parts += [f"{between:.1f} s between them"] if between >= 0.1 else []
-        if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-            say(f"First step {now - self.began:.1f} s after loading began: {', '.join(parts)}")
+        say(f"First step {now - self.began:.1f} s after loading began: {', '.join(parts)}")

@@ -271,5 +271,8 @@ def _embeddings(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     inner = module.get_base_layer() if isinstance(module, LoraLayer) else getattr(module, "original_module", module)
     ids = torch.arange(len(inner.weight), device=inner.weight.device).split(ROWS)
     scale = float(getattr(inner, "embed_scale", 1.0))
-    rows, plain = (torch.cat([part(some) for some in ids]) / scale for part in (module, inner))
-    return rows, None if inner is module else plain
+
+    def all_of(part: nn.Module) -> Tensor:
+        return torch.cat([part(some) for some in ids]) / scale
+
+    return all_of(module), None if inner is module else all_of(inner)

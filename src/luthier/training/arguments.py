@@ -169,6 +169,8 @@ def fit_arguments(args: SharedArguments, model: PreTrainedModel) -> SharedArgume
                 "cannot work. Train an adapter, whose weights are float32, or load with dtype='float32' or 'bfloat16'."
             )
         args.mixed_precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
+    if args.ddp_find_unused_parameters is None and getattr(model.config, "vision_config", None) is None:
+        args.ddp_find_unused_parameters = False  # rows without pictures leave a vision part unused, nothing else is ever
     if args.gradient_checkpointing is None:
         set_recomputation(args, False)  # for transformers: leave the model alone
     elif not args.gradient_checkpointing and model.is_gradient_checkpointing:

@@ -14,6 +14,7 @@ from luthier.data.chat import find_template
 from luthier.files import atomic_file, require_writable
 from luthier.gguf.convert import output_paths
 from luthier.model.compute import require_compute
+from luthier.terminal import is_first_process
 from luthier.training.arguments import SharedArguments, TrainingArguments
 from luthier.training.checkpoints import find_checkpoint
 
@@ -69,7 +70,9 @@ def checked(recipe: TrainRecipe) -> str | None:
 def save_outputs(
     model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase | ProcessorMixin, recipe: TrainRecipe
 ) -> dict[str, Path]:
-    """Save what the recipe asks for below its output directory; gives the paths by kind."""
+    """Save what the recipe asks for below its output directory; gives the paths by kind. The first of several processes does."""
+    if not is_first_process():
+        return {}
     output = Path(recipe.output)
     written: dict[str, Path] = {}
     if isinstance(model, PeftModel):
