@@ -42,7 +42,6 @@ from luthier.ops import (  # noqa: E402
     rotary,
 )
 from luthier.ops.attention import attention, attention_reference  # noqa: E402
-from luthier.ops.token_logprobs import token_logprobs  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"
 DTYPES = [torch.float32, torch.bfloat16]
@@ -348,22 +347,6 @@ class TestLinearCrossEntropy:
 
         check(op, reference, inputs)
 
-    def test_log_probs_and_entropy(self, path, dtype, shaping):
-        inputs = {"hidden": randn(2, 7, 24, dtype=dtype), "weight": randn(131, 24, seed=1, dtype=dtype)}
-        tokens = torch.randint(131, (2, 7), generator=torch.Generator().manual_seed(0)).to(DEVICE)
-
-        def reference(hidden, weight):
-            logits = linear_cross_entropy.shape_logits(F.linear(hidden, weight), **shaping)
-            logits = logits.float() if logits.dtype != torch.float64 else logits
-            log_probs = torch.log_softmax(logits / 0.7, -1)
-            return log_probs.gather(-1, tokens[..., None])[..., 0], -(log_probs.exp() * log_probs).sum(-1)
-
-        check(
-            lambda hidden, weight: token_logprobs(hidden, weight, tokens, **shaping, temperature=0.7, chunk_rows=4),
-            reference,
-            inputs,
-        )
-
 
 def test_a_loss_without_targets_is_a_differentiable_zero():
     hidden, weight = randn(5, 8).requires_grad_(), randn(9, 8).requires_grad_()
@@ -406,8 +389,6 @@ def test_a_loss_without_a_backward_computes_no_gradient(path, shaping, monkeypat
 def test_mismatched_tokens_are_an_error():
     with pytest.raises(ValueError, match="(5, 8)"):
         linear_cross_entropy.linear_cross_entropy(randn(5, 8), randn(9, 8), torch.zeros(4, dtype=torch.long))
-    with pytest.raises(ValueError, match="temperature=0"):
-        token_logprobs(randn(5, 8), randn(9, 8), torch.zeros(5, dtype=torch.long), temperature=0)
 
 
 @pytest.mark.parametrize("heads", [4, 2])

@@ -18,20 +18,6 @@ from luthier.ops.backend import has_kernels, jit, power_of_2, tl
 CHUNK_BYTES = 1 << 28  # of one chunk of logits: large enough for full-speed products, small beside a model
 
 
-def linear_cross_entropy_reference(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    scale: float = 1.0,
-    ignore_index: int = -100,
-) -> Tensor:
-    """The definition, in plain torch. hidden (N, D), weight (V, D), targets (N,) int64 -> fp32 scalar."""
-    logits = shape_logits(torch.nn.functional.linear(hidden, weight, bias).float(), softcap, scale)
-    return torch.nn.functional.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
-
-
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
