@@ -19,7 +19,8 @@ from ops import seconds
 from torch import Tensor
 
 from luthier.ops import attention
-from luthier.ops.attention import Padding, Segments, attend, attend_backward, kernel_for
+from luthier.ops.attention import attend, attend_backward, kernel_for
+from luthier.ops.bands import Padding, Segments
 
 CAUSAL, STRUCTURED = ("cudnn", "flash", "efficient", "tiles"), ("flash, structured", "tiles")
 

@@ -24,7 +24,7 @@ from luthier.model.arena import Arena
 from luthier.model.passes import flags
 from luthier.model.read_layer import Unfused, read_part
 from luthier.model.recording import Recording
-from luthier.ops.lora_linear import Workspace
+from luthier.ops.workspace import Workspace
 
 
 def an_adapter(model, part="lora_A"):

@@ -20,8 +20,9 @@ from luthier.model.offload import Host, Offload, Parked
 from luthier.ops import gated_mlp, lora_linear, nf4, rms_norm, rotary
 from luthier.ops.attention import AttentionState
 from luthier.ops.linear_cross_entropy import rows_per_chunk
-from luthier.ops.lora_linear import Part, Projection, Workspace
+from luthier.ops.lora_linear import Part, Projection
 from luthier.ops.nf4 import Quantised
+from luthier.ops.workspace import Workspace
 
 LAYERS, HEADS, PAIRS, WIDTH, HIDDEN, MLP, RANK, VOCAB = 4, 32, 8, 128, 4096, 14336, 16, 128256
 

@@ -13,7 +13,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from luthier import adapters
-from luthier.ops.attention import Segments, attention
+from luthier.ops.attention import attention
+from luthier.ops.bands import Segments
 
 NAME = "luthier"
 

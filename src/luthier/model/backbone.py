@@ -19,8 +19,8 @@ from luthier.model.clock import Clock
 from luthier.model.dial import Dial
 from luthier.model.graphs import Graphs
 from luthier.model.host_memory import movable
-from luthier.ops.attention import Padding, Segments
-from luthier.ops.lora_linear import Workspace
+from luthier.ops.bands import Padding, Segments
+from luthier.ops.workspace import Workspace
 
 CACHE_NAMES = ("past_key_values", "cache")  # what transformers calls a key-value cache; the second from 5.24 on
 

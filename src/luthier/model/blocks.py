@@ -16,7 +16,8 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from luthier.ops.attention import AttentionState, Padding, Segments, attend, attend_backward
+from luthier.ops.attention import AttentionState, attend, attend_backward
+from luthier.ops.bands import Padding, Segments
 from luthier.ops.fp8 import Rows8
 from luthier.ops.gated_mlp import gated_backward_, gated_forward
 from luthier.ops.lora_linear import Projection

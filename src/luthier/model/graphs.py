@@ -36,7 +36,7 @@ from luthier.model.graph_rules import obstacle
 from luthier.model.offload import GraphOffload, slab_bytes
 from luthier.model.passes import Pass, padded
 from luthier.model.recording import Flight, Program, Recording, Stack
-from luthier.ops.lora_linear import Workspace
+from luthier.ops.workspace import Workspace
 
 if TYPE_CHECKING:
     from luthier.model.backbone import Structure

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from luthier.ops.attention import band
+from luthier.ops.bands import band
 from luthier.ops.lora_linear import Projection
 from luthier.ops.nf4 import Quantised
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from luthier.model.cost import Shape
     from luthier.model.fused_layer import LayerRun
     from luthier.model.recording import Flight
-    from luthier.ops.flash_attention import Band
+    from luthier.ops.bands import Band
 
 HALVES = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction", "allow_fp16_accumulation")
 PLAIN = {int, float, bool, str, type(None), type}

@@ -21,8 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils import deterministic
 
 from luthier.model.passes import Pass, padded
-from luthier.ops.attention import Padding
-from luthier.ops.flash_attention import Band
+from luthier.ops.bands import Band, Padding
 from luthier.ops.unchanged import Unchanged
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from luthier.model.blocks import Call
     from luthier.model.host_memory import Slab
     from luthier.model.offload import GraphOffload
-    from luthier.ops.lora_linear import Workspace
+    from luthier.ops.workspace import Workspace
 
 
 @dataclass

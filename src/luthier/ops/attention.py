@@ -12,7 +12,6 @@ which a block may keep the last two and compute the others again.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -22,10 +21,10 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
-from luthier.ops.backend import power_of_2, triton
+from luthier.ops.backend import triton
+from luthier.ops.bands import Padding, Segments, band
 from luthier.ops.flash_attention import (
     ALIKE,
-    Band,
     flash_backward,
     flash_backward_reference,
     flash_forward,
@@ -35,29 +34,6 @@ from luthier.ops.flash_attention import (
 aten = torch.ops.aten
 WIDE_CUDNN = 91000  # the version from which it knows heads of 256, backward too, on Hopper
 BLOCK = 32  # of the rows of torch's memory-efficient kernel
-
-
-@dataclass(frozen=True)
-class Segments:
-    """Sequences packed into one row (B = 1): where they begin and end, (count + 1,) int32 from 0, and the longest of them."""
-
-    bounds: Tensor
-    longest: int
-    bands: dict[int | None, Band] = field(default_factory=dict, compare=False, repr=False)  # by window, as they are asked for
-
-    @functools.cached_property
-    def lengths(self) -> tuple[int, ...]:
-        """Of the sequences; reading them waits for the device."""
-        return tuple(self.bounds.diff().tolist())
-
-
-@dataclass(frozen=True)
-class Padding:
-    """Rows with padding at their ends: the first and the last token of each that is none, (B,) int32."""
-
-    first: Tensor
-    last: Tensor
-    bands: dict[int | None, Band] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass
@@ -264,34 +240,6 @@ class _Attention(torch.autograd.Function):
             shares = torch.exp(sinks.float()[:, None] - _rows(ctx.state.rows, out))
             of_sinks = -(shares * (grad.float() * out.float()).sum(-1)).sum((0, 2)).to(sinks.dtype)
         return *gradients, of_sinks, None, None, None, None, None
-
-
-def band(length: int, window: int | None, segments: Segments | Padding | None, device: torch.device) -> Band:
-    """What each token sees, causally, within its window and its segment or row; computed once for a structure."""
-    if segments is None:
-        return _band_of_window(power_of_2(length), window, device).cut(length)
-    if window not in segments.bands:
-        token = torch.arange(length, device=device, dtype=torch.int32)
-        if isinstance(segments, Padding):
-            first, last = segments.first[:, None].repeat(1, length), torch.minimum(token, segments.last[:, None])
-        else:
-            bounds = segments.bounds.to(torch.int32)
-            first, last = bounds[torch.searchsorted(bounds, token, right=True) - 1][None], token[None]
-        segments.bands[window] = _causal_band(first, last, window)
-    return segments.bands[window]
-
-
-@functools.cache  # of few lengths, and for good: CUDA graphs read where a band lies
-def _band_of_window(length: int, window: int | None, device: torch.device) -> Band:
-    token = torch.arange(length, device=device, dtype=torch.int32)[None]
-    return _causal_band(torch.zeros_like(token), token, window)
-
-
-def _causal_band(first: Tensor, last: Tensor, window: int | None) -> Band:
-    if window is not None:
-        token = torch.arange(first.shape[1], device=first.device, dtype=torch.int32)
-        first = torch.maximum(first, token - window + 1)
-    return Band.of(first, last)
 
 
 def _add_sinks(out: Tensor, rows: Tensor, sinks: Tensor) -> None:

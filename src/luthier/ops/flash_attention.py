@@ -19,38 +19,10 @@ import torch
 from torch import Tensor
 
 from luthier.ops.backend import jit, power_of_2, tl, triton
+from luthier.ops.bands import Band
 
 LOG2E = math.log2(math.e)
 SCORES = 1 << 24  # that the reference holds at a time
-
-
-@dataclass(frozen=True)
-class Band:
-    """Query i sees the keys ``first[i]`` to ``last[i]``; key j is seen by the queries ``first_query[j]`` to ``last_query[j]``.
-
-    All (B or 1, T) int32, none of them decreasing along a row; an interval that ends before it begins is empty.
-    """
-
-    first: Tensor
-    last: Tensor
-    first_query: Tensor
-    last_query: Tensor
-
-    @staticmethod
-    def of(first: Tensor, last: Tensor) -> Band:
-        key = torch.arange(first.shape[1], device=first.device, dtype=torch.int32).expand_as(first).contiguous()
-        first_query = torch.searchsorted(last, key, out_int32=True)
-        last_query = torch.searchsorted(first, key, right=True, out_int32=True) - 1
-        return Band(first, last, first_query, last_query)
-
-    def cut(self, length: int) -> Band:
-        """Of the first ``length`` tokens, in the same memory."""
-        return Band(*(t[:, :length] for t in (self.first, self.last, self.first_query, self.last_query)))
-
-    def sees(self, rows: slice) -> Tensor:
-        """(B or 1, 1, rows, T) bool."""
-        key = torch.arange(self.first.shape[1], device=self.first.device)
-        return ((key >= self.first[:, rows, None]) & (key <= self.last[:, rows, None])).unsqueeze(1)
 
 
 def flash_reference(

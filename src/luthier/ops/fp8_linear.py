@@ -27,7 +27,8 @@ from luthier.ops.fp8 import (
     write_riders,
     write_weight,
 )
-from luthier.ops.lora_linear import Part, Projection, Workspace
+from luthier.ops.lora_linear import Part, Projection
+from luthier.ops.workspace import Workspace
 
 ALIGNMENT = 256  # bytes
 WRITTEN = ("exact", "rows", "columns", "adapters")  # what an ``Fp8Projection`` has written since ``forget``
