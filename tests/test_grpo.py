@@ -19,7 +19,8 @@ from luthier.fast import FastLanguageModel
 from luthier.model.accelerate import accelerate
 from luthier.rl.rewards import RewardError, RewardTimeout
 from luthier.rl.sampling import SamplingParams
-from luthier.training.grpo import GRPOConfig, GRPOTrainer, reward_change
+from luthier.training.grpo import GRPOTrainer, reward_change
+from luthier.training.grpo_arguments import GRPOConfig
 
 PROMPTS = ["The statement", "An expression list is", "x", "if the name is bound to an object, then", "class", "return"]
 

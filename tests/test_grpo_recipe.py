@@ -14,7 +14,8 @@ from luthier.data.chat import get_chat_template
 from luthier.data.read import read_dataset
 from luthier.fast import FastLanguageModel
 from luthier.rl.sampling import SamplingParams
-from luthier.training.grpo import GRPOConfig, GRPOTrainer
+from luthier.training.grpo import GRPOTrainer
+from luthier.training.grpo_arguments import GRPOConfig
 from luthier.workflows.dry_run import dry_run
 from luthier.workflows.grpo import run as run_grpo
 

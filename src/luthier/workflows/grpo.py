@@ -13,7 +13,8 @@ from luthier.files import atomic_file
 from luthier.rl.prompts import check_prompts
 from luthier.rl.rewards import load_reward, require_columns
 from luthier.terminal import table
-from luthier.training.grpo import GRPOConfig, GRPOTrainer, reward_change
+from luthier.training.grpo import GRPOTrainer, reward_change
+from luthier.training.grpo_arguments import GRPOConfig
 from luthier.workflows.common import checked, save_outputs, training_arguments
 from luthier.workflows.templates import with_template
 
