@@ -20,8 +20,8 @@ from luthier.model.device_memory import GIB
 from luthier.model.dial import HOST_SHARE
 from luthier.model.experts import BLOCK, expert_stacks, routed
 from luthier.model.host_memory import free_host_memory
-from luthier.model.lora import LAYER_INDEX, require_targets
 from luthier.model.precision import has_experts
+from luthier.model.targets import LAYER_INDEX, require_targets
 from luthier.ops.experts import WRITTEN_BYTES
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight: its code, a share of a byte of scale, and of that scale's own

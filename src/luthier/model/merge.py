@@ -28,7 +28,7 @@ from luthier.errors import UnsupportedError, unknown
 from luthier.gguf.lora import BASE_CHANGING_INITS
 from luthier.model import checkpoint, experts
 from luthier.model.layout import Group, Layout
-from luthier.model.lora import LINEAR, plain_name
+from luthier.model.targets import LINEAR, plain_name
 from luthier.ops.nf4 import dequantise, quantised
 
 Base = Literal["16bit", "nf4"]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from luthier.gguf.experts import expert_biases, expert_tensors, experts_of
-from luthier.model.lora import plain_name
+from luthier.model.targets import plain_name
 
 RANDOM = 32  # random inputs of a matrix
 ROWS = 1 << 13  # of the embeddings at a time
