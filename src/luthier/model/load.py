@@ -112,10 +112,7 @@ def load_model(
     precision_given = load_in_4bit is not None or precision != "nf4"
     check_options(hf_kwargs, max_seq_length, memory_budget, gpu_memory_utilization, max_lora_rank, resize_model_vocab)
     require_compute(compute, full_finetuning)
-    if "torch_dtype" in hf_kwargs:
-        if dtype is not None:
-            raise ValueError(f"dtype={dtype} and torch_dtype={hf_kwargs['torch_dtype']} were given: leave torch_dtype out.")
-        dtype = hf_kwargs.pop("torch_dtype")
+    dtype = given_dtype(dtype, hf_kwargs)
     compute_dtype = choose_dtype(dtype, trains_all=precision == "full")
 
     # 2. The files
@@ -158,15 +155,7 @@ def load_model(
     tokenizer = load_tokenizer(source.tokenizer, trust_remote_code)
     options = {"device_map": device_map, "attn_implementation": attn_implementation, **hf_kwargs}
     model = load_weights(AutoModelForCausalLM, config, info, precision_given, options)
-    with torch.random.fork_rng():
-        torch.manual_seed(random_state)
-        if resize_model_vocab is not None:
-            resize_embeddings(model, resize_model_vocab)
-        if fix_tokenizer:
-            tokenizer = announce_repairs(*repair_tokenizer(tokenizer, model))
-        if source.adapter is not None:
-            model = attach_adapter(model, source.adapter)
-    return model, tokenizer
+    return completed(model, tokenizer, source.adapter, resize_model_vocab, fix_tokenizer, random_state)
 
 
 def check_options(
@@ -194,6 +183,13 @@ def check_options(
         raise ValueError(f"memory_budget is {memory_budget}: give a number of GiB above 0, or leave it out.")
     if not 0 < gpu_memory_utilization <= 1:
         raise ValueError(f"gpu_memory_utilization is {gpu_memory_utilization}: it must be above 0 and at most 1.")
+
+
+def given_dtype(dtype: torch.dtype | str | None, hf_kwargs: dict) -> torch.dtype | str | None:
+    """``dtype``, or what ``hf_kwargs`` call torch_dtype, which is taken out of them."""
+    if "torch_dtype" in hf_kwargs and dtype is not None:
+        raise ValueError(f"dtype={dtype} and torch_dtype={hf_kwargs['torch_dtype']} were given: leave torch_dtype out.")
+    return hf_kwargs.pop("torch_dtype", dtype)
 
 
 @dataclass(frozen=True)
@@ -426,12 +422,24 @@ def _warn_about_large_experts(model: PreTrainedModel, info: LoadInfo) -> None:
         )
 
 
-def announce_repairs(tokenizer: PreTrainedTokenizerBase, changes: list[str]) -> PreTrainedTokenizerBase:
-    """Say everything that was repaired, in one warning."""
-    if changes:
-        warnings.warn(
-            f"The tokenizer was repaired (fix_tokenizer=False leaves it alone): {'; '.join(changes)}.",
-            UserWarning,
-            stacklevel=3,
-        )
-    return tokenizer
+def completed(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    adapter: Path | None,
+    resize_model_vocab: int | None,
+    fix_tokenizer: bool,
+    random_state: int,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Rows of the vocabulary, repairs of the tokenizer and the adapter, as asked for; what is new and random has one seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(random_state)
+        if resize_model_vocab is not None:
+            resize_embeddings(model, resize_model_vocab)
+        if fix_tokenizer:
+            tokenizer, changes = repair_tokenizer(tokenizer, model)
+            if changes:
+                repairs = f"The tokenizer was repaired (fix_tokenizer=False leaves it alone): {'; '.join(changes)}."
+                warnings.warn(repairs, UserWarning, stacklevel=3)
+        if adapter is not None:
+            model = attach_adapter(model, adapter)
+    return model, tokenizer

@@ -9,7 +9,6 @@ from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
-import torch
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -26,21 +25,19 @@ from luthier.model.compute import require_compute
 from luthier.model.load import (
     HUB_OPTIONS,
     LoadInfo,
-    announce_repairs,
     check_options,
+    completed,
     find_files,
+    given_dtype,
     is_vision,
     load_model,
     load_weights,
     read_config,
     require_width,
 )
-from luthier.model.lora import attach_adapter
 from luthier.model.precision import choose_dtype, choose_precision, quantisation
 from luthier.model.rope import restore_scaling, scale_positions
-from luthier.model.tokenizer import repair_tokenizer
 from luthier.model.torchvision_repair import repair_torchvision
-from luthier.model.vocab import resize_embeddings
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
@@ -67,11 +64,7 @@ def load_vision_model(model_name: str | Path, *args: object, **kwargs: object) -
     require_compute(given.compute, given.full_finetuning)
     if given.text_only:
         raise ValueError("text_only=True loads the language part alone: use FastLanguageModel.from_pretrained for that.")
-    if "torch_dtype" in options and given.dtype is not None:
-        raise ValueError(
-            f"dtype={given.dtype} and torch_dtype={options['torch_dtype']} were both given: leave torch_dtype out."
-        )
-    dtype = options.pop("torch_dtype", given.dtype)
+    dtype = given_dtype(given.dtype, options)
 
     # 2. The files and the config
     repair_torchvision()
@@ -107,14 +100,9 @@ def load_vision_model(model_name: str | Path, *args: object, **kwargs: object) -
     model = load_weights(AutoModelForImageTextToText, config, info, precision_given and ours is None, options)
     if ours is not None:
         info.precision = precision
-    with torch.random.fork_rng():
-        torch.manual_seed(given.random_state)
-        if given.resize_model_vocab is not None:
-            resize_embeddings(model, given.resize_model_vocab)
-        if given.fix_tokenizer:
-            processor.tokenizer = announce_repairs(*repair_tokenizer(processor.tokenizer, model))
-        if source.adapter is not None:
-            model = attach_adapter(model, source.adapter)
+    model, processor.tokenizer = completed(
+        model, processor.tokenizer, source.adapter, given.resize_model_vocab, given.fix_tokenizer, given.random_state
+    )
     return model, processor
 
 
