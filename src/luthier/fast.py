@@ -16,10 +16,11 @@ from luthier.model.checkpointing import set_checkpointing
 from luthier.model.clock import Clock
 from luthier.model.compute import set_compute
 from luthier.model.generation import generate
-from luthier.model.load import find_files, is_vision, load_model, read_config
+from luthier.model.load import load_model
 from luthier.model.lora import get_peft_model
 from luthier.model.rope import save_scaling
 from luthier.model.save import push_to_hub_merged, save_pretrained_merged
+from luthier.model.source import find_files, is_vision, read_config
 from luthier.model.vision import load_vision_model
 from luthier.proof.export import push_to_hub_gguf, save_pretrained_gguf
 from luthier.rl.engine import fast_generate, load_lora, save_lora

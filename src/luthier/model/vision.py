@@ -22,21 +22,10 @@ from luthier import adapters
 from luthier.errors import UnsupportedError, missing_extra
 from luthier.model.checkpointing import checkpointing_mode
 from luthier.model.compute import require_compute
-from luthier.model.load import (
-    HUB_OPTIONS,
-    LoadInfo,
-    check_options,
-    completed,
-    find_files,
-    given_dtype,
-    is_vision,
-    load_model,
-    load_weights,
-    read_config,
-    require_width,
-)
+from luthier.model.load import HUB_OPTIONS, LoadInfo, check_options, completed, given_dtype, load_model, load_weights
 from luthier.model.precision import choose_dtype, choose_precision, quantisation
 from luthier.model.rope import restore_scaling, scale_positions
+from luthier.model.source import find_files, is_vision, read_config, require_width
 from luthier.model.torchvision_repair import repair_torchvision
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")

@@ -11,8 +11,9 @@ from luthier.data.read import read_dataset
 from luthier.data.vision import without_images
 from luthier.gguf import architectures
 from luthier.model import memory
-from luthier.model.load import DEFAULT_LENGTH, find_files, is_vision
+from luthier.model.load import DEFAULT_LENGTH
 from luthier.model.rope import native_length
+from luthier.model.source import find_files, is_vision
 from luthier.model.vision import require_vision
 from luthier.rl.prompts import check_prompts
 from luthier.rl.rewards import load_reward, require_columns, reward_name

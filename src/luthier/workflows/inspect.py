@@ -16,7 +16,7 @@ from luthier.data.preview import preview, preview_rows
 from luthier.data.read import read_dataset
 from luthier.data.vision import IMAGE_COLUMNS
 from luthier.model import checkpoint, memory
-from luthier.model.load import read_config
+from luthier.model.source import read_config
 from luthier.model.tokenizer import load_tokenizer
 from luthier.terminal import say, table
 from luthier.workflows.templates import with_template
