@@ -19,7 +19,7 @@ from luthier.gguf import GGUFFile, convert_to_gguf
 from luthier.model.gguf_export import write_merged_gguf
 from luthier.model.load import load_model
 from luthier.model.lora import get_peft_model
-from luthier.model.merge import Slot
+from luthier.model.slots import Slot
 from luthier.proof import export
 from luthier.proof.export import ExportProofError, prove, reference_of, save_pretrained_gguf, verify
 from luthier.proof.reference import TEXTS
