@@ -70,7 +70,7 @@ def checked(recipe: TrainRecipe) -> str | None:
 def save_outputs(
     model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase | ProcessorMixin, recipe: TrainRecipe
 ) -> dict[str, Path]:
-    """Save what the recipe asks for below its output directory; gives the paths by kind. The first of several processes does."""
+    """Save what the recipe asks for below its output directory, in the first process; gives the paths by kind."""
     if not is_first_process():
         return {}
     output = Path(recipe.output)
