@@ -10,10 +10,10 @@
 from __future__ import annotations
 
 import bitsandbytes as bnb
+import torch
 from torch import Tensor, nn
 
-from luthier.model.experts import FrozenMatmul
-from luthier.ops.nf4 import quantised
+from luthier.ops.nf4 import Quantised, dequantise, quantised
 
 
 def repair_cpu_4bit(model: nn.Module) -> None:
@@ -30,10 +30,23 @@ class Linear4bit(bnb.nn.Linear4bit):
 
     def forward(self, x: Tensor) -> Tensor:
         compute = self.compute_dtype or x.dtype
-        y = FrozenMatmul.apply(x.to(compute), quantised(self.weight), False)
+        y = _FrozenMatmul.apply(x.to(compute), quantised(self.weight))
         return (y if self.bias is None else y + self.bias.to(compute)).to(x.dtype)
 
 
 def is_misread(module: nn.Module) -> bool:
     """Whether bitsandbytes itself (and so peft, where it expands a weight) would read this layer's weight wrongly."""
     return isinstance(module, Linear4bit)
+
+
+class _FrozenMatmul(torch.autograd.Function):
+    """``x @ W.T`` with W in 4 bits: the backward expands W again instead of keeping it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Quantised) -> Tensor:
+        ctx.weight = weight
+        return x @ dequantise(weight).to(x.dtype).T
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad @ dequantise(ctx.weight).to(grad.dtype), None

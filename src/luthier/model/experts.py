@@ -29,7 +29,7 @@ from luthier.errors import UnsupportedError
 from luthier.ops.expert_gate import Gate
 from luthier.ops.experts import ExpertLinear, experts
 from luthier.ops.gated_mlp import ACTIVATIONS
-from luthier.ops.nf4 import Quantised, dequantise, quantised
+from luthier.ops.nf4 import quantised
 
 Factors = tuple[Tensor, Tensor, float]  # A (experts, rank, in), B (experts, out, rank), the scale of their product
 METHOD = "luthier_bnb_4bit"
@@ -171,21 +171,6 @@ def gate_of(module: nn.Module) -> Gate:
     if usual and name in ACTIVATIONS and type(module.act_fn) is type(ACT2FN[name]):
         return Gate(ACTIVATIONS[name])
     return Gate(function=module._apply_gate)
-
-
-class FrozenMatmul(torch.autograd.Function):
-    """``x @ W`` or ``x @ W.T`` with W in 4 bits: the backward expands W again instead of keeping it."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Quantised, transposed: bool) -> Tensor:
-        ctx.weight, ctx.transposed = weight, transposed
-        full = dequantise(weight).to(x.dtype)
-        return x @ (full if transposed else full.T)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        full = dequantise(ctx.weight).to(grad.dtype)
-        return grad @ (full.T if ctx.transposed else full), None, None
 
 
 def factors_of(wrapper: ParamWrapper, adapter: str) -> Factors:

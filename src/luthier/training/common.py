@@ -19,10 +19,29 @@ from torch import nn
 from transformers import EarlyStoppingCallback
 
 from luthier.training.checkpoints import CheckpointMixin, RunningTotals, list_checkpoints
+from luthier.training.inputs import AnyTokenizer
 from luthier.training.optimizer import require_embeddings, set_embedding_learning_rate
 from luthier.training.progress import ProgressCallback, show_progress
 
 NAMELESS = "[None](https://huggingface.co/None)"  # what TRL's model card makes of a base in a local directory
+
+
+def require_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a loaded model (FastLanguageModel.from_pretrained), not {model!r}")
+
+
+def require_trainable(model: nn.Module, peft_config: object) -> None:
+    """``peft_config``: of the adapter that the trainer attaches, if it does."""
+    if peft_config is None and not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("No parameter of the model trains: call get_peft_model, or load it with full_finetuning=True")
+
+
+def one_tokenizer(processing_class: AnyTokenizer | None, tokenizer: AnyTokenizer | None) -> AnyTokenizer | None:
+    """What was given under one of these names."""
+    if tokenizer is not None and processing_class is not None:
+        raise TypeError("processing_class and tokenizer are two names of one argument: give one")
+    return tokenizer if processing_class is None else processing_class
 
 
 @contextmanager

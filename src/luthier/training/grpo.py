@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,15 @@ from luthier.rl.prompts import PromptLedger, check_prompts, fit_prompts, prompt_
 from luthier.rl.rewards import checked, require_columns
 from luthier.rl.sampling import SamplingParams
 from luthier.terminal import notice_once
-from luthier.training.common import TrainerMixin, trainable_weights_kept
+from luthier.training.common import (
+    TrainerMixin,
+    one_tokenizer,
+    require_model,
+    require_trainable,
+    trainable_weights_kept,
+)
 from luthier.training.grpo_arguments import GRPOConfig, run_arguments
-from luthier.training.inputs import as_dataset
+from luthier.training.inputs import as_dataset, each
 
 
 class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
@@ -51,16 +57,10 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
         tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         **trl_arguments: Any,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a loaded model (FastLanguageModel.from_pretrained), not {model!r}")
-        if tokenizer is not None and processing_class is not None:
-            raise TypeError("processing_class and tokenizer are two names of one argument: give one")
+        require_model(model)
+        processing_class = one_tokenizer(processing_class, tokenizer)
         _refuse_unknown(trl_arguments)
-        if trl_arguments.get("peft_config") is None and not any(parameter.requires_grad for parameter in model.parameters()):
-            raise ValueError(
-                "No parameter of the model is trainable: call get_peft_model, or load it with full_finetuning=True"
-            )
-        processing_class = processing_class if processing_class is not None else tokenizer
+        require_trainable(model, trl_arguments.get("peft_config"))
         args = run_arguments(args, model)
         repair_cpu_4bit(model)
         rewards = reward_funcs if isinstance(reward_funcs, list) else [] if reward_funcs is None else [reward_funcs]
@@ -76,7 +76,7 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
                 reward_funcs=[reward if _is_model(reward) else checked(reward, args.reward_timeout) for reward in rewards],
                 args=args,
                 train_dataset=None if train_dataset is None else fitted(train_dataset, "train_dataset"),
-                eval_dataset=None if eval_dataset is None else _each(eval_dataset, fitted),
+                eval_dataset=each(eval_dataset, "eval_dataset", fitted),
                 processing_class=processing_class,
                 **trl_arguments,
             )
@@ -241,12 +241,6 @@ def _refuse_unknown(arguments: dict[str, Any]) -> None:
     for name in arguments:
         if name not in known:
             raise TypeError(str(unknown("argument of GRPOTrainer:", name, [*known, "tokenizer"])))
-
-
-def _each(datasets: Any, convert: Callable[[Any, str], Any]) -> Any:
-    if isinstance(datasets, Mapping):
-        return {name: convert(rows, f"eval_dataset {name!r}") for name, rows in datasets.items()}
-    return convert(datasets, "eval_dataset")
 
 
 def _prompt_limit(args: GRPOConfig, model: PreTrainedModel) -> int | None:

@@ -53,6 +53,15 @@ def as_dataset(rows: Any, name: str, raw: bool = False) -> AnyDataset:
     return rows
 
 
+def each(datasets: Any, name: str, convert: Callable[[Any, str], Any]) -> Any:
+    """``convert(rows, name)`` of a dataset, or of each of several by name; None of none."""
+    if datasets is None:
+        return None
+    if isinstance(datasets, Mapping):
+        return {key: convert(rows, f"{name} {key!r}") for key, rows in datasets.items()}
+    return convert(datasets, name)
+
+
 def as_text(rows: Any, name: str) -> AnyDataset:
     """``as_dataset``, of rows without images, which would be left out without a word."""
     return without_images(as_dataset(rows, name), name)

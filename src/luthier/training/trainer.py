@@ -25,9 +25,23 @@ from luthier.model.cpu_4bit import repair_cpu_4bit
 from luthier.terminal import notice_once
 from luthier.training.arguments import TrainingArguments, fit_arguments, warn_contradictions
 from luthier.training.collate import pack_rows, settle_padding
-from luthier.training.common import TrainerMixin, trainable_weights_kept
+from luthier.training.common import (
+    TrainerMixin,
+    one_tokenizer,
+    require_model,
+    require_trainable,
+    trainable_weights_kept,
+)
 from luthier.training.head import adapted_head_allowed
-from luthier.training.inputs import as_dataset, as_text, prepare_rows, prepare_stream, require_known_tokens, takes_raw_rows
+from luthier.training.inputs import (
+    as_dataset,
+    as_text,
+    each,
+    prepare_rows,
+    prepare_stream,
+    require_known_tokens,
+    takes_raw_rows,
+)
 
 
 class Trainer(TrainerMixin, SFTTrainer):
@@ -57,9 +71,10 @@ class Trainer(TrainerMixin, SFTTrainer):
         **trl_arguments: Any,
     ) -> None:
         # 1. What was given
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a loaded model (FastLanguageModel.from_pretrained), not {model!r}")
-        processing_class = _one_tokenizer(processing_class, tokenizer)
+        require_model(model)
+        processing_class = one_tokenizer(processing_class, tokenizer)
+        if not isinstance(processing_class, PreTrainedTokenizerBase | ProcessorMixin):
+            raise TypeError(f"processing_class must be the model's tokenizer or processor, not {processing_class!r}")
         settings = {name: trl_arguments.pop(name) for name in list(trl_arguments) if name in _setting_names()}
         _refuse_unknown(trl_arguments)
         args = _arguments(args, settings, model)
@@ -71,10 +86,7 @@ class Trainer(TrainerMixin, SFTTrainer):
             args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         checked = partial(as_dataset, raw=True) if raw else as_text
         train_dataset = checked(train_dataset, "train_dataset")
-        if isinstance(eval_dataset, Mapping):
-            eval_dataset = {name: checked(rows, f"eval_dataset {name!r}") for name, rows in eval_dataset.items()}
-        elif eval_dataset is not None:
-            eval_dataset = checked(eval_dataset, "eval_dataset")
+        eval_dataset = each(eval_dataset, "eval_dataset", checked)
         if args.eval_strategy != "no" and eval_dataset is None:
             raise ValueError(f"eval_strategy={args.eval_strategy.value!r} needs an eval_dataset: give one, or leave it out")
         self.ledger: Ledger | None = None  # None for a stream and for images, which are prepared as they come
@@ -82,8 +94,7 @@ class Trainer(TrainerMixin, SFTTrainer):
         self.known_tokens = model.config.get_text_config().vocab_size
 
         # 3. How they go into batches
-        if trl_arguments.get("peft_config") is None and not any(p.requires_grad for p in model.parameters()):
-            raise ValueError("No parameter of the model trains: call get_peft_model, or load it with full_finetuning=True")
+        require_trainable(model, trl_arguments.get("peft_config"))
         repair_cpu_4bit(model)
         settle_padding(args, model, has_collator=data_collator is not None)
         if trl_arguments.get("compute_metrics") and args.eval_packing is None:
@@ -204,12 +215,3 @@ def _arguments(args: Any, settings: dict[str, Any], model: nn.Module) -> Trainin
         args = dataclasses.replace(args, **settings)
         args.precision_is_automatic = automatic
     return fit_arguments(args, model)
-
-
-def _one_tokenizer(processing_class: Any, tokenizer: Any) -> PreTrainedTokenizerBase | ProcessorMixin:
-    if tokenizer is not None and processing_class is not None:
-        raise TypeError("processing_class and tokenizer are two names of one argument: give one")
-    given = tokenizer if processing_class is None else processing_class
-    if not isinstance(given, PreTrainedTokenizerBase | ProcessorMixin):
-        raise TypeError(f"processing_class must be the model's tokenizer or processor, not {given!r}")
-    return given
