@@ -68,7 +68,7 @@ class Graphs:
         self.dial, self.workspace, self.arena_class = dial, workspace, arena_class
         self.enabled, self.why, self.broken = True, "nothing has run yet", ""  # and why they turned themselves off
         self.uncopied = ""  # why there are none for plans that keep something in host memory, if those failed
-        self.came: Counter[tuple] = Counter()  # passes of one shape and plan until they have a graph
+        self.visits: Counter[tuple] = Counter()  # of one shape and plan, until it has a graph
         self.expected = 0
         self.taken: Pass | None = None
         self.loop: Iterable[nn.Module] = ()  # the layers of the backbone that runs
@@ -218,7 +218,7 @@ class Graphs:
             self.seen.clear()
         *kind, state = key
         self.seen[state] += 1
-        self.came[tuple(kind)] += 1
+        self.visits[tuple(kind)] += 1
 
     def _start_early(self, taken: Pass) -> None:
         """Start the graph that such an x took last, once the tables are there, while the other layers are still read.
@@ -265,7 +265,7 @@ class Graphs:
             return self.uncopied
         if self.seen[state] <= REPEATS << min(self.retreats, 10):
             return "its weights and adapters have not come often enough"
-        if self.came[tuple(kind)] < VISITS and self._leaves_room():
+        if self.visits[tuple(kind)] < VISITS and self._leaves_room():
             return "its shape has not come often enough"
         if len(self.recordings) >= GRAPHS:  # those of weights or settings that the model has no more, perhaps
             self._keep_only(state)
