@@ -12,11 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from gpu import run_worker
 
 STAGES = ("imports", "loading", "adapters", "first step", "second step")
 
@@ -38,21 +39,15 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
         started = time.perf_counter()
-        run(["--worker", "write", directory])
+        run_worker([*sys.argv[1:], "--worker", "write", directory])
         print(f"checkpoints written in {time.perf_counter() - started:.1f} s")
         print(f"{'':16}" + "".join(f"{stage:>13}" for stage in STAGES) + f"{'load to step':>14}")
         for stored in arguments.stored.split(","):
             for peer in arguments.peers.split(","):
                 if arguments.cold:
                     forget(Path(directory, stored))
-                print_row(f"{peer}, {stored}", run(["--worker", peer, str(Path(directory, stored))]))
-
-
-def run(options: list[str]) -> dict:
-    command = [sys.executable, __file__, *sys.argv[1:], *options]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    return json.loads(lines[-1]) if lines and not done.returncode else {"failed": f"exit code {done.returncode}"}
+                row = run_worker([*sys.argv[1:], "--worker", peer, str(Path(directory, stored))])
+                print_row(f"{peer}, {stored}", row)
 
 
 def print_row(name: str, row: dict) -> None:

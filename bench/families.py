@@ -90,6 +90,7 @@ def measured(family: str, arguments: argparse.Namespace) -> dict:
     """Gradients and speed of one family, stock and ours."""
     import torch
     from models import TINY, dequantised, load_stock, with_lora, write_checkpoint
+    from step import error as relative_error
     from step import random_batch, timed
 
     import luthier.fast  # noqa: F401  not counted as loading
@@ -129,7 +130,7 @@ def measured(family: str, arguments: argparse.Namespace) -> dict:
         warnings.simplefilter("always")
         loss, ours = gradients(model, inputs)
     said = {str(warning.message) for warning in caught if "stock forward" in str(warning.message)}
-    error, stock_error = difference(ours, exact), difference(stock_gradients, exact)
+    error, stock_error = relative_error(ours, exact), relative_error(stock_gradients, exact)
     return {
         "error": error,
         "stock_error": stock_error,
@@ -161,12 +162,6 @@ def gradients(model, inputs: dict) -> tuple[float, dict]:
     found = {name: p.grad.float() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return loss.item(), found
-
-
-def difference(left: dict, right: dict) -> float:
-    """The relative error of all gradients together."""
-    squares = sum((left[name] - right[name]).square().sum() for name in right)
-    return float((squares / sum(value.square().sum() for value in right.values())).sqrt())
 
 
 if __name__ == "__main__":

@@ -12,12 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import time
 
-from gpu import require_gpu
+from gpu import require_gpu, run_worker
 
 GIB = 1 << 30
 CONTEXT = 0.6  # GiB that CUDA takes beside torch's allocator
@@ -41,12 +38,8 @@ def main() -> None:
         return
     jobs = [job for job in arguments.full.split(",") if job] + [f"{cap}x0" for cap in arguments.caps.split(",") if cap]
     for job in jobs:
-        command = [sys.executable, __file__, "--worker", job]
-        command += [f"--{name}={getattr(arguments, name)}" for name in ("layers", "r", "host")]
-        environment = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
-        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-        print_row(job, json.loads(lines[-1]) if lines else {"failed": f"exit code {done.returncode}"})
+        options = ["--worker", job, *(f"--{name}={getattr(arguments, name)}" for name in ("layers", "r", "host"))]
+        print_row(job, run_worker(options, PYTORCH_CUDA_ALLOC_CONF="expandable_segments:True"))
 
 
 def print_row(job: str, row: dict) -> None:
