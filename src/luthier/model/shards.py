@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from luthier.errors import unknown
+from luthier.model.checkpoint import INDEX, SINGLE
 
 NAMES = {
     torch.float64: "F64",
@@ -85,21 +86,19 @@ class _Shard:
         self.file.close()
 
 
-def write_shards(
-    directory: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_size: int, header_room: int, stem: str = "model"
-) -> int:
+def write_shards(directory: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_size: int, header_room: int) -> int:
     """Write a stream of CPU tensors to ``directory`` as safetensors, with an index if one file does not hold them -> bytes.
 
     ``header_room``: bytes that the names and shapes of one file can take at most (``room_for``).
     """
-    shards = [_Shard(directory / f"{stem}-1.part", header_room)]
+    shards = [_Shard(directory / "model-1.part", header_room)]
     where: dict[str, int] = {}
     try:
         for name, tensor in tensors:
             full = shards[-1].size + sum(item.nbytes for _, item in shards[-1].later)
             if full and full + tensor.nbytes > max_shard_size:
                 shards[-1].close()
-                shards.append(_Shard(directory / f"{stem}-{len(shards) + 1}.part", header_room))
+                shards.append(_Shard(directory / f"model-{len(shards) + 1}.part", header_room))
             shards[-1].add(name, tensor)
             where[name] = len(shards)
         shards[-1].close()
@@ -108,13 +107,13 @@ def write_shards(
             shard.file.close()
     total = sum(shard.size for shard in shards)
     if len(shards) == 1:
-        shards[0].path.rename(directory / f"{stem}.safetensors")
+        shards[0].path.rename(directory / SINGLE)
         return total
-    names = {number: f"{stem}-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)}
+    names = {number: f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)}
     for number, shard in enumerate(shards, start=1):
         shard.path.rename(directory / names[number])
     index = {"metadata": {"total_size": total}, "weight_map": {name: names[number] for name, number in sorted(where.items())}}
-    (directory / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     return total
 
 

@@ -51,21 +51,18 @@ def attention_reference(
     k: Tensor,
     v: Tensor,
     scale: float,
-    causal: bool = True,
     window: int | None = None,
-    softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """The definition. q (B, H, T, D), k and v (B, Hkv, T, D) -> (B, H, T, D); ``window`` counts the token itself."""
+    """The definition, of causal rows. q (B, H, T, D), k and v (B, Hkv, T, D) -> (B, H, T, D).
+
+    ``window`` counts the token itself.
+    """
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     scores = (q @ k.transpose(-1, -2)).float() * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
     query, key = torch.arange(q.shape[2], device=q.device).unsqueeze(1), torch.arange(k.shape[2], device=q.device)
-    hidden = torch.zeros(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
-    if causal:
-        hidden |= key > query
+    hidden = key > query
     if window is not None:
         hidden |= key <= query - window
     scores = scores.masked_fill(hidden, float("-inf"))
