@@ -652,3 +652,9 @@ def test_of_several_processes_the_first_talks_and_writes(run, monkeypatch, tmp_p
     monkeypatch.setenv("RANK", "0")
     say("the first says this")
     assert capsys.readouterr().err == "the first says this\n"
+
+
+def test_recipes_do_not_shard_a_model(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    result = run("sft", "--model", str(tmp_path), "--data", "rows.jsonl", "--output", str(tmp_path / "out"))
+    assert result.code == 2 and "torchrun" in result.err and not list(tmp_path.iterdir())

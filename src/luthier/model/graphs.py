@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from luthier.model.layer_blocks import Blocks
 
 REPEATS = 2  # passes without a graph, before graphs are made; twice as many each time that they had to give way
-VISITS = 3  # of a shape until it gets graphs, if it may run without beside those of others: they cost what some passes save
 GRAPHS = 32  # keys of a model that get graphs
 
 
@@ -68,7 +67,6 @@ class Graphs:
         self.dial, self.workspace, self.arena_class = dial, workspace, arena_class
         self.enabled, self.why, self.broken = True, "nothing has run yet", ""  # and why they turned themselves off
         self.uncopied = ""  # why there are none for plans that keep something in host memory, if those failed
-        self.visits: Counter[tuple] = Counter()  # of one shape and plan, until it has a graph
         self.expected = 0
         self.taken: Pass | None = None
         self.loop: Iterable[nn.Module] = ()  # the layers of the backbone that runs
@@ -216,9 +214,7 @@ class Graphs:
     def _count(self, key: tuple) -> None:
         if len(self.seen) > 100:  # something changes in every pass
             self.seen.clear()
-        *kind, state = key
-        self.seen[state] += 1
-        self.visits[tuple(kind)] += 1
+        self.seen[key[-1]] += 1
 
     def _start_early(self, taken: Pass) -> None:
         """Start the graph that such an x took last, once the tables are there, while the other layers are still read.
@@ -260,13 +256,11 @@ class Graphs:
 
     def _too_early(self, key: tuple, taken: Pass) -> str:
         """Why ``key`` gets no graphs in this pass, or nothing."""
-        *kind, state = key
+        state = key[-1]
         if taken.parks and self.uncopied:
             return self.uncopied
         if self.seen[state] <= REPEATS << min(self.retreats, 10):
             return "its weights and adapters have not come often enough"
-        if self.visits[tuple(kind)] < VISITS and self._leaves_room():
-            return "its shape has not come often enough"
         if len(self.recordings) >= GRAPHS:  # those of weights or settings that the model has no more, perhaps
             self._keep_only(state)
         if len(self.recordings) >= GRAPHS:

@@ -21,6 +21,7 @@ from luthier.model.cpu_4bit import repair_cpu_4bit
 from luthier.model.experts import expert_stacks
 from luthier.model.lora import attach_adapter
 from luthier.model.precision import Precision, choose_dtype, choose_precision, quantisation
+from luthier.model.random_state import seeded
 from luthier.model.rope import native_length, restore_scaling, scale_positions
 from luthier.model.source import find_files, read_config, require_causal_lm, require_width, text_config
 from luthier.model.tokenizer import load_tokenizer, repair_tokenizer
@@ -309,8 +310,7 @@ def completed(
     random_state: int,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Rows of the vocabulary, repairs of the tokenizer and the adapter, as asked for; what is new and random has one seed."""
-    with torch.random.fork_rng():
-        torch.manual_seed(random_state)
+    with seeded(model, random_state):
         if resize_model_vocab is not None:
             resize_embeddings(model, resize_model_vocab)
         if fix_tokenizer:

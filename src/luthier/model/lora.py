@@ -23,6 +23,7 @@ from luthier.model.accelerate import base_model
 from luthier.model.checkpointing import checkpointing_mode, set_checkpointing
 from luthier.model.cpu_4bit import is_misread
 from luthier.model.experts import ExpertsLora, Nf4Experts
+from luthier.model.random_state import seeded
 from luthier.model.targets import (
     Groups,
     check_parameters,
@@ -116,8 +117,7 @@ def get_peft_model(
     if isinstance(model, PeftModel):
         return _same_adapter(model, config)
     register_experts(base, config)
-    with torch.random.fork_rng():
-        torch.manual_seed(random_state)
+    with seeded(base, random_state):
         model = peft.get_peft_model(base, config)
     return _ready(model, use_gradient_checkpointing)
 

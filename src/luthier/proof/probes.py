@@ -94,7 +94,7 @@ def probe(model: nn.Module, run: Callable[[], None], row: int, length: int) -> P
             rows, plain = (part if part is None else part.reshape(-1, part.shape[-1]) for part in (value, base))
             inputs = _signs(rows.shape[-1], rows.device, rows.dtype)
             found.matrices[names] = Probe(inputs, inputs @ rows.T, None if plain is None else inputs.to(plain.dtype) @ plain.T)
-    found.rounding = max(_rounding(model, probe.inputs.dtype) for probe in found.matrices.values())
+    found.rounding = max(_rounding(model, dtype) for dtype in {probe.inputs.dtype for probe in found.matrices.values()})
     return found
 
 

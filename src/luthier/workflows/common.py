@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from luthier.config import TrainRecipe
 from luthier.data.chat import find_template
+from luthier.errors import UnsupportedError
 from luthier.files import atomic_file, require_writable
 from luthier.gguf.convert import output_paths
 from luthier.model.compute import require_compute
@@ -55,6 +58,11 @@ def training_arguments(
 def checked(recipe: TrainRecipe) -> str | None:
     """Raise for what can be known to be wrong before rows and model are read -> the checkpoint to resume from, if any."""
     recipe.require("model", "data")
+    if any(os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() == "true" for kind in ("FSDP", "DEEPSPEED")):
+        raise UnsupportedError(
+            "A recipe trains data parallel, every GPU with the whole model: torchrun --nproc-per-node=N -m luthier sft ... "
+            "To shard it with FSDP or DeepSpeed, write a script around luthier.Trainer."
+        )
     require_writable(recipe.output)
     require_compute(recipe.compute, recipe.full_finetuning)
     template = getattr(recipe, "chat_template", None)  # a vision model's processor brings its own
@@ -71,6 +79,8 @@ def save_outputs(
     model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase | ProcessorMixin, recipe: TrainRecipe
 ) -> dict[str, Path]:
     """Save what the recipe asks for below its output directory, in the first process; gives the paths by kind."""
+    if torch.distributed.is_initialized():  # nobody waits for the first process, which may write for long
+        torch.distributed.destroy_process_group()
     if not is_first_process():
         return {}
     output = Path(recipe.output)
