@@ -9,8 +9,8 @@ from collections.abc import Iterable
 import pytest
 import torch
 from bitsandbytes.nn import Params4bit
+from op_checks import BOTH_WAYS, DEVICE, RUNS_KERNELS, error, randn, running_kernels
 from stock_pairs import batch, difference, loss_and_gradients, nf4_model, with_lora
-from test_ops import DEVICE, GPU, RUNS_KERNELS, error, randn
 from tiny import FAMILIES, save_tiny, tiny_model
 from torch import Tensor, nn
 
@@ -28,23 +28,14 @@ from luthier.ops.fp8 import E4M3, quantise_rows, scales_of, weight_bounds, write
 from luthier.ops.fp8_linear import Fp8Projection
 from luthier.workflows.common import checked
 
-if not GPU:
-    from triton_interpreter import repaired
-
 DENSE = [family for family in FAMILIES if family != "gpt_oss"]
 ROUNDING = 0.026  # what e4m3 takes from normal numbers: 3 bits of mantissa
 
 
-@pytest.fixture(params=[pytest.param(False, id="reference"), RUNS_KERNELS])
+@pytest.fixture(params=BOTH_WAYS)
 def path(request, monkeypatch):
-    """Both ways through an op: its plain-torch reference and its kernel."""
-    for op in (fp8, gated_mlp, lora_linear, nf4):
-        monkeypatch.setattr(op, "has_kernels", lambda x: request.param)
-    if GPU or not request.param:
+    with running_kernels(request.param, monkeypatch, fp8, gated_mlp, lora_linear, nf4):
         yield
-    else:
-        with repaired():
-            yield
 
 
 def bits(values: Tensor) -> Tensor:

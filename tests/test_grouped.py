@@ -5,16 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from bitsandbytes.nn import Params4bit
-from test_ops import DEVICE, DTYPES, GPU, RUNS_KERNELS, also_in_a_row, assert_as_good, randn, unwritten
+from op_checks import BOTH_WAYS, DEVICE, DTYPES, also_in_a_row, assert_as_good, randn, running_kernels, unwritten
 from torch import Tensor
 
 from luthier.ops import expert_gate, experts, grouped
 from luthier.ops.expert_gate import Gate
 from luthier.ops.experts import ExpertLinear
 from luthier.ops.nf4 import Quantised, dequantise_reference, quantised
-
-if RUNS_KERNELS.marks:
-    from triton_interpreter import repaired
 
 OPS = (grouped, expert_gate, experts)
 EXPERTS = 5
@@ -25,15 +22,9 @@ GATES = {
 }
 
 
-@pytest.fixture(params=[pytest.param(False, id="reference"), RUNS_KERNELS])
+@pytest.fixture(params=BOTH_WAYS)
 def path(request, monkeypatch):
-    """Both ways through the ops."""
-    for op in OPS:
-        monkeypatch.setattr(op, "has_kernels", lambda x: request.param)
-    if GPU or not request.param:
-        yield request.param
-        return
-    with repaired():
+    with running_kernels(request.param, monkeypatch, *OPS):
         yield request.param
 
 

@@ -1,14 +1,12 @@
 """Every kernel against its definition: error at most twice what torch itself makes against fp64, in fp32 and bf16.
 
-On a GPU the kernels run compiled; elsewhere in Triton's interpreter, repaired (tests/triton_interpreter.py). What a kernel
-must write starts as NaN, so that what it leaves unwritten shows.
+What a kernel must write starts as NaN, so that what it leaves unwritten shows.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-import importlib.util
 import itertools
 import json
 import os
@@ -16,20 +14,30 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
+from op_checks import (
+    BOTH_WAYS,
+    DEVICE,
+    DTYPES,
+    GPU,
+    HAS_TRITON,
+    KERNELS_RUN,
+    RUNS_KERNELS,
+    also_in_a_row,
+    assert_as_good,
+    check,
+    randn,
+    running_kernels,
+    unwritten,
+    with_gradients,
+)
 from torch import Tensor
 from torch.nn import functional as F
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-GPU = torch.cuda.is_available()
-if HAS_TRITON and not GPU:
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
-from luthier.ops import attention as attention_module  # noqa: E402
-from luthier.ops import (  # noqa: E402
+from luthier.ops import attention as attention_module
+from luthier.ops import (
     backend,
     dropout,
     flash_attention,
@@ -41,100 +49,15 @@ from luthier.ops import (  # noqa: E402
     rms_norm,
     rotary,
 )
-from luthier.ops.attention import attention, attention_reference  # noqa: E402
+from luthier.ops.attention import attention, attention_reference
 
-DEVICE = "cuda" if GPU else "cpu"
-DTYPES = [torch.float32, torch.bfloat16]
-if HAS_TRITON:
-    from triton_interpreter import interprets, repaired
-
-KERNELS_RUN = GPU or (HAS_TRITON and interprets())
-RUNS_KERNELS = pytest.param(
-    True, id="kernel", marks=pytest.mark.skipif(not KERNELS_RUN, reason="no Triton, or TRITON_INTERPRET=1 was not set")
-)
+OPS = (rms_norm, rotary, gated_mlp, nf4, linear_cross_entropy, lora_linear, dropout)
 
 
-@pytest.fixture(params=[pytest.param(False, id="reference"), RUNS_KERNELS])
+@pytest.fixture(params=BOTH_WAYS)
 def path(request, monkeypatch):
-    """Both ways through an op: its plain-torch reference and its kernel."""
-    if not request.param:
-        for op in (rms_norm, rotary, gated_mlp, nf4, linear_cross_entropy, lora_linear, dropout):
-            monkeypatch.setattr(op, "has_kernels", lambda x: False)
-        yield "reference"
-        return
-    for op in (rms_norm, rotary, gated_mlp, nf4, linear_cross_entropy, lora_linear, dropout):
-        monkeypatch.setattr(op, "has_kernels", lambda x: True)
-    if GPU:
-        yield "kernel"
-        return
-    with repaired():
-        yield "kernel"
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
-
-
-def unwritten(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Memory that shows when a kernel leaves it as it was."""
-    return torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)
-
-
-def error(value: Tensor, truth: Tensor) -> float:
-    """The relative error in the Euclidean norm; NaN counts as infinite."""
-    difference = (value.double() - truth).norm() / truth.norm()
-    return float("inf") if difference.isnan() else float(difference)
-
-
-def in_a_row(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, each sum one term after the other in float32, as a kernel's exact products go; cuBLAS adds up many parts."""
-    total = a.new_zeros(*a.shape[:-1], b.shape[-1], dtype=torch.float32)
-    for index in range(a.shape[-1]):
-        total = torch.addcmul(total, a[..., index, None].float(), b[..., index, None, :].float())
-    return total.to(a.dtype)
-
-
-def worst(truth: dict[str, Tensor], *results: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of the same in several words of torch's, what is furthest off."""
-    return {name: max((result[name] for result in results), key=lambda x: error(x, exact)) for name, exact in truth.items()}  # noqa: B023
-
-
-def also_in_a_row(truth: dict[str, Tensor], function: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """What ``function`` gives with torch's own products, or with sums in a row where those are further off."""
-    with mock.patch.object(Tensor, "__matmul__", in_a_row):
-        summed = function()
-    return worst(truth, function(), summed)
-
-
-def assert_as_good(ours: dict[str, Tensor], torchs: dict[str, Tensor], truth: dict[str, Tensor]) -> None:
-    """Each of our results may be off by twice what torch's own is in the same dtype, or by a last bit where that is exact.
-
-    A single number may be off by a whole last bit; that all of many are is no rounding any more.
-    """
-    assert ours.keys() == torchs.keys() == truth.keys()
-    for name, value in ours.items():
-        assert value.dtype == torchs[name].dtype and value.shape == torchs[name].shape, name
-        last_bit = torch.finfo(value.dtype).eps / (4 if value.numel() > 1 else 2)
-        allowed = 2 * max(error(torchs[name], truth[name]), last_bit)
-        assert error(value, truth[name]) <= allowed, f"{name}: {error(value, truth[name]):.2e} > {allowed:.2e}"
-
-
-def with_gradients(function, inputs: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """The outputs of ``function`` and the gradients of its inputs, under fixed output gradients."""
-    leaves = {name: value.detach().to(dtype or value.dtype).requires_grad_() for name, value in inputs.items()}
-    outputs = function(**leaves)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    seeds = [randn(*out.shape, seed=99 + n).to(out.dtype) for n, out in enumerate(outputs)]
-    gradients = torch.autograd.grad(outputs, list(leaves.values()), seeds)
-    results = {f"output {n}": out.detach() for n, out in enumerate(outputs)}
-    return results | {f"gradient of {name}": grad for name, grad in zip(leaves, gradients, strict=True)}
-
-
-def check(op, reference, inputs: dict[str, Tensor], *others) -> None:
-    """``others`` say the same as ``reference`` in other words of torch's; of their errors the largest counts."""
-    truth = with_gradients(reference, inputs, torch.float64)
-    torchs = [with_gradients(said, inputs) for said in (reference, *others)]
-    assert_as_good(with_gradients(op, inputs), worst(truth, *torchs), truth)
+    with running_kernels(request.param, monkeypatch, *OPS):
+        yield "kernel" if request.param else "reference"
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
@@ -154,6 +77,7 @@ class TestInterpreter:
     def test_a_kernel_computes_bf16_like_torch_only_when_repaired(self):
         import triton
         import triton.language as tl
+        from triton_interpreter import repaired
 
         @triton.jit
         def scale(X, OUT, N: tl.constexpr):
@@ -712,10 +636,7 @@ def attention_kernel(request, monkeypatch):
     if request.param != "chosen":
         monkeypatch.setattr(attention_module, "kernel_for", lambda *a: "tiles" if request.param is True else "reference")
     monkeypatch.setattr(flash_attention, "tiles", lambda *arguments: flash_attention.Tiles(16, 16, 4, 1))
-    if request.param is not True or GPU:
-        yield
-        return
-    with repaired():
+    with running_kernels(request.param is True, monkeypatch):
         yield
 
 
