@@ -12,8 +12,8 @@ import weakref
 
 import pytest
 import torch
+from graph_pairs import Again, assert_equal, batch, change_scaling, counters, gradients_of, graphed, pair, step, warm  # noqa: F401
 from stock_pairs import difference, nf4_model, with_lora
-from test_graphs import Again, assert_equal, batch, change_scaling, counters, gradients_of, graphed, pair, step, warm  # noqa: F401
 from tiny import tiny_model
 
 from luthier.model import arena as arena_module

@@ -1,9 +1,4 @@
-"""Short batches from CUDA graphs: the same numbers as without, whatever has changed since they were made.
-
-There is no GPU here: ``Again`` stands for the graphs' memory, and its graphs run the recorded function once more, on the
-objects it was made with. Whatever a key does not notice shows in the numbers, as it would with kernels; and what a graph
-left there is gone when another one starts. Backwards are counted: a forward may start in vain.
-"""
+"""Short batches from CUDA graphs: the same numbers as without, whatever has changed since they were made."""
 
 from __future__ import annotations
 
@@ -17,9 +12,9 @@ from functools import partial
 
 import pytest
 import torch
-from peft.tuners.lora import LoraLayer
+from graph_pairs import Again, assert_equal, batch, change_scaling, counters, gradients_of, graphed, packed, pair, step, warm  # noqa: F401
 from stock_pairs import difference, nf4_model, with_lora
-from tiny import VOCAB, tiny_model
+from tiny import tiny_model
 from torch.utils.checkpoint import checkpoint
 
 from luthier.model import arena as arena_module
@@ -27,7 +22,7 @@ from luthier.model import dial as dial_module
 from luthier.model import graph_rules as rules_module
 from luthier.model import graphs as graphs_module
 from luthier.model import offload as offload_module
-from luthier.model.accelerate import accelerate, dial_of, graphs_of
+from luthier.model.accelerate import dial_of, graphs_of
 from luthier.model.arena import Arena
 from luthier.model.blocks import Mode
 from luthier.model.checkpointing import set_checkpointing
@@ -38,114 +33,6 @@ from luthier.model.offload import GraphOffload, Host, Offload
 from luthier.model.passes import padded
 from luthier.model.recording import Gradients, handed_out
 from luthier.ops import attention as attention_module
-
-
-class Again:
-    made = replayed = 0
-
-    def __init__(self, size, device):
-        self.size, self.device, self.bytes = size, device, size
-        self.programs = []
-
-    @staticmethod
-    def fits(x):
-        return True
-
-    @staticmethod
-    def alias(tensor):
-        return tensor
-
-    @staticmethod
-    def aside(function, device):
-        function()
-
-    def record(self, function):
-        function()
-        Again.made += 1
-        own, modules = function.__self__, (function.__self__.layers, function.__self__.trained)
-        starts = function.__name__ == "forward"
-        self.programs += [function.__self__] if starts else []
-
-        def replay():
-            for program in self.programs if starts else ():
-                if program is not own:
-                    program.buffers.mapped(lambda t: t.fill_(torch.nan if t.is_floating_point() else 99))
-                    for piece in [piece for layer in program.gradients for piece in layer.pieces.values()]:
-                        piece.fill_(torch.nan)
-            left, (own.layers, own.trained) = (own.layers, own.trained), modules
-            function()
-            own.layers, own.trained = left
-            Again.replayed += not starts
-
-        return types.SimpleNamespace(replay=replay)
-
-
-@pytest.fixture(autouse=True)
-def counters():
-    Again.made = Again.replayed = 0
-
-
-def batch(rows: int = 2, length: int = 64, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Whole rows, every token of which trains."""
-    ids = torch.randint(5, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-
-
-def packed(*lengths: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Rows of these lengths in one, as a padding-free collator gives them."""
-    positions = torch.cat([torch.arange(length) for length in lengths])[None]
-    ids = batch(1, sum(lengths), seed)["input_ids"]
-    return {"input_ids": ids, "labels": ids.masked_fill(positions == 0, -100), "position_ids": positions}
-
-
-def graphed(model: torch.nn.Module) -> torch.nn.Module:
-    graphs = graphs_of(accelerate(model))
-    graphs.arena_class = Again
-    return model.train()
-
-
-def pair(family: str = "llama3", **settings) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """The same model twice: with graphs, and without."""
-    models = [graphed(with_lora(tiny_model(family), **settings)) for _ in range(2)]
-    graphs_of(models[1]).enabled = False
-    return tuple(models)
-
-
-def pair_of_logged() -> tuple[torch.nn.Module, torch.nn.Module]:
-    models, Logged.log = pair(), []
-    graphs_of(models[0]).arena_class = Logged
-    return models
-
-
-def gradients_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def step(model: torch.nn.Module, inputs: dict, **more) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    model.zero_grad()
-    loss = model(**inputs, **more).loss
-    loss.backward()
-    return loss.detach(), gradients_of(model)
-
-
-def assert_equal(models, inputs, replays: int | None = None, exact: bool = True) -> None:
-    """Both models give the same step, and the first one took so many backwards from graphs."""
-    before = Again.replayed
-    (loss, gradients), (expected, truth) = (step(model, inputs) for model in models)
-    if exact:
-        assert torch.equal(loss, expected) and gradients.keys() == truth.keys()
-        assert all(torch.equal(gradients[name], truth[name]) for name in truth)
-    else:
-        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
-        assert difference(gradients, truth) < 1e-5
-    if replays is not None:
-        assert Again.replayed - before == replays
-
-
-def warm(models, inputs=None) -> None:
-    for _ in range(REPEATS):
-        assert_equal(models, batch() if inputs is None else inputs, replays=0)
-    assert_equal(models, batch() if inputs is None else inputs, replays=1)
 
 
 @pytest.mark.parametrize("family", ["llama3", "gemma3", "cohere2", "olmo2", "phi3", "smollm3"])
@@ -192,12 +79,6 @@ def change_weights(model):
         for name, parameter in model.named_parameters():
             if "lora_A" in name:
                 parameter.mul_(1.5)
-
-
-def change_scaling(model):
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            module.scaling["default"] *= 0.5
 
 
 def replace_data(model):
@@ -809,6 +690,12 @@ class Logged(Again):
     def aside(function, device):
         function()
         Logged.log.append("warm")
+
+
+def pair_of_logged() -> tuple[torch.nn.Module, torch.nn.Module]:
+    models, Logged.log = pair(), []
+    graphs_of(models[0]).arena_class = Logged
+    return models
 
 
 def test_layers_are_warmed_up_before_there_is_an_arena_or_beside_one_where_they_fit(monkeypatch):
