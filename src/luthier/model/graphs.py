@@ -201,15 +201,11 @@ class Graphs:
         return None
 
     def _make_room(self) -> None:
-        """For a pass without a graph."""
-        if not self._in_flight() and not self._leaves_room():
+        """For a pass without a graph, if it does not fit beside those there are."""
+        if self.arena is None or self._in_flight():
+            return
+        if self.dial.planned.needed > self.dial.room(self.arena.device) - self.dial.graph_bytes:
             self._retreat()
-
-    def _leaves_room(self) -> bool:
-        """Whether a pass without a graph fits beside those there are."""
-        if self.arena is None:
-            return True
-        return self.dial.planned.needed <= self.dial.room(self.arena.device) - self.dial.graph_bytes
 
     def _count(self, key: tuple) -> None:
         if len(self.seen) > 100:  # something changes in every pass
