@@ -10,6 +10,5 @@ SPEC = Spec(
     sinks="sinks",
     mlp_targets=(),
     expert_gate="clamped",
-    expert_parameters=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
     window="attention",
 )

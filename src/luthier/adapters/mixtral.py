@@ -6,6 +6,5 @@ SPEC = Spec(
     prefix="Mixtral",
     mlp="experts",
     mlp_targets=(),
-    expert_parameters=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
     window="config",
 )

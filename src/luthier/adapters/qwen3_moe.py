@@ -7,5 +7,4 @@ SPEC = Spec(
     mlp="experts",
     qk_norm="head",
     window="attention",
-    expert_parameters=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
 )

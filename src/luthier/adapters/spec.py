@@ -39,7 +39,6 @@ class Vision:
     projector_prefixes: tuple[str, ...]  # from the tower's width to the decoder's
     attention_targets: tuple[str, ...]  # inside the tower
     mlp_targets: tuple[str, ...]
-    language_prefix: str = "model.language_model"
     head: Head = field(default_factory=Head)
 
 
@@ -66,7 +65,6 @@ class Spec:
     attention_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     mlp_targets: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     expert_gate: Literal["clamped"] | None = None  # gpt_oss's activation, gate and up alternating; None: as ``hidden_act`` says
-    expert_parameters: tuple[str, ...] = ()  # 3-D parameters that LoRA reaches through target_parameters
     head: Head = field(default_factory=Head)
     vision: Vision | None = None
 
