@@ -22,6 +22,7 @@ from luthier.model import dial as dial_module
 from luthier.model import graph_rules as rules_module
 from luthier.model import graphs as graphs_module
 from luthier.model import offload as offload_module
+from luthier.model import passes as passes_module
 from luthier.model.accelerate import dial_of, graphs_of
 from luthier.model.arena import Arena
 from luthier.model.blocks import Mode
@@ -29,6 +30,7 @@ from luthier.model.checkpointing import set_checkpointing
 from luthier.model.compute import set_compute
 from luthier.model.cost import LayerPlan
 from luthier.model.graphs import REPEATS
+from luthier.model.layer_blocks import Blocks
 from luthier.model.offload import GraphOffload, Host, Offload
 from luthier.model.passes import padded
 from luthier.model.recording import Gradients, handed_out
@@ -726,6 +728,32 @@ def test_shapes_that_find_no_room_beside_each_other_do_not_take_turns(monkeypatc
             assert_equal(models, batch(rows=rows), replays=1)
     sizes = [entry for entry in Logged.log if entry != "warm"]
     assert len(sizes) == 3 and sizes[0] == sizes[2] == graphs.arena.size and len(graphs.recordings) == 2
+
+
+@pytest.mark.parametrize(
+    ("compute", "modes", "layers"),
+    [("bf16", [Mode.KEEP] * 2, 1), ("bf16", [Mode.KEEP, Mode.RECOMPUTE], 2), ("fp8-backward", [Mode.KEEP] * 2, 2)],
+)
+@pytest.mark.filterwarnings("ignore:compute=")
+def test_layers_that_are_alike_are_warmed_up_once(compute, modes, layers, monkeypatch):
+    ran, forward = [], Blocks.forward
+
+    class Counting(Again):
+        @staticmethod
+        def aside(function, device):
+            monkeypatch.setattr(Blocks, "forward", lambda self, *given: ran.append(self) or forward(self, *given))
+            function()
+            monkeypatch.setattr(Blocks, "forward", forward)
+
+    monkeypatch.setattr(passes_module, "ALIGNED", 64)  # a CPU's memory is no more than that
+    models = pair()
+    graphs_of(models[0]).arena_class = Counting
+    for model in models:
+        set_compute(model, compute)
+        dial_of(model).set_plan([LayerPlan(mode) for mode in modes])
+    warm(models)
+    assert_equal(models, batch(seed=1), replays=1)
+    assert len(ran) == layers
 
 
 def test_a_warm_up_for_which_there_is_no_memory():

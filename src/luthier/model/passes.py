@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from luthier.ops.bands import Band
 
 HALVES = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction", "allow_fp16_accumulation")
+ALIGNED = 256  # bytes, beyond which no kernel asks
 PLAIN = {int, float, bool, str, type(None), type}
 
 
@@ -114,6 +115,12 @@ class Pass:
     def parameters(self) -> list[Tensor]:
         return [parameter for layer in self.layers for parameter in layer.blocks.trained()]
 
+    def forms(self) -> list:
+        """What of each layer chooses its kernels; in 8 bits all are unlike, for each keeps what it finds out of its weights."""
+        if self.layers[0].state.model.compute != "bf16":
+            return list(range(len(self.layers)))
+        return [(form(leaves), layer.plan.mode) for leaves, layer in zip(self.leaves, self.layers, strict=True)]
+
     def eager(self) -> Tensor:
         x = self.x
         for layer in self.layers:
@@ -156,6 +163,17 @@ def leaves(values: Iterable[object], found: list) -> list:
 def addresses(found: list) -> tuple:
     """What of some leaves a captured kernel has fixed."""
     return tuple([leaf if type(leaf) in PLAIN else _address(leaf) for leaf in found])
+
+
+def form(found: Iterable[object]) -> tuple:
+    """What of some leaves chooses kernels: not where they lie, but whether kernels find it aligned."""
+    return tuple([leaf if type(leaf) in PLAIN else _form(leaf) for leaf in found])
+
+
+def _form(leaf: object) -> object:
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.stride(), leaf.dtype, leaf.requires_grad, leaf.data_ptr() % ALIGNED
+    return form(vars(leaf).values()) if type(leaf) is Quantised else leaf
 
 
 def _address(leaf: object) -> object:

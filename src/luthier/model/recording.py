@@ -72,15 +72,19 @@ class Program:
             for run, which in zip(taken.layers, taken.which, strict=True)
         ]
         self.trained = [run.blocks.trained() for run in taken.layers]
+        self.forms = taken.forms()
         self.buffers: Buffers | None = None
         self.kept: list = []
         self.gradients: list[Gradients] = []  # of each layer
 
     def warm_up(self) -> None:
-        """Every layer once, by itself: kernels are compiled and libraries choose theirs now, not while a graph is recorded."""
-        buffers = self.new_buffers().mapped(Tensor.zero_)
+        """A layer of each form by itself: kernels are compiled and libraries choose theirs now, not while they are recorded."""
+        buffers, done = self.new_buffers().mapped(Tensor.zero_), set()
         rows, grad = buffers.x.flatten(0, 1), buffers.rows.flatten(0, 1)
-        for (unused, call, plan, which), trained in zip(self.layers, self.trained, strict=True):
+        for (unused, call, plan, which), trained, form in zip(self.layers, self.trained, self.forms, strict=True):
+            if (form, which) in done:
+                continue
+            done.add((form, which))
             call, blocks = _on(buffers, call, which), unused.fresh()
             blocks.backward(grad, call, blocks.forward(rows, call, plan.mode)[1], wants_x=True, trained=trained)
 
