@@ -63,10 +63,6 @@ class LoadInfo:
     use_gradient_checkpointing: bool | str = "auto"
     memory_budget: float | None = None
     compute: str = "bf16"
-    fast_inference: bool = False
-    gpu_memory_utilization: float = 0.5
-    float8_kv_cache: bool = False
-    max_lora_rank: int = 64
     random_state: int = 3407
     key_mapping: dict[str, str] = field(default_factory=dict)  # checkpoint prefix -> model prefix, of a text-only load
 
@@ -102,8 +98,9 @@ def load_model(
     """Load a text model and its tokenizer; an adapter directory gives its base with the adapter attached, trainable.
 
     The arguments are those of ``FastLanguageModel.from_pretrained``. ``max_seq_length=None`` is 2048, or the model's native
-    length where that is less: only a length that was asked for scales positions. Everything that can be wrong with them
-    or with the files is an error before a weight is read.
+    length where that is less: only a length that was asked for scales positions. ``fast_inference``, ``float8_kv_cache``,
+    ``gpu_memory_utilization`` and ``max_lora_rank`` are for a rollout engine that is not here yet: they change nothing.
+    Everything that can be wrong with them or with the files is an error before a weight is read.
     """
     # 1. The arguments
     precision = choose_precision(load_in_4bit, load_in_8bit, load_in_16bit, load_in_fp8, full_finetuning)
@@ -141,10 +138,6 @@ def load_model(
         use_gradient_checkpointing=checkpointing_mode(use_gradient_checkpointing),
         memory_budget=memory_budget,
         compute=compute,
-        fast_inference=fast_inference,
-        gpu_memory_utilization=gpu_memory_utilization,
-        float8_kv_cache=float8_kv_cache,
-        max_lora_rank=max_lora_rank,
         random_state=random_state,
         key_mapping=key_mapping,
     )
