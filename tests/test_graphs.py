@@ -730,6 +730,17 @@ def test_shapes_that_find_no_room_beside_each_other_do_not_take_turns(monkeypatc
     assert len(sizes) == 3 and sizes[0] == sizes[2] == graphs.arena.size and len(graphs.recordings) == 2
 
 
+def test_weights_that_go_when_python_ends_clear_nothing():
+    """Of which too little is left by then: a script that ends with its model gave an error for every weight."""
+    models = pair()
+    warm(models)
+    graphs = graphs_of(models[0])
+    graphs_module._weight_went(weakref.ref(graphs), None, ends=lambda: True)
+    assert graphs.recordings
+    graphs_module._weight_went(weakref.ref(graphs), None)
+    assert not graphs.recordings
+
+
 @pytest.mark.parametrize(
     ("compute", "modes", "layers"),
     [("bf16", [Mode.KEEP] * 2, 1), ("bf16", [Mode.KEEP, Mode.RECOMPUTE], 2), ("fp8-backward", [Mode.KEEP] * 2, 2)],

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import sys
 import threading
 import warnings
 import weakref
@@ -51,9 +52,9 @@ class NotAChain(Exception):
     """Something other than the next layer has touched what a deferred layer gave back."""
 
 
-def _weight_went(graphs: weakref.ref[Graphs], weight: weakref.ref[Tensor]) -> None:
+def _weight_went(graphs: weakref.ref[Graphs], weight: weakref.ref[Tensor], ends: Callable = sys.is_finalizing) -> None:
     owner = graphs()
-    if owner is not None and not owner.loop:  # a collection of garbage may come in the middle of a pass
+    if owner is not None and not owner.loop and not ends():  # garbage may be collected in the middle of a pass, and at the end
         owner.clear()
 
 
