@@ -100,7 +100,7 @@ def load_model(
     The arguments are those of ``FastLanguageModel.from_pretrained``. ``max_seq_length=None`` is 2048, or the model's native
     length where that is less: only a length that was asked for scales positions. ``fast_inference``, ``float8_kv_cache``,
     ``gpu_memory_utilization`` and ``max_lora_rank`` are for a rollout engine that is not here yet: they change nothing.
-    Everything that can be wrong with them or with the files is an error before a weight is read.
+    Everything that can be wrong with the arguments or the files is an error before a weight is read.
     """
     # 1. The arguments
     precision = choose_precision(load_in_4bit, load_in_8bit, load_in_16bit, load_in_fp8, full_finetuning)
