@@ -105,3 +105,19 @@ def check(op, reference, inputs: dict[str, Tensor], *others) -> None:
     truth = with_gradients(reference, inputs, torch.float64)
     torchs = [with_gradients(said, inputs) for said in (reference, *others)]
     assert_as_good(with_gradients(op, inputs), worst(truth, *torchs), truth)
+
+
+def differentiable(forward: Callable[..., Tensor], backward: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Tensor]:
+    """An op whose forward (inputs -> output) and backward (gradient, inputs -> theirs) are called apart in training."""
+
+    class Op(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            ctx.save_for_backward(*inputs)
+            return forward(*inputs)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return backward(grad, *ctx.saved_tensors)
+
+    return Op.apply

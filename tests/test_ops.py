@@ -28,6 +28,7 @@ from op_checks import (
     also_in_a_row,
     assert_as_good,
     check,
+    differentiable,
     randn,
     running_kernels,
     unwritten,
@@ -150,8 +151,12 @@ class TestRotary:
 
     def test_forward_and_gradients(self, path, dtype, interleaved, turned):
         cos, sin = (table.to(dtype) for table in self.tables(turned, batch=1))
+        op = differentiable(
+            lambda x: rotary.rotate(x, cos, sin, interleaved, out=unwritten(*x.shape, dtype=dtype)),
+            lambda grad, x: rotary.rotate(grad, cos, sin, interleaved, out=unwritten(*x.shape, dtype=dtype), inverse=True),
+        )
         check(
-            lambda x: rotary.rotary(x, cos, sin, interleaved),
+            lambda x: op(x),
             lambda x: self.textbook(x, cos.to(x.dtype), sin.to(x.dtype), interleaved),
             {"x": randn(2, 5, 3, 16, dtype=dtype)},
         )
@@ -185,11 +190,18 @@ class TestRotary:
 @pytest.mark.parametrize("activation", gated_mlp.KINDS)
 class TestGatedActivation:
     def test_forward_and_gradients(self, path, dtype, activation):
-        inputs = {"gate": 2 * randn(3, 2, 133, dtype=dtype), "up": randn(3, 2, 133, seed=1, dtype=dtype)}
+        def backward(grad, gate, up):
+            of_gate, of_up = gate.clone(), up.clone()
+            gated_mlp.gated_backward_(grad.clone(), of_gate, of_up, activation)
+            return of_gate, of_up
+
+        op = differentiable(
+            lambda gate, up: gated_mlp.gated_forward(gate, up, activation, unwritten(*gate.shape, dtype=dtype)), backward
+        )
         check(
-            lambda gate, up: gated_mlp.gated_activation(gate, up, activation),
+            lambda gate, up: op(gate, up),
             lambda gate, up: gated_mlp.gated_activation_reference(gate, up, activation),
-            inputs,
+            {"gate": 2 * randn(6, 133, dtype=dtype), "up": randn(6, 133, seed=1, dtype=dtype)},
         )
 
     def test_in_place_on_halves_of_a_row(self, path, dtype, activation):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from luthier.ops.backend import has_kernels, jit, power_of_2, tl, triton
@@ -44,13 +43,6 @@ def gated_backward_reference(grad: Tensor, gate: Tensor, up: Tensor, activation:
         value = F.gelu(wide, approximate=how)
         grad_gate = torch.ops.aten.gelu_backward(outer * other, wide, approximate=how)
     return (value * other).to(gate.dtype), grad_gate.to(gate.dtype), (outer * value).to(up.dtype)
-
-
-def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """``act(gate) * up`` for one of ``silu``, ``gelu``, ``gelu_tanh``. Differentiable."""
-    if not has_kernels(gate):
-        return gated_activation_reference(gate, up, activation)
-    return _GatedActivation.apply(gate, up, activation)
 
 
 def gated_forward(gate: Tensor, up: Tensor, activation: str, out: Tensor, rounded: Rows8 | None = None) -> Tensor:
@@ -147,21 +139,3 @@ def _gated_backward(GRAD, GATE, UP, width, stride_grad, stride_gate, stride_up, 
     tl.store(grad_at, (value * up).to(GRAD.dtype.element_ty), mask=inside)
     tl.store(gate_at, (grad * up * slope).to(GATE.dtype.element_ty), mask=inside)
     tl.store(up_at, (grad * value).to(UP.dtype.element_ty), mask=inside)
-
-
-class _GatedActivation(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, gate, up, activation):
-        ctx.save_for_backward(gate, up)
-        ctx.activation = activation
-        rows, out = gate.reshape(-1, gate.shape[-1]), torch.empty_like(gate, memory_format=torch.contiguous_format)
-        launch_forward(rows, up.reshape(rows.shape), activation, out.view(rows.shape))
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        gate, up = (tensor.clone(memory_format=torch.contiguous_format) for tensor in ctx.saved_tensors)
-        rows = (tensor.view(-1, tensor.shape[-1]) for tensor in (grad.clone(memory_format=torch.contiguous_format), gate, up))
-        launch_backward_(*rows, ctx.activation)
-        return gate, up, None

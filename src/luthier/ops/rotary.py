@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from luthier.ops.backend import has_kernels, jit, power_of_2, tl, warps_for
 
@@ -25,11 +24,6 @@ def rotary_reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = Fa
     pair = a * cos - b * sin, b * cos + a * sin
     out = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
     return torch.cat((out.to(x.dtype), rest), dim=-1)
-
-
-def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
-    """Turn the heads of ``x`` (B, T, H, D) by the tables ``cos``, ``sin`` (B or 1, T, r/2). Differentiable in x."""
-    return _Rotary.apply(x, cos, sin, interleaved) if has_kernels(x) else rotary_reference(x, cos, sin, interleaved)
 
 
 def rotate(
@@ -103,16 +97,3 @@ def _rotary_kernel(
         inside_rest = (head < HEADS)[:, None] & (column < REST)[None, :]
         value = tl.load(source + 2 * HALF + column[None, :], mask=inside_rest, other=0.0)
         tl.store(target + 2 * HALF + column[None, :], value, mask=inside_rest)
-
-
-class _Rotary(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, cos, sin, interleaved):
-        ctx.save_for_backward(cos, sin)
-        ctx.interleaved = interleaved
-        return launch(x, cos, sin, interleaved, torch.empty_like(x), False)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        return launch(grad, *ctx.saved_tensors, ctx.interleaved, torch.empty_like(grad), True), None, None, None
