@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from luthier.errors import UnsupportedError
 from luthier.model.load import load_model
 from luthier.model.lora import get_peft_model
-from luthier.model.merge import Merge, merged_size, merged_tensors
+from luthier.model.merge import Merge
 from luthier.model.original import computing_with, original_weights
 from luthier.model.save import save_pretrained_merged
 from luthier.model.vocab import add_new_tokens
@@ -204,7 +204,7 @@ def test_experts_are_written_under_the_names_of_their_checkpoint(checkpoints, fa
     model, _ = load_model(checkpoints(family))
     model = trained(get_peft_model(model, r=2))
     original = load_file(checkpoints(family) / "model.safetensors")
-    merged = dict(merged_tensors(model, base))
+    merged = dict(Merge(model, base).tensors())
     assert {name: tensor.shape for name, tensor in merged.items()} == {name: tensor.shape for name, tensor in original.items()}
     experts = [name for name in original if "experts" in name and "bias" not in name]
     assert experts and not any(torch.equal(merged[name], original[name]) for name in experts)
@@ -219,10 +219,10 @@ def test_full_finetuning_saves_the_weights_in_memory(checkpoints, tmp_path):
 def test_8bit_merges_onto_either_base(checkpoints, tmp_path):
     model, _ = load_model(checkpoints(), load_in_8bit=True)
     model = trained(get_peft_model(model, r=4))
-    original = dict(merged_tensors(model, "16bit"))
+    original = dict(Merge(model, "16bit").tensors())
     reference = merged_by_peft(plain_base(checkpoints()), model, tmp_path).to(torch.bfloat16).state_dict()
     assert all(torch.equal(tensor, reference[name]) for name, tensor in original.items())
-    for name, tensor in merged_tensors(model, "nf4", torch.float32):
+    for name, tensor in Merge(model, "nf4", torch.float32).tensors():
         steps = original[name].float().abs().amax() / 127 if tensor.ndim == 2 else 0
         assert (tensor - original[name].float()).abs().max() <= steps + original[name].abs().max() * 2**-8
 
@@ -231,7 +231,7 @@ def test_a_model_and_adapter_of_plain_transformers_and_peft_merge_too(checkpoint
     plain = AutoModelForCausalLM.from_pretrained(checkpoints())
     model = trained(peft_get_peft_model(plain, LoraConfig(r=4, target_modules=LINEAR, task_type="CAUSAL_LM")))
     reference = merged_by_peft(plain_base(checkpoints()), model, tmp_path).to(torch.bfloat16)
-    for name, tensor in merged_tensors(model):
+    for name, tensor in Merge(model).tensors():
         assert torch.equal(tensor, reference.get_parameter(name))
 
 
@@ -259,7 +259,7 @@ def test_merging_leaves_the_model_alone(checkpoints):
     model, _ = load_model(checkpoints())
     model = trained(get_peft_model(model, r=4))
     before = model(IDS).logits
-    first, second = dict(merged_tensors(model)), dict(merged_tensors(model))
+    first, second = dict(Merge(model).tensors()), dict(Merge(model).tensors())
     assert torch.equal(model(IDS).logits, before)
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
@@ -296,9 +296,9 @@ def test_the_stream_needs_the_same_memory_for_a_deeper_model(tmp_path, monkeypat
         model, _ = load_model(tiny.save_tiny(family, tmp_path / str(depth)))
         model = trained(get_peft_model(model, r=2))
         with Peak(model) as memory:
-            sizes.append(sum(tensor.nbytes for _, tensor in merged_tensors(model, base, torch.float32)))
+            sizes.append(sum(tensor.nbytes for _, tensor in Merge(model, base, torch.float32).tensors()))
         peaks.append(memory.peak)
-    assert 2 * sizes[0] < sizes[1] == merged_size(model, base, torch.float32)
+    assert 2 * sizes[0] < sizes[1] == Merge(model, base, torch.float32).size
     assert 480 * 64 * 4 <= peaks[1] <= peaks[0] < sizes[1] / 2, "the largest tensor at least, and no more for more layers"
 
 
@@ -309,14 +309,14 @@ def test_what_cannot_be_merged_is_refused_by_name(checkpoints):
     model, _ = load_model(checkpoints(), load_in_16bit=True)
     ia3 = peft_get_peft_model(model, IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM"))
     with pytest.raises(UnsupportedError, match="layers.0.self_attn.k_proj.*only LoRA"):
-        merged_size(ia3)
+        Merge(ia3)
     model, _ = load_model(checkpoints(), load_in_16bit=True)
     model = get_peft_model(model, r=4, target_modules=["k_proj"])
     model.merge_adapter()
     with pytest.raises(UnsupportedError, match="k_proj already has its adapter merged"):
-        merged_size(model)
+        Merge(model)
     with pytest.raises(ValueError, match="'16bits'.*Did you mean '16bit'"):
-        merged_size(model, "16bits")
+        Merge(model, "16bits")
 
 
 def test_an_adapter_whose_base_was_changed_does_not_go_onto_the_original(checkpoints):
@@ -324,8 +324,8 @@ def test_an_adapter_whose_base_was_changed_does_not_go_onto_the_original(checkpo
     model = get_peft_model(model, r=4)
     model.peft_config["default"].init_lora_weights = "pissa"
     with pytest.raises(UnsupportedError, match="pissa.*base='nf4'"):
-        merged_size(model)
-    assert merged_size(model, "nf4") > 0
+        Merge(model)
+    assert Merge(model, "nf4").size > 0
 
 
 def test_a_base_that_is_gone_is_named(checkpoints, tmp_path):
@@ -333,8 +333,8 @@ def test_a_base_that_is_gone_is_named(checkpoints, tmp_path):
     model, _ = load_model(directory)
     directory.rename(tmp_path / "moved")
     with pytest.raises(FileNotFoundError, match=r"base.*base='nf4'"):
-        merged_size(model)
-    assert merged_size(model, "nf4") > 0
+        Merge(model)
+    assert Merge(model, "nf4").size > 0
 
 
 def test_a_checkpoint_that_exists_in_4_bits_only_takes_nf4_with_a_warning(checkpoints, tmp_path):
@@ -344,6 +344,6 @@ def test_a_checkpoint_that_exists_in_4_bits_only_takes_nf4_with_a_warning(checkp
     model, _ = load_model(tmp_path / "nf4")
     model = trained(get_peft_model(model, r=4))
     with pytest.warns(UserWarning, match="only quantised"):
-        original = dict(merged_tensors(model, "16bit"))
-    assert all(torch.equal(tensor, original[name]) for name, tensor in merged_tensors(model, "nf4"))
+        original = dict(Merge(model, "16bit").tensors())
+    assert all(torch.equal(tensor, original[name]) for name, tensor in Merge(model, "nf4").tensors())
     assert json.loads((tmp_path / "nf4" / "config.json").read_text())["quantization_config"]

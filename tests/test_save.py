@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from luthier.model.gguf_export import write_merged_gguf
 from luthier.model.load import load_model
 from luthier.model.lora import get_peft_model
-from luthier.model.merge import merged_tensors
+from luthier.model.merge import Merge
 from luthier.model.save import push_to_hub_merged, save_pretrained_merged
 from luthier.model.shards import parse_size, room_for, write_shards
 from luthier.ops.nf4 import dequantise, quantised
@@ -110,7 +110,7 @@ def test_merged_4bit_is_the_fp32_merge_quantised_once(trained, tmp_path, capsys)
     said = capsys.readouterr().err
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "nf4")
     error = norm = 0.0
-    for name, weight in merged_tensors(model, dtype=torch.float32):
+    for name, weight in Merge(model, dtype=torch.float32).tensors():
         stored = merged.get_parameter(name)
         if not isinstance(stored, bnb.nn.Params4bit):
             assert torch.equal(stored, weight.to(stored.dtype))

@@ -29,22 +29,12 @@ MERGEABLE = ("bitsandbytes", experts.METHOD)
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 
-def merged_tensors(model: nn.Module, base: Base = "16bit", dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Stream the merged model: (name in the checkpoint, tensor on the CPU), never more than a tensor or two at a time.
+class Merge:
+    """The plan of one merge: checked, and ready to stream.
 
     ``dtype`` of the floating-point tensors: by default the 16-bit dtype that the model was loaded in or stored in, else
-    bfloat16. Raises before the first tensor if something of the adapter cannot be merged, and names it.
+    bfloat16. Raises if something of the adapter cannot be merged, and names it.
     """
-    return Merge(model, base, dtype).tensors()
-
-
-def merged_size(model: nn.Module, base: Base = "16bit", dtype: torch.dtype | None = None) -> int:
-    """Bytes that ``merged_tensors`` will yield."""
-    return Merge(model, base, dtype).size
-
-
-class Merge:
-    """The plan of one merge: checked, and ready to stream."""
 
     def __init__(self, model: nn.Module, base: Base = "16bit", dtype: torch.dtype | None = None) -> None:
         if base not in BASES:
@@ -154,7 +144,10 @@ class Merge:
         return sum(shape.numel() * self.dtypes[name].itemsize for group in self.groups for name, shape in group.tensors.items())
 
     def tensors(self, rounded: bool = True) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the merged checkpoint, on the CPU; ``rounded=False`` leaves merged ones in fp32, where they are."""
+        """Every tensor of the merged checkpoint by its name, on the CPU, never more than one or two at a time.
+
+        ``rounded=False`` leaves merged ones in fp32, where they are.
+        """
         for group in self.groups:
             for name, value in self._group(group).items():
                 value = value.to(self.dtypes[name]) if rounded else value
