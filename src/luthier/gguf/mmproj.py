@@ -20,7 +20,6 @@ from luthier.gguf.writer import Value
 
 KEPT = ("norm", "ln", "position_embd", "patch_embd", "img_break")  # parts of names that stay in 32 bits
 
-Transform = Callable[[torch.Tensor], torch.Tensor]
 
 SIGLIP_LAYER = {
     "layer_norm1": "ln1",
