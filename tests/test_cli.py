@@ -644,14 +644,26 @@ def test_training_that_diverges_failed(place, run, monkeypatch, tmp_path):
 def test_of_several_processes_the_first_talks_and_writes(run, monkeypatch, tmp_path, capsys):
     """As torchrun starts them; errors come from whoever meets them."""
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     say("the first says this")
     table("Title", ["column"], [["cell"]])
     assert save_outputs(None, None, SFTRecipe(output=str(tmp_path))) == {} and not list(tmp_path.iterdir())
     assert capsys.readouterr().err == ""
     assert "missing.yaml" in run("sft", str(tmp_path / "missing.yaml")).err
+    monkeypatch.setattr(cli, "_load", lambda place: lambda recipe: {})
+    assert run("sft", "--json") == (0, "", ""), "whoever reads the result reads one document"
     monkeypatch.setenv("RANK", "0")
     say("the first says this")
     assert capsys.readouterr().err == "the first says this\n"
+
+
+@pytest.mark.parametrize("size", ["1", "", None])
+def test_a_run_that_is_alone_talks_and_writes_whatever_its_rank(monkeypatch, capsys, size):
+    """A scheduler may number runs by RANK that know nothing of each other."""
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.delenv("WORLD_SIZE", raising=False) if size is None else monkeypatch.setenv("WORLD_SIZE", size)
+    say("it says this")
+    assert capsys.readouterr().err == "it says this\n"
 
 
 def test_recipes_do_not_shard_a_model(run, monkeypatch, tmp_path):

@@ -2,6 +2,7 @@
 
 import warnings
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -81,7 +82,7 @@ def test_the_first_output_is_the_base_models_and_the_seed_decides_the_rest(check
         assert torch.equal(torch.get_rng_state(), state)
         return model, torch.cat([p.flatten() for p in model.parameters() if p.requires_grad])
 
-    (model, first), (_, again), (_, other) = weights(1), weights(1), weights(2)
+    (model, first), (_, again), (_, other) = weights(1), weights(np.int64(1)), weights(2)
     assert torch.equal(first, again) and not torch.equal(first, other)
     stock = AutoModelForCausalLM.from_pretrained(checkpoints())
     assert torch.equal(model.eval()(IDS).logits, stock(IDS).logits)

@@ -21,7 +21,7 @@ import tyro
 import luthier
 from luthier.config import GRPORecipe, SFTRecipe, TrainRecipe, VisionRecipe, load_options, load_recipe
 from luthier.errors import ExportProofError, unknown
-from luthier.terminal import say, table
+from luthier.terminal import is_first_process, say, table
 
 RECIPES: dict[str, type[TrainRecipe]] = {"sft": SFTRecipe, "grpo": GRPORecipe, "vision": VisionRecipe}
 FUNCTIONS = {
@@ -130,7 +130,7 @@ def _run_recipe(command: str, arguments: list[str]) -> int:
         result = {kind: str(path) for kind, path in _load(f"luthier.workflows.{command}:run")(options.recipe).items()}
         if not options.json:
             table("Written", ["what", "where"], list(result.items()))
-    if options.json:
+    if options.json and is_first_process():
         print(json.dumps(result, indent=1))
     return 0
 

@@ -19,7 +19,8 @@ PLAIN_LINE_SECONDS = 10.0
 
 def is_first_process() -> bool:
     """Whether this is the process that talks and writes, of those that train one model."""
-    return int(os.environ.get("RANK", 0)) == 0  # set by torchrun and accelerate launch
+    # torchrun and accelerate launch set both; RANK alone may be a scheduler's number of a run that has nobody beside it
+    return int(os.environ.get("WORLD_SIZE") or 1) < 2 or int(os.environ.get("RANK") or 0) == 0
 
 
 def console(quiet: bool | None = None) -> Console:

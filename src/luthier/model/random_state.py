@@ -12,6 +12,7 @@ from torch import nn
 @contextlib.contextmanager
 def seeded(model: nn.Module, seed: int) -> Iterator[None]:
     """While open, random numbers on the CPU and on the model's own GPUs come from ``seed``. Other GPUs are not woken up."""
+    seed = int(seed)  # numpy's integers too
     devices = {parameter.device.index for parameter in model.parameters() if parameter.is_cuda}
     with torch.random.fork_rng(devices=sorted(devices)):
         torch.random.default_generator.manual_seed(seed)
