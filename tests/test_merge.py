@@ -235,18 +235,18 @@ def test_a_model_and_adapter_of_plain_transformers_and_peft_merge_too(checkpoint
         assert torch.equal(tensor, reference.get_parameter(name))
 
 
-@pytest.mark.parametrize("precision", ["load_in_4bit", "load_in_8bit"])
-def test_a_quantised_model_computes_with_its_original_weights(checkpoints, tmp_path, precision):
+@pytest.mark.parametrize(("precision", "use_dora"), [("load_in_4bit", False), ("load_in_4bit", True), ("load_in_8bit", False)])
+def test_a_quantised_model_computes_with_its_original_weights(checkpoints, tmp_path, precision, use_dora):
     model, _ = load_model(checkpoints(), dtype=torch.float32, **{precision: True})
-    model = trained(get_peft_model(model, r=4, lora_alpha=8))
+    model = trained(get_peft_model(model, r=4, lora_alpha=8, use_dora=use_dora))
     model.save_pretrained(tmp_path)
     exact = PeftModel.from_pretrained(plain_base(checkpoints()), tmp_path)
     before = model(IDS).logits
     weights = original_weights(Merge(model))
     assert len(weights) == 7 * model.config.num_hidden_layers
-    with torch.no_grad(), computing_with(weights):
+    with torch.no_grad(), computing_with(model, weights):
         torch.testing.assert_close(model(IDS).logits, exact(IDS).logits)
-    assert not any("forward" in layer.__dict__ for layer in weights)
+    assert not any({"forward", "get_weight_norm"} & vars(layer).keys() for layer in model.modules())
     assert torch.equal(model(IDS).logits, before) and not torch.allclose(before, exact(IDS).logits, atol=1e-3)
 
 

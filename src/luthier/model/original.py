@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
 
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -35,19 +36,31 @@ def _read(merge: Merge, group: Group) -> Tensor:
 
 
 @contextlib.contextmanager
-def computing_with(weights: dict[nn.Linear, Callable[[], Tensor]]) -> Iterator[None]:
-    """While open, each of these layers reads its weight anew for every forward. For evaluation only: the stock forward runs."""
-    before = {layer: layer.__dict__.get("forward") for layer in weights}
-    for layer, read in weights.items():
-        layer.forward = partial(_linear, layer, read)
+def computing_with(model: nn.Module, weights: dict[nn.Linear, Callable[[], Tensor]]) -> Iterator[None]:
+    """While open, each of these layers of ``model`` reads its weight anew for every forward.
+
+    For evaluation only: the stock forward runs.
+    """
+    methods = [(layer, "forward", partial(_linear, layer, read)) for layer, read in weights.items()]
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer) and layer.get_base_layer() in weights:  # DoRA takes the norms of a weight that it reads
+            norms = partial(_norms, weights[layer.get_base_layer()])
+            methods += [(dora, "get_weight_norm", partial(norms, dora)) for dora in layer.lora_magnitude_vector.values()]
+    before = [(owner, name, owner.__dict__.get(name)) for owner, name, _ in methods]
+    for owner, name, method in methods:
+        setattr(owner, name, method)
     try:
         yield
     finally:
-        for layer, forward in before.items():
-            del layer.forward
-            if forward is not None:
-                layer.forward = forward
+        for owner, name, method in before:
+            delattr(owner, name)
+            if method is not None:
+                setattr(owner, name, method)
 
 
 def _linear(layer: nn.Linear, read: Callable[[], Tensor], x: Tensor) -> Tensor:
     return F.linear(x, read().to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
+
+
+def _norms(read: Callable[[], Tensor], dora: nn.Module, weight: Tensor, lora_weight: Tensor, scaling: float, **given) -> Tensor:
+    return type(dora).get_weight_norm(dora, read().to(weight), lora_weight, scaling, **given)

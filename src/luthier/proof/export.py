@@ -401,7 +401,7 @@ def _over_base(model: Any, tokenizer: Any, base: Base) -> Iterator[Any]:
         return
     weights = original_weights(merge)
     if weights is not None:
-        with computing_with(weights):
+        with computing_with(model, weights):
             yield model
         return
     with tempfile.TemporaryDirectory(prefix="luthier-") as place:
