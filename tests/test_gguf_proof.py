@@ -1,6 +1,8 @@
 """The proof of export: its own two readers against llama.cpp, and planted faults, each of which it must find."""
 
 import json
+import re
+from types import SimpleNamespace
 
 import fake_hub
 import numpy as np
@@ -18,9 +20,13 @@ from luthier.errors import UnsupportedError
 from luthier.fast import FastLanguageModel
 from luthier.gguf import GGUFFile, convert_to_gguf
 from luthier.gguf.architectures import find
+from luthier.gguf.chat import load_tokenizer
 from luthier.gguf.convert import read_config
-from luthier.gguf.plan import plan_tensors
+from luthier.gguf.imatrix import made_with_importance
+from luthier.gguf.plan import Piece, plan_tensors, same
+from luthier.gguf.quantize import encode_in_chunks, quantize_gguf
 from luthier.gguf.source import CheckpointSource
+from luthier.gguf.types import TENSOR_TYPES
 from luthier.gguf.writer import GGUFWriter, TensorInfo, plan
 from luthier.model.load import load_model
 from luthier.model.lora import get_peft_model
@@ -39,6 +45,7 @@ from luthier.proof.export import convert_to_gguf as proved_conversion
 from luthier.proof.gguf_model import GGUFModel
 from luthier.proof.gguf_tokenizer import GGUFTokenizer
 from luthier.proof.logits import THRESHOLDS
+from luthier.proof.tokens import compare_tokens
 from luthier.proof.weights import compare_weights
 
 
@@ -87,13 +94,14 @@ def test_a_good_file_is_proved(quant, models, tmp_path):
     assert stored["file_type"] == quant and stored["failures"] == [] and len(stored["checksums"]) == 1 + 21
 
 
-def rewrite(source, target, metadata=None, tensors=None):
-    """A copy of a GGUF file with some metadata and tensors (uint8 rows) replaced; None drops a key."""
+def rewrite(source, target, metadata=None, tensors=None, without=()):
+    """A copy of a GGUF file with some metadata and tensors (uint8 rows) replaced; None drops a key, ``without`` tensors."""
     file = GGUFFile(source)
     entries = {key: value for key, value in {**file.encoded, **(metadata or {})}.items() if value is not None}
-    layout = plan(entries, [TensorInfo(name, info.shape, info.type) for name, info in file.tensors.items()])
+    infos = [TensorInfo(name, info.shape, info.type) for name, info in file.tensors.items() if name not in without]
+    layout = plan(entries, infos)
     with GGUFWriter(target, layout) as writer:
-        for name in file.tensors:
+        for name in layout.tensors:
             writer.write(name, torch.from_numpy((tensors or {}).get(name, file.data(name)).copy()))
     return target
 
@@ -186,6 +194,79 @@ def test_planted_faults_are_found(quant, fault, models, tmp_path):
         require(proof)
 
 
+def changed(file, key, place, value):
+    entries = file.metadata[key].copy()
+    entries[place] = value
+    return {key: entries}
+
+
+def without_merge(file, *places):
+    merges = list(file.metadata["tokenizer.ggml.merges"])
+    return {"tokenizer.ggml.merges": [*merges[: places[0]], *merges[places[0] + 1 :]]} if len(places) == 1 else {
+        "tokenizer.ggml.merges": [*merges[: places[0]], merges[places[1]], merges[places[0]], *merges[places[1] + 1 :]]
+    }  # fmt: skip
+
+
+FAULTS_OF_TOKENS = {  # what no sample text has to show
+    "a control token as text": (lambda f: changed(f, "tokenizer.ggml.token_type", 1, 1), r"token 1, .* is of the type text"),
+    "text as a control token": (lambda f: changed(f, "tokenizer.ggml.token_type", 440, 3), "token 440, .* of the type control"),
+    "padding as text": (lambda f: changed(f, "tokenizer.ggml.token_type", 470, 1), "token 470, .* of the type text instead of"),
+    "lost merge": (lambda f: without_merge(f, 150), "merge 150 is|it has .* merges"),
+    "lost last merge": (lambda f: without_merge(f, len(f.metadata["tokenizer.ggml.merges"]) - 1), "it has .* merges, the tok"),
+    "two merges exchanged": (lambda f: without_merge(f, 150, 151), "merge 150 is"),
+    "other BOS": (lambda f: {"tokenizer.ggml.bos_token_id": 4}, "its BOS is token 4, the tokenizer's 1"),
+    "BOS without a token": (
+        lambda f: {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.bos_token_id": None}, "it adds BOS to a text and has"
+    ),
+    "a shorter vocabulary": (
+        lambda f: {f"tokenizer.ggml.{name}": f.metadata[f"tokenizer.ggml.{name}"][:400] for name in ("tokens", "token_type")},
+        "its merge .* is of tokens that it does not have",
+    ),
+    "another cut": (lambda f: {"tokenizer.ggml.pre": "dbrx"}, "it cuts text otherwise|token .* of"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS_OF_TOKENS)
+def test_every_entry_of_the_vocabulary_is_compared(fault, models, tmp_path):
+    change, message = FAULTS_OF_TOKENS[fault]
+    file = rewrite(models[1]["f32"], tmp_path / "x.gguf", change(GGUFFile(models[1]["f32"])))
+    failures = compare_tokens(GGUFFile(file), tiny.tiny_tokenizer()).failures
+    assert any(re.search(message, failure) for failure in failures), failures
+
+
+@pytest.mark.parametrize("style", ["llama", "mistral", "gemma"])
+def test_scores_and_spaces_of_sentencepiece_are_compared(style, export, tmp_path):
+    """A space more than the tokenizer puts is excused where llama.cpp always puts one; tokens cut otherwise are not."""
+    file = export(sentencepiece(style))
+    tokenizer = load_tokenizer(file.parent)
+    assert compare_tokens(GGUFFile(file), tokenizer).failures == []
+    read = GGUFFile(file)
+    scores, prefix = read.metadata["tokenizer.ggml.scores"], read.metadata["tokenizer.ggml.add_space_prefix"]
+    for wrong in (
+        {"scores": 0 * scores},
+        {"scores": -scores},
+        {"scores": scores[::-1].copy()},
+        {"add_space_prefix": not prefix},
+    ):
+        changes = {f"tokenizer.ggml.{key}": value for key, value in wrong.items()}
+        assert compare_tokens(GGUFFile(rewrite(file, tmp_path / "x.gguf", changes)), tokenizer).failures != [], wrong
+
+
+def test_what_a_file_lacks_is_named(models, tmp_path, monkeypatch):
+    directory, files = models
+    reference = reference_of(AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32), directory)
+    for name in ("output_norm.weight", "blk.1.attn_q.weight"):
+        file = rewrite(files["q4_0"], tmp_path / "x.gguf", without=[name])
+        assert f"it lacks {name}" in prove(file, reference).failures
+    directory = save(monkeypatch, tmp_path / "phi3", *MODELS["phi3 longrope"])
+    reference = reference_of(AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32), directory)
+    (file,) = convert_to_gguf(directory, tmp_path / "phi3.gguf", "f32")
+    key = "phi3.rope.scaling.original_context_length"  # where the factors change: beyond every prompt
+    for value, said in ((384, "384"), (None, "missing")):
+        failures = prove(rewrite(file, tmp_path / "y.gguf", {key: value}), reference).failures
+        assert f"{key} is {said} in the file and 256 in the model" in failures
+
+
 @pytest.mark.parametrize("fault", ["wrong rotary base", "wrong rotary scaling", "queries not reordered", "swapped tensors"])
 def test_what_is_wrong_shows_in_the_logits_too(fault, models, tmp_path):
     """Nothing but the computed file and the model: what holds for a mistake that our own tables make, too."""
@@ -264,6 +345,82 @@ def test_a_lost_adapter_is_found(quant, size, tmp_path, monkeypatch):
     for file in files:
         (failure,) = verify(file, base).failures
         assert failure.startswith("blk.0.ffn_up.weight was rounded from other weights")
+
+
+ROUNDED_LATE = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_small_lost_adapter_is_found_against_a_merged_directory(dtype, tmp_path):
+    """The merge moves weights by half a percent of their size; the directory holds it in 16 bits, the file is made from 32."""
+    base = tiny.save_tiny("llama3", tmp_path / "base")
+    right = load_file(base / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    name = "model.layers.0.mlp.up_proj.weight"
+    lost = {
+        **right,
+        name: right[name] + 5e-4 * torch.randn(128, 2, generator=generator) @ torch.randn(2, 64, generator=generator),
+    }
+    files = convert_to_gguf(base, tmp_path / "out", ROUNDED_LATE)
+    if dtype is torch.bfloat16:
+        (half,) = convert_to_gguf(base, tmp_path / "half.gguf", "f16")
+        files += [quantize_gguf(half, tmp_path / f"by-way-of-f16-{kind}.gguf", kind) for kind in ("q4_0", "q8_0")]
+    for tensors, fails in ((right, False), (lost, True)):
+        save_file({key: tensor.to(dtype) for key, tensor in tensors.items()}, base / "model.safetensors", {"format": "pt"})
+        planned = plan_tensors(find(read_config(base)), read_config(base), (source := CheckpointSource(base)).shapes)
+        for file in files:
+            wrong = compare_weights([(GGUFFile(file), planned)], source)[1]
+            assert [failure.split(" ")[0] for failure in wrong] == fails * ["blk.0.ffn_up.weight"], wrong
+
+
+def test_a_byte_that_no_rounding_gives_is_found_among_many_that_differ(tmp_path):
+    exact = tiny.save_tiny("llama3", tmp_path / "exact")
+    directory = tiny.save_tiny("llama3", tmp_path / "model", dtype=torch.bfloat16)
+    planned = plan_tensors(find(read_config(directory)), read_config(directory), (source := CheckpointSource(directory)).shapes)
+    for file in convert_to_gguf(exact, tmp_path / "out", ["q8_0", "q4_0", "q4_1"]):
+        data = GGUFFile(file).data("blk.1.ffn_down.weight").copy()
+        data[3, 7] ^= 4  # a code, by four steps
+        wrong = rewrite(file, tmp_path / "y.gguf", tensors={"blk.1.ffn_down.weight": data})
+        assert compare_weights([(GGUFFile(file), planned)], source)[1] == []
+        assert "it is damaged" in compare_weights([(GGUFFile(wrong), planned)], source)[1][0]
+
+
+def test_one_code_that_a_merge_moved_is_no_damage(tmp_path):
+    """Of a small tensor that a float16 directory holds, it may be the only one; whether it may be takes many draws to see."""
+    generator, seen = torch.Generator().manual_seed(0), 0
+    kind, info = TENSOR_TYPES["Q5_0"], TensorInfo("x.weight", (16, 64), TENSOR_TYPES["Q5_0"])
+    planned = SimpleNamespace(shapes={"x.weight": (16, 64)}, pieces={"x": [Piece("x.weight", None, same)]})
+    for _ in range(150):
+        values = torch.randn(16, 64, generator=generator)
+        (encoded,) = (data for _, data in encode_in_chunks("x", values, kind))
+        (plain,) = (data for _, data in encode_in_chunks("x", values.half().float(), kind))
+        if 0 < (encoded != plain).sum() < 3:
+            file = SimpleNamespace(tensors={"x.weight": info}, metadata={}, data=lambda name, data=encoded: data.numpy())
+            seen += 1
+            assert compare_weights([(file, planned)], [("x", values.half())])[1] == []
+    assert seen > 20
+
+
+def test_a_file_made_with_an_importance_matrix_that_is_not_given_is_no_failure(tmp_path):
+    """Heavy tails: what hardly counts is off by several times the usual. What is not the model's is still found."""
+    directory = tiny.save_tiny("llama3", tmp_path / "model")
+    generator = torch.Generator().manual_seed(0)
+    tensors = load_file(directory / "model.safetensors")
+    for name, tensor in tensors.items():
+        if tensor.ndim > 1 and "layers" in name:
+            tensor /= torch.randn(tensor.shape, generator=generator).abs().clamp_min(0.02)
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    importance = {
+        f"blk.{i}.ffn_{name}.weight": torch.rand(64, generator=generator) ** 8 + 1e-5 for i in (0, 1) for name in ("gate", "up")
+    }
+    (file,) = convert_to_gguf(directory, tmp_path / "x.gguf", "q4_0", importance)
+    assert verify(file, directory, imatrix=importance).weights == "21 of 21 tensors are identical"
+    proof = verify(file, directory)
+    assert proof.failures == [] and any("importance matrix" in note for note in proof.notes)
+    data = GGUFFile(file).data("blk.1.ffn_up.weight").copy()
+    data[[3, 4]] = data[[4, 3]]
+    wrong = rewrite(file, tmp_path / "y.gguf", tensors={"blk.1.ffn_up.weight": data})
+    assert any("blk.1.ffn_up.weight" in failure for failure in verify(wrong, directory).failures)
 
 
 def test_what_no_file_can_say_is_named_and_measured(tmp_path):
@@ -391,14 +548,12 @@ def test_an_importance_matrix_from_data(trained, tmp_path):
     model, tokenizer = trained
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "A luthier builds lutes."}\n{"text": "One, two, three."}\n')
-    written = [
-        save_pretrained_gguf(model, tmp_path / f"{number}", tokenizer, "q4_0", imatrix=data, base="nf4")[0].read_bytes()
-        for number, data in enumerate((None, rows, ["A luthier builds lutes.", "One, two, three."]))
-    ]
-    assert len(written[0]) == len(written[1]) and written[0] != written[1]
-    assert GGUFFile(tmp_path / "1" / "1-Q4_0.gguf").data("blk.0.attn_q.weight").tobytes() == (
-        GGUFFile(tmp_path / "2" / "2-Q4_0.gguf").data("blk.0.attn_q.weight").tobytes()
-    )
+    for number, data in enumerate((None, rows, ["A luthier builds lutes.", "One, two, three."])):
+        save_pretrained_gguf(model, tmp_path / f"{number}", tokenizer, "q4_0", imatrix=data, base="nf4")
+    plain, *weighted = (GGUFFile(tmp_path / f"{number}" / f"{number}-Q4_0.gguf") for number in range(3))
+    assert [made_with_importance(file) for file in (plain, *weighted)] == [False, True, True]
+    rows = [file.data("blk.0.attn_q.weight").tobytes() for file in (plain, *weighted)]
+    assert rows[0] != rows[1] == rows[2]
 
 
 @pytest.mark.parametrize(

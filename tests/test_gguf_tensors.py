@@ -16,6 +16,8 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from luthier.gguf import GGUFFile, convert_to_gguf
+from luthier.gguf.dequantize import dequantize
+from luthier.gguf.quantize import encode_in_chunks
 from luthier.model.gguf_export import write_merged_gguf
 from luthier.model.load import load_model
 from luthier.model.lora import get_peft_model
@@ -78,6 +80,13 @@ def exchanged(rows, one, other):
     return rows
 
 
+def louder(file, name):
+    """The rows of a matrix, 1.1 times as large, rounded anew."""
+    kind = file.tensors[name].type
+    values = 1.1 * dequantize(torch.from_numpy(file.data(name).copy()), kind)
+    return torch.cat([data for _, data in encode_in_chunks(name, values, kind)]).numpy()
+
+
 FAULTS = {  # name -> (what replaces tensors, of the file and of its base's file; what the proof says)
     "queries not reordered": (
         lambda f, b: {"blk.0.attn_q": unpermuted(f, "blk.0.attn_q.weight")}, r"blk\.0\.attn_q\.weight is not the model's"),
@@ -101,6 +110,11 @@ FAULTS = {  # name -> (what replaces tensors, of the file and of its base's file
     "adapter lost in one matrix": (
         lambda f, b: {"blk.0.attn_q": b.data("blk.0.attn_q.weight")},
         r"blk\.0\.attn_q\.weight (has .* of what the adapter|is not)"),
+    "adapter lost in some rows": (
+        lambda f, b: {"blk.1.ffn_up": np.concatenate(
+            [f.data("blk.1.ffn_up.weight")[:384], b.data("blk.1.ffn_up.weight")[384:]])},
+        r"blk\.1\.ffn_up\.weight (has .* of what the adapter|is not)"),
+    "a tenth too large": (lambda f, b: {"blk.0.ffn_up": louder(f, "blk.0.ffn_up.weight")}, r"blk\.0\.ffn_up\.weight is not"),
 }  # fmt: skip
 FAULTS_OF_EXPERTS = {
     "two experts exchanged": (
@@ -115,6 +129,10 @@ FAULTS_OF_EXPERTS = {
         r"blk\.0\.ffn_gate_inp\.weight"),
     "adapter lost in the experts": (
         lambda f, b: {"blk.1.ffn_up_exps": b.data("blk.1.ffn_up_exps.weight")},
+        r"blk\.1\.ffn_up_exps\.weight (has .* of what the adapter|is not)"),
+    "adapter lost in one expert": (
+        lambda f, b: {"blk.1.ffn_up_exps": np.concatenate(
+            [f.data("blk.1.ffn_up_exps.weight")[:1536], b.data("blk.1.ffn_up_exps.weight")[1536:]])},
         r"blk\.1\.ffn_up_exps\.weight (has .* of what the adapter|is not)"),
 }  # fmt: skip
 
@@ -131,6 +149,23 @@ def test_one_wrong_tensor_is_found_without_the_checkpoint(quant, llama, tmp_path
     for name, (fault, message) in FAULTS.items():
         failures = prove(planted(llama, quant, fault, tmp_path / "x.gguf"), llama.reference).failures
         assert any(re.match(message, failure) for failure in failures), (name, failures)
+
+
+@pytest.mark.parametrize("quant", ["q8_0", "q4_0"])
+@pytest.mark.parametrize("size", [0.02, 0.002], ids=["seen", "behind the rounding"])
+def test_half_of_an_adapter_is_not_all_of_it(size, quant, tmp_path):
+    """Half its scale, half the ranks, or nothing of it, in one matrix that is small enough to be rounded anew."""
+    half = Exported(tmp_path, "llama3", [quant], size=size)
+    names = [name for name, _ in half.model.named_parameters() if "layers.0.self_attn.k_proj" in name and "lora_B" in name]
+    parameter = half.model.get_parameter(names[0])
+    whole = parameter.data.clone()
+    assert prove(half.files[quant], half.reference).failures == []
+    for number, mask in enumerate((torch.full((8,), 0.5), torch.arange(8) < 4, torch.zeros(8))):
+        parameter.data = whole * mask
+        (file,) = write_merged_gguf(half.model, tmp_path / f"wrong{number}", tiny.tiny_tokenizer(), quant)
+        parameter.data = whole
+        (failure,) = prove(file, half.reference).failures[:1]
+        assert failure.startswith("blk.0.attn_k.weight "), number
 
 
 @pytest.mark.parametrize("quant", QUANTS)

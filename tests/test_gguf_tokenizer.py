@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from luthier.errors import UnsupportedError
 from luthier.gguf import GGUFFile, convert_to_gguf
 from luthier.gguf.tokenizer import fix_sentencepiece_gguf, tokenizer_metadata
-from luthier.proof.export import CAPITALS, verify
+from luthier.proof.export import verify
 from luthier.proof.gguf_tokenizer import CUTS as CUTS_OF_FILES
 from luthier.proof.gguf_tokenizer import PUBLISHED, GGUFTokenizer
+from luthier.proof.tokens import CAPITALS
 
 VOCAB = 1024
 TEMPLATE = "{%- for m in messages -%}\n  {{- m.role }}: {%- if m.role == 'assistant' -%}{%- generation -%}{{- m.content }}é{%- endgeneration -%}{%- endif -%}\n{%- endfor -%}\n"  # noqa: E501

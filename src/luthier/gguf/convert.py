@@ -20,7 +20,7 @@ from luthier.errors import UnsupportedError
 from luthier.files import atomic_file, require_space
 from luthier.gguf import architectures, mixtures
 from luthier.gguf.chat import chat_metadata
-from luthier.gguf.imatrix import Importance, check_importance, read_importance, require_importance
+from luthier.gguf.imatrix import Importance, check_importance, importance_metadata, read_importance, require_importance
 from luthier.gguf.metadata import is_tied, kv_heads, metadata, rope_tensors
 from luthier.gguf.mmproj import (
     Projector,
@@ -135,6 +135,7 @@ def write_gguf(
     for target in types.values():
         require_importance(target, importance)
     check_importance(importance, planned.shapes)
+    shared |= importance_metadata(importance)
     model = _model_shape(config, planned, bool(importance))
     parts = [Part(planned, {path: _layout(planned, shared, target, model, overrides or {}) for path, target in types.items()})]
     if projector is not None and any(map(is_vision, source.shapes)):

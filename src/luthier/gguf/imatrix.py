@@ -19,6 +19,7 @@ from luthier.gguf.writer import GGUFWriter, TensorInfo, plan
 # GGUF tensor name -> float32 [columns], or [experts, columns]
 Importance = Mapping[str, torch.Tensor]
 
+SAYS_SO = "quantize.imatrix."  # how the keys begin by which a file says that it was rounded with an importance matrix
 NEEDS_IMPORTANCE = ("q2_k_s",)
 
 
@@ -40,6 +41,15 @@ def check_importance(importance: Importance, shapes: Mapping[str, tuple[int, ...
             raise ValueError(
                 f"The importance of {name} holds NaN, infinity or a number below 0, and is a mean of squares: compute it anew."
             )
+
+
+def importance_metadata(importance: Importance) -> dict[str, int]:
+    """What a file says of the importance matrix that it was rounded with, as llama.cpp's own do; nothing without one."""
+    return {f"{SAYS_SO}entries_count": len(importance)} if importance else {}
+
+
+def made_with_importance(file: GGUFFile) -> bool:
+    return any(key.startswith(SAYS_SO) for key in file.metadata)
 
 
 def read_importance(imatrix: str | Path | Importance | None) -> Importance:

@@ -14,7 +14,7 @@ import torch
 from luthier.errors import UnsupportedError
 from luthier.files import atomic_file, require_space
 from luthier.gguf import blocks, kquants, mixtures, weighted
-from luthier.gguf.imatrix import Importance, check_importance, read_importance, require_importance
+from luthier.gguf.imatrix import Importance, check_importance, importance_metadata, read_importance, require_importance
 from luthier.gguf.reader import GGUFFile
 from luthier.gguf.types import PLAIN_DTYPES, FileType, TensorType, file_type
 from luthier.gguf.writer import GGUFWriter, Layout, TensorInfo, Value, plan
@@ -209,7 +209,7 @@ def _quantised_layout(source: GGUFFile, target: FileType, importance: Importance
         kind = mixtures.tensor_type(name, info.shape, target, model)
         kept = kind.name == "F32" and target.name != "f32"  # what is never quantised stays as it is
         infos.append(TensorInfo(name, info.shape, info.type if kept else kind))
-    metadata: dict[str, Value] = {**source.encoded, **target.metadata}
+    metadata: dict[str, Value] = {**source.encoded, **target.metadata, **importance_metadata(importance)}
     return plan(metadata, infos)
 
 

@@ -29,7 +29,7 @@ from luthier.gguf.calibrate import calibrate
 from luthier.gguf.chat import stop_tokens
 from luthier.gguf.convert import break_token, output_paths, read_config
 from luthier.gguf.dequantize import load_tensor
-from luthier.gguf.imatrix import Importance, read_importance
+from luthier.gguf.imatrix import Importance, made_with_importance, read_importance
 from luthier.gguf.lora import convert_lora_to_gguf
 from luthier.gguf.metadata import metadata, rope_tensors
 from luthier.gguf.mmproj import find_projector, mmproj_path, plan_vision
@@ -46,11 +46,11 @@ from luthier.model.original import computing_with, original_weights
 from luthier.model.save import save_adapter, upload
 from luthier.model.vision import load_vision_model
 from luthier.proof.gguf_model import GGUFModel
-from luthier.proof.gguf_tokenizer import CUTS, PUBLISHED, GGUFTokenizer
 from luthier.proof.header import close, damaged_header
 from luthier.proof.logits import compare_logits
-from luthier.proof.reference import TEXTS, Reference, conversations, reference_of
+from luthier.proof.reference import Reference, reference_of
 from luthier.proof.tensors import TensorComparison, compare_attention
+from luthier.proof.tokens import compare_tokens
 from luthier.proof.vision import compare_vision
 from luthier.proof.weights import BF16_STEP, checksums, compare_weights, stored_damage
 from luthier.terminal import table
@@ -61,9 +61,7 @@ UNSAID = {
     "embedding_scale": 1.0, "residual_scale": 1.0, "logit_scale": 1.0, "attention.scale": 0.0, "attn_logit_softcapping": 0.0,
     "final_logit_softcapping": 0.0,
 }  # fmt: skip
-SPACES = "llama.cpp puts a space behind special tokens where the tokenizer puts none"
 SHOWN = 10  # failures that a person is told; the JSON holds all
-CAPITALS = "llama.cpp cuts words with capitals or accents beyond ASCII otherwise than the tokenizer does: their tokens differ"
 
 
 @dataclass
@@ -162,6 +160,8 @@ def verify(
     proof.failures += damaged_header(file, config, against, parts[0][1]) + stored_damage(file)
     proof.weights, wrong = compare_weights(parts, source, imatrix)
     proof.failures = list(dict.fromkeys(proof.failures + wrong))
+    if imatrix is None and made_with_importance(file):
+        proof.notes.append("it was rounded with an importance matrix: give that to have its bytes compared")
     return proof
 
 
@@ -197,19 +197,24 @@ def _compare_sizes(file: GGUFFile, config: Any, proof: Proof) -> bool:
     architecture = architectures.find(config)
     with warnings.catch_warnings(action="ignore"):  # the export has said it
         wanted = metadata(architecture, config, "")
-    heads, head = (wanted[f"{architecture.name}.{key}"] for key in ("attention.head_count", "embedding_length"))
-    unsaid = {**UNSAID, "attention.head_count_kv": heads, "attention.key_length": head // heads}
-    unsaid = {f"{architecture.name}.{key}": value for key, value in unsaid.items()}
+    own = {key.removeprefix(f"{architecture.name}."): value for key, value in wanted.items()}
+    head = own["embedding_length"] // own["attention.head_count"]
+    unsaid = {**UNSAID, "attention.head_count_kv": own["attention.head_count"], "vocab_size": own["vocab_size"]}
+    unsaid |= {f"attention.{what}_length": head for what in ("key", "value")}
+    unsaid["rope.dimension_count"] = own["attention.key_length"]
     computable = True
-    for key, value in ({key: value for key, value in unsaid.items() if key.split(".", 1)[1] in UNSAID} | wanted).items():
-        found = file.metadata.get(key, unsaid.get(key, value))
+    for key, value in (UNSAID | own).items():
+        full = key if key.startswith("general.") else f"{architecture.name}.{key}"
+        found = file.metadata.get(full, unsaid.get(key, value if key.startswith("general.") else None))
         found = found.tolist() if isinstance(found, np.ndarray) else found
-        if key.endswith("context_length") or found == value or close(found, value):
+        if key == "context_length" or found == value or close(found, value):
             continue
-        proof.failures.append(f"{key} is {found} in the file and {value} in the model")
-        computable &= isinstance(value, float)
+        said = "missing" if found is None else found
+        proof.failures.append(f"{full} is {said} in the file and {value} in the model")
+        computable &= found is not None and (isinstance(value, float) or key.endswith("context_length"))
     for name, tensor in rope_tensors(config).items():
-        if name not in file.tensors or not torch.allclose(load_tensor(file, name), tensor, rtol=1e-5):
+        found = load_tensor(file, name) if name in file.tensors else None
+        if found is None or found.shape != tensor.shape or not torch.allclose(found, tensor, rtol=1e-5):
             proof.failures.append(f"{name} is not the model's")
     return computable
 
@@ -217,8 +222,11 @@ def _compare_sizes(file: GGUFFile, config: Any, proof: Proof) -> bool:
 def _compare_logits(file: GGUFFile, reference: Reference, proof: Proof) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rounding = max(reference.probes.rounding, reference.slack)
-    tensors = TensorComparison(file, reference.probes, reference.importance, rounding)
+    tensors = TensorComparison(file, reference.probes, reference.importance, rounding, strict=not reference.slack)
     model = GGUFModel(file, device, watch=tensors.see)
+    if tensors.failures:  # it lacks some: nothing can be computed
+        _note_tensors(tensors, device, proof)
+        return
     found = model.logits(reference.sequences)
     _note_tensors(tensors, device, proof)
     proof.attention, wrong = compare_attention(model, reference.probes, reference.slack)
@@ -239,33 +247,9 @@ def _note_tensors(tensors: TensorComparison, device: str, proof: Proof) -> None:
 
 
 def _compare_tokens(file: GGUFFile, reference: Reference, proof: Proof) -> None:
-    tokenizer = reference.tokenizer
-    try:
-        rebuilt = GGUFTokenizer(file)
-    except ValueError as error:
-        proof.failures.append(str(error))
-        return
-    plain = [(text, tokenizer(text)["input_ids"], rebuilt.encode(text)) for text in (*TEXTS, *reference.texts)]
-    # what prints its own BOS gets no second one from the programs that read GGUF
-    chats = [(text, tokenizer(text, add_special_tokens=False)["input_ids"], rebuilt.encode(text, special=False))
-             for text in conversations(tokenizer)]  # fmt: skip
-    for text, wanted, found in plain + chats:
-        if wanted == found:
-            proof.texts += 1
-        elif rebuilt.kind == "llama" and rebuilt.spaceless(wanted) == rebuilt.spaceless(found):
-            proof.notes.append(SPACES)
-        elif GGUFTokenizer(file, CUTS | PUBLISHED).encode(text, special=(text, wanted, found) in plain) == wanted:
-            proof.notes.append(CAPITALS)
-        else:
-            place = next((i for i, (a, b) in enumerate(zip(wanted, found, strict=False)) if a != b), -1)
-            names = [rebuilt.tokens[ids[place]] for ids in (found, wanted)]
-            proof.failures.append(f"token {place} of {text[:24]!r} is {names[0]!r} instead of {names[1]!r}")
-    proof.notes = list(dict.fromkeys(proof.notes))
-    known = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    for i, (wanted, found) in enumerate(zip(known, rebuilt.tokens, strict=False)):
-        if wanted is not None and wanted.replace("▁", " ") != found.replace("▁", " "):
-            proof.failures.append(f"token {i} is {found!r} in the file and {wanted!r} in the tokenizer")
-            return
+    tokens = compare_tokens(file, reference.tokenizer, reference.texts)
+    proof.texts, proof.notes = tokens.equal, proof.notes + tokens.notes
+    proof.failures += tokens.failures
 
 
 def _compare_chat(file: GGUFFile, reference: Reference, proof: Proof) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 import re
 from collections.abc import Callable, Mapping
 
@@ -12,7 +13,7 @@ from luthier.errors import UnsupportedError
 from luthier.gguf.reader import GGUFFile
 
 NEEDED = ("model", "tokens", "token_type")
-NORMAL, CONTROL, USER_DEFINED, BYTE = 1, 3, 4, 6
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 SPACE = "▁"
 ASCII_SPACE = " \t\n\v\f\r"
 
@@ -74,6 +75,9 @@ class GGUFTokenizer:
         self.ids = {token: i for i, token in reversed(list(enumerate(self.tokens)))}
         whole = [token for token, kind in zip(self.tokens, self.types, strict=True) if kind in (CONTROL, USER_DEFINED)]
         self._whole = re.compile("|".join(map(re.escape, sorted(whole, key=len, reverse=True)))) if whole else None
+        for name in ("bos", "eos"):
+            if file.metadata.get(f"tokenizer.ggml.add_{name}_token") and f"tokenizer.ggml.{name}_token_id" not in file.metadata:
+                raise ValueError(f"it adds {name.upper()} to a text and has no tokenizer.ggml.{name}_token_id")
         self.kind = file.metadata["tokenizer.ggml.model"]
         if self.kind not in ("gpt2", "llama"):
             raise UnsupportedError(f"The proof cannot read a tokenizer of the kind {self.kind!r}.")
@@ -93,14 +97,42 @@ class GGUFTokenizer:
             result = [*result, metadata["tokenizer.ggml.eos_token_id"]]
         return result
 
+    def cut(self, text: str) -> list[str]:
+        """``text`` cut as before BPE, without regard to tokens that are taken whole; whole, where nothing is cut."""
+        return [part for part, _ in self._cutter.pre_tokenize_str(text)] if self.kind == "gpt2" else [text]
+
     def _swallows(self, token: str) -> bool:
         """Whether white space behind ``token`` disappears: what llama.cpp makes of "phi-3" in a model's name."""
         name = str(self.file.metadata.get("general.name", "")).lower()
         return ("phi-3" in name or "phi3" in name) and token not in ("<s>", "<unk>", "<|endoftext|>")
 
-    def spaceless(self, ids: list[int]) -> str:
-        """The text of tokens, less its spaces."""
-        return "".join(self.tokens[i] for i in ids).replace(SPACE, "").replace(" ", "")
+    def name(self, i: int) -> str:
+        """A token for a message."""
+        return repr(self.tokens[i]) if i < len(self.tokens) else f"the unknown token {i}"
+
+    def may_be_given_a_space(self, text: str) -> bool:
+        """Whether llama.cpp puts a space into ``text`` where tokenizers put none: behind special tokens, and before a space."""
+        return self.kind == "llama" and (text[:1].isspace() or any(whole for _, whole in self._split(text)))
+
+    def same_but_for_spaces(self, ids: list[int], others: list[int]) -> bool:
+        """Whether ``ids`` are what this tokenizer makes of their own text, which is that of ``others`` but for its spaces."""
+        if max(ids, default=0) >= len(self.tokens):
+            return False
+        texts = ["".join(self.tokens[i] for i in some).replace(SPACE, "").replace(" ", "") for some in (ids, others)]
+        return texts[0] == texts[1] and self._cut_again(ids) == ids
+
+    def _cut_again(self, ids: list[int]) -> list[int]:
+        """Tokens of the text of ``ids``, those that are always taken whole aside."""
+        result: list[int] = []
+        for whole, group in itertools.groupby(ids, lambda i: self.types[i] in (CONTROL, USER_DEFINED)):
+            run = list(group)
+            result += run if whole else self._cut(self._text(run))
+        return result
+
+    def _text(self, ids: list[int]) -> str:
+        """Spaces as SentencePiece writes them, bytes as what they stand for."""
+        parts = [bytes([int(self.tokens[i][3:5], 16)]) if self.types[i] == BYTE else self.tokens[i].encode() for i in ids]
+        return b"".join(parts).decode(errors="replace")
 
     def _split(self, text: str) -> list[tuple[str, bool]]:
         """Text cut at the tokens that are always taken whole: (part, whether it is such a token)."""
@@ -125,22 +157,26 @@ class GGUFTokenizer:
         tokenizer = Tokenizer(models.BPE(self.ids, merges, ignore_merges=name in WHOLE_WORDS))
         cuts = [pre_tokenizers.Split(Regex(cut), "isolated") for cut in self._cuts[name]]
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, byte_level])
+        tokenizer.pre_tokenizer = self._cutter = pre_tokenizers.Sequence([*cuts, byte_level])
         return lambda text, after_special: tokenizer.encode(text, add_special_tokens=False).ids
 
     def _sentencepiece(self) -> Callable[[str, bool], list[int]]:
         if "tokenizer.ggml.scores" not in self.file.metadata:
             raise ValueError("it has no tokenizer.ggml.scores")
-        scores = self.file.metadata["tokenizer.ggml.scores"].tolist()
+        self._scores = self.file.metadata["tokenizer.ggml.scores"].tolist()
+        if len(self._scores) != len(self.tokens):
+            raise ValueError(f"it has {len(self.tokens)} tokens and {len(self._scores)} scores")
         prefix = self.file.metadata.get("tokenizer.ggml.add_space_prefix", True)
 
         def encode(text: str, after_special: bool) -> list[int]:
-            text = (" " if prefix and after_special else "") + text
-            return [i for piece in self._merge(list(text.replace(" ", SPACE)), scores) for i in self._with_bytes(piece)]
+            return self._cut(((" " if prefix and after_special else "") + text).replace(" ", SPACE))
 
         return encode
 
-    def _merge(self, pieces: list[str], scores: list[float]) -> list[str]:
+    def _cut(self, text: str) -> list[int]:
+        return [i for piece in self._merge(list(text)) for i in self._with_bytes(piece)]
+
+    def _merge(self, pieces: list[str]) -> list[str]:
         """Join the neighbours that make the token of best score, the leftmost of equal ones, until none is left."""
         after = list(range(1, len(pieces) + 1))
         before = list(range(-1, len(pieces) - 1))
@@ -150,7 +186,7 @@ class GGUFTokenizer:
             if 0 <= left and after[left] < len(pieces):
                 joined = pieces[left] + pieces[after[left]]
                 if joined in self.ids:
-                    heapq.heappush(heap, (-scores[self.ids[joined]], left, joined))
+                    heapq.heappush(heap, (-self._scores[self.ids[joined]], left, joined))
 
         for i in range(len(pieces)):
             offer(i)
@@ -168,5 +204,7 @@ class GGUFTokenizer:
         return [piece for piece in pieces if piece]
 
     def _with_bytes(self, piece: str) -> list[int]:
-        i = self.ids.get(piece)
-        return [i] if i is not None else [self.ids[f"<0x{byte:02X}>"] for byte in piece.encode()]
+        names = [piece] if piece in self.ids else [f"<0x{byte:02X}>" for byte in piece.encode()]
+        if names[0] not in self.ids:
+            raise ValueError(f"it has no token {names[0]}")
+        return [self.ids[name] for name in names]

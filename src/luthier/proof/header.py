@@ -53,7 +53,7 @@ def _damaged_entry(file: GGUFFile, config: Any, key: str, value: Any) -> Iterato
         return
     full = getattr(config.get_text_config(), "max_position_embeddings", None)
     found = found.tolist() if isinstance(found, np.ndarray) else found
-    if found != value and not close(found, value) and not (key.endswith("context_length") and found == full):
+    if found != value and not close(found, value) and not (key.endswith(".context_length") and found == full):
         yield f"{key} is {found} in the file and {value} in the model"
     elif stored[:4] != encoded[:4]:
         yield f"{key} is stored as another kind of number than llama.cpp reads"

@@ -106,7 +106,7 @@ def _whole(model: nn.Module, names: Names, like: Tensor) -> Tensor:
     try:
         for held, value, _ in _held(model, names):
             if held == names:
-                return value.reshape(-1, value.shape[-1]).float()
+                return value.detach().reshape(-1, value.shape[-1]).float()
         layer = dict(_layers(model))[names]
         unit = torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
         return (layer(unit) - layer(torch.zeros_like(unit[:1]))).T.float()

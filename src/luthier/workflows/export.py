@@ -70,17 +70,20 @@ def gguf(
     _show({path.name: path for path in files}, json)
 
 
-def verify(file: Annotated[Positional[str], arg(metavar="FILE")], against: str, json: bool = False) -> int:
+def verify(
+    file: Annotated[Positional[str], arg(metavar="FILE")], against: str, imatrix: str | None = None, json: bool = False
+) -> int:
     """Prove that a GGUF file says what a model says. Exit code 1 where it does not, with the tensor or token that differs.
 
     Args:
         file: The GGUF file.
         against: Directory of the model that it was made from.
+        imatrix: Importance matrix file that it was made with.
         json: Print the proof as JSON on standard output.
     """
     if is_adapter(Path(against)):
         raise ValueError(f"{against} is an adapter: merge it first (luthier merge {against}) and give that directory")
-    proof = prove_file(file, against)
+    proof = prove_file(file, against, imatrix=imatrix)
     if json:
         print(json_format.dumps(asdict(proof), indent=1))
     else:
