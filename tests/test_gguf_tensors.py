@@ -347,3 +347,23 @@ def test_the_tokenizer_is_that_of_tokenizer_json(tmp_path):
     with Llama(file) as read:
         assert [text for text in TEXTS if read.tokenize(text) != stored.encode(text).ids] == []
     assert json.loads((tmp_path / "x.gguf.proof.json").read_text())["texts"] == 7
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt_oss"])
+@pytest.mark.parametrize("load", ["load_in_16bit", "load_in_4bit"])
+def test_large_biases_leave_matrices_to_be_seen_in_16_bits(family, load, tmp_path):
+    """Those of Qwen 2.5's keys are thousands of times its weights: what a layer gives in bfloat16 is then mostly bias."""
+    model = tiny.tiny_model(family)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("q_proj.bias", "k_proj.bias")):
+            parameter.data *= 300
+    model.bfloat16().save_pretrained(tmp_path / "model")
+    tiny.tiny_tokenizer().save_pretrained(tmp_path / "model")
+    model, tokenizer = load_model(tmp_path / "model", **{load: True}, dtype=torch.bfloat16)
+    model = adapted(model)
+    base = "nf4" if load == "load_in_4bit" else "16bit"
+    (file,) = write_merged_gguf(model, tmp_path / "out", tokenizer, "q8_0", base=base)
+    biases = {name: parameter for name, parameter in model.named_parameters() if name.endswith("bias")}
+    proof = prove(file, reference_of(model, tokenizer))
+    assert proof.failures == [] and proof.adapter == "100% to 100% of it in 14 matrices"
+    assert all(model.get_parameter(name) is bias for name, bias in biases.items())  # the model is as it was

@@ -7,6 +7,8 @@ the weights that it is exported over, and nothing is asked of the code that merg
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import re
 from collections import defaultdict
@@ -78,15 +80,17 @@ def probe(model: nn.Module, run: Callable[[], None], row: int, length: int) -> P
     """
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     found = Probes()
-    found.whole = lambda names: _whole(model, names, found.matrices[names].inputs)
-    watches = [
-        _Watch(found, names, module, row, length) for names, module in _layers(model) if not names[0].startswith("token_embd")
-    ]
+    layers = {names: module for names, module in _layers(model) if not names[0].startswith("token_embd")}
+    found.whole = lambda names: _whole(model, names, layers.get(names), found.matrices[names].inputs)
+    watches = [_Watch(found, names, module, row, length) for names, module in layers.items()]
     try:
         run()
     finally:
         for watch in watches:
             watch.remove()
+    for names, layer in layers.items():
+        if names in found.matrices and _biased(layer):
+            found.matrices[names] = _probed_without_bias(layer, found.matrices[names])
     for names, value, base in _held(model):
         if value.ndim == 1 or names[0].endswith(".bias"):
             found.vectors[names] = value.flatten()
@@ -99,19 +103,46 @@ def probe(model: nn.Module, run: Callable[[], None], row: int, length: int) -> P
 
 
 @torch.no_grad()
-def _whole(model: nn.Module, names: Names, like: Tensor) -> Tensor:
-    """A matrix as the model computes with it now: what its layer makes of every unit vector of the kind of ``like``."""
-    training = model.training
-    model.eval()
+def _whole(model: nn.Module, names: Names, layer: nn.Module | None, like: Tensor) -> Tensor:
+    """A matrix as the model computes with it now: what its layer, if it has one, makes of every unit vector of the kind of
+    ``like``.
+    """
+    if layer is None:
+        return next(
+            value.detach().reshape(-1, value.shape[-1]).float() for held, value, _ in _held(model, names) if held == names
+        )
+    training = layer.training
+    layer.eval()
     try:
-        for held, value, _ in _held(model, names):
-            if held == names:
-                return value.detach().reshape(-1, value.shape[-1]).float()
-        layer = dict(_layers(model))[names]
-        unit = torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
-        return (layer(unit) - layer(torch.zeros_like(unit[:1]))).T.float()
+        with _without_bias(layer):
+            unit = torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
+            return (layer(unit) - layer(torch.zeros_like(unit[:1]))).T.float()
     finally:
-        model.train(training)
+        layer.train(training)
+
+
+def _probed_without_bias(layer: nn.Module, probe: Probe) -> Probe:
+    """``probe`` once more: in 16 bits, a bias that is large beside what the weights give leaves little of that."""
+    with _without_bias(layer):
+        plain = layer.get_base_layer() if isinstance(layer, LoraLayer) else getattr(layer, "original_module", layer)
+        base = None if probe.base is None else plain(probe.inputs)
+        return dataclasses.replace(probe, outputs=layer(probe.inputs), base=base)
+
+
+def _biased(layer: nn.Module) -> list[nn.Module]:
+    return [module for module in layer.modules() if "bias" in dict(module.named_parameters(recurse=False))]
+
+
+@contextlib.contextmanager
+def _without_bias(layer: nn.Module) -> Iterator[None]:
+    held = [(module, module.bias) for module in _biased(layer)]
+    try:
+        for module, _ in held:
+            module.bias = None
+        yield
+    finally:
+        for module, bias in held:
+            module.bias = bias
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[Names, nn.Module]]:

@@ -17,8 +17,10 @@ from luthier.gguf.dequantize import dequantize, load_tensor
 from luthier.gguf.imatrix import Importance, made_with_importance
 from luthier.gguf.quantize import encode_in_chunks
 from luthier.gguf.reader import GGUFFile
+from luthier.gguf.types import TensorType
 from luthier.proof.gguf_model import GRAPHS, GGUFModel
 from luthier.proof.probes import Names, Probe, Probes
+from luthier.proof.weights import MISFITS, MORE_MISFITS, misfits_of
 
 # tensor type -> what rounding normal weights to it costs, root mean square as a share of theirs
 ROUNDING = {
@@ -254,6 +256,8 @@ class TensorComparison:
             )
         elif self.strict and slack <= EXACT and kind.block > 1 and others > max(SAME_BLOCKS * rows.numel() / kind.block, 2):
             self.failures.append(f"{name} is not the model's: {others} of its {rows.numel() // kind.block} blocks are others")
+        elif self.strict and slack > EXACT and not self._fit(name, wanted, kind):
+            self.failures.append(f"{name} is not the model's: its weights lie nearer to the codes beside their own")
         elif name in self.adapters:
             inputs, made = (part.to(rows.device).float() for part in (probe.inputs, probe.outputs))
             off = inputs @ rows.T - made - inputs @ (again - wanted).T  # less what rounding does to the adapter
@@ -261,6 +265,17 @@ class TensorComparison:
             share, noise = _along(off.flatten(), change.flatten())
             if not abs(float(share)) <= max(OTHER, CERTAIN * float(noise)):
                 self.failures.append(f"{name} has {self.adapters[name]:.0%} of what the adapter adds to it")
+
+    def _fit(self, name: str, wanted: Tensor, kind: TensorType) -> bool:
+        """Whether the weights ``wanted`` lie nearest to their codes, but for what the model's precision moves them by."""
+        codes = torch.from_numpy(self.file.data(name).copy())
+        codes = self._as_transformers(name, codes).reshape(len(wanted), -1).to(wanted.device)
+        own = 0
+        if name in self.importance:  # it moves scales after codes were chosen
+            rounded = torch.cat([data for _, data in encode_in_chunks(name, wanted, kind, self.importance[name])])
+            own = misfits_of(rounded.to(wanted.device), wanted, torch.zeros_like(wanted), kind)
+        found = misfits_of(codes, wanted, self.rounding * wanted.abs(), kind)
+        return found <= 1 + MISFITS * wanted.numel() + MORE_MISFITS * own + 3 * own**0.5
 
 
 def _effects(off: Tensor, wanted: Tensor, probe: Probe) -> tuple[Tensor, Tensor]:

@@ -52,9 +52,10 @@ def compare_tokens(file: GGUFFile, tokenizer: Any, texts: Sequence[str] = ()) ->
     result.failures += [wrong for wrong in (_first_other_token(rebuilt, tokenizer), _other_bos(file, tokenizer)) if wrong]
     if hasattr(tokenizer, "backend_tokenizer") and len(rebuilt.tokens) >= len(tokenizer):
         state = json.loads(tokenizer.backend_tokenizer.to_str())
-        result.failures += [
-            wrong for wrong in (_first_other_type(rebuilt, state), _first_other_merge(file, rebuilt, state)) if wrong
-        ]
+        others = (
+            _first_other_type(rebuilt, state), _first_other_merge(file, rebuilt, state), _first_other_cut(rebuilt, tokenizer)
+        )  # fmt: skip
+        result.failures += [wrong for wrong in others if wrong]
     return result
 
 

@@ -25,9 +25,10 @@ ROWS, DRAWS, DRAWN = 4, (64, 1024), 1 << 19  # of a tensor that differs so littl
 # all, we encode what 16 bits may have stood for
 SEVERAL = 2  # bytes, or weights that are stored as they are: beyond a flipped bit
 CODES = 4  # in a byte
-EXPECTED = 16  # weights that a merge changes, of which one may be the only one
+EXPECTED, SAMPLE = 16, 64  # bytes that a merge changes, of which one may be the only one; rows by which that is estimated
 WORSE = 1.5  # times the error of a plain quantisation
 BF16_STEP = 2.0**-8  # relative rounding of a model that was in 16 bits on the way
+F16_SCALE = 2.0**-10  # relative step of scales
 FAR = 4  # times the largest error of a block as we round it
 MISFITS, MISFITS_OF_MOVED_SCALES = 2e-4, 0.015  # share of weights that may lie nearer to another code, or further off
 MORE_MISFITS = 1.5  # times those of our own rounding
@@ -84,7 +85,7 @@ def compare_weights(
     if missing:
         return "not compared", [f"it lacks {', '.join(missing[:5])}"]
     verdicts = [
-        (piece.name, _compare(file, piece, piece.transform(tensor), importance.get(piece.name)))
+        (piece.name, _compare(file, piece, tensor, importance.get(piece.name)))
         for name, tensor in source
         for file, planned in parts
         for piece in planned.pieces.get(name, ())
@@ -93,10 +94,17 @@ def compare_weights(
     return f"{identical} of {len(verdicts)} tensors are identical", [f"{name} {wrong}" for name, wrong in verdicts if wrong]
 
 
-def _compare(file: GGUFFile, piece: Piece, values: torch.Tensor, importance: torch.Tensor | None) -> str | None:
-    """What is wrong with a tensor, or an expert's part: "" if it is identical, None if it is as good as another rounding."""
-    info = file.tensors[piece.name]
+def _compare(file: GGUFFile, piece: Piece, tensor: torch.Tensor, importance: torch.Tensor | None) -> str | None:
+    """What is wrong with a tensor, or an expert's part: "" if it is identical, None if it is as good as another rounding.
+
+    ``tensor``: the checkpoint's.
+    """
+    info, values = file.tensors[piece.name], piece.transform(tensor)
     values = values.reshape(-1, values.shape[-1])
+    moved = None
+    if tensor.dtype in SIGNIFICANT and values.dtype is not tensor.dtype:  # norms that are stored with one added
+        changed = piece.transform(tensor.float() + _half_steps(tensor)) - piece.transform(tensor.float())
+        moved = changed.abs().reshape(values.shape)
     start = 0
     if piece.expert is not None:
         start = len(values) * piece.expert
@@ -117,9 +125,10 @@ def _compare(file: GGUFFile, piece: Piece, values: torch.Tensor, importance: tor
             exact = ours.float()
             for i, data in enumerate((found, wanted)):
                 errors[i] += float((dequantize(data.to(exact.device), info.type) - exact).square().sum())
-            misfits[0] += _misfits(found.to(exact.device), ours, info.type)
+            steps = None if moved is None else moved[row : row + len(wanted)]
+            misfits[0] += _fewest_misfits(found.to(exact.device), ours, info.type, steps)
             if importance is not None:
-                misfits[1] += _misfits_of(wanted.to(exact.device), exact, torch.zeros((), device=exact.device), info.type)
+                misfits[1] += misfits_of(wanted.to(exact.device), exact, torch.zeros((), device=exact.device), info.type)
             as_good &= _is_as_good(found, wanted, exact, info.type)
             far_off += _far_off(found, wanted, ours, info.type)
             unlike_rows += (row + unlike.any(1).nonzero().flatten()[: ROWS - len(unlike_rows)]).tolist()
@@ -128,8 +137,8 @@ def _compare(file: GGUFFile, piece: Piece, values: torch.Tensor, importance: tor
     if differing[0] < max(DAMAGE * blocks, SEVERAL):
         found = torch.from_numpy(stored[[start + row for row in unlike_rows]])
         several = differing[0 if info.type.name in UNROUNDED else 1] >= SEVERAL
-        alone = 0 if several else values.numel()
-        if as_good and _was_rounded(piece.name, found, values[unlike_rows], info.type, importance, alone):
+        expected = several or _changed_by_a_merge(piece.name, values, info.type, importance) <= EXPECTED
+        if as_good and expected and _was_rounded(piece.name, found, values[unlike_rows], info.type, importance, several):
             return None
         return f"differs from the model's in {differing[1]} bytes: it is damaged"
     plain = not made_with_importance(file)
@@ -140,7 +149,7 @@ def _compare(file: GGUFFile, piece: Piece, values: torch.Tensor, importance: tor
     if plain and importance is None and far_off:
         return f"has {far_off} blocks further from the model's than any rounding puts them: it is damaged"
     share = MISFITS if known or info.type.name not in MOVED_SCALES else MISFITS_OF_MOVED_SCALES
-    if misfits[0] > 1 + share * values.numel() + MORE_MISFITS * misfits[1]:
+    if misfits[0] > 1 + share * values.numel() + MORE_MISFITS * misfits[1] + 3 * misfits[1] ** 0.5:
         how = "are further off than 16 bits put them" if info.type.name in UNROUNDED else "lie nearer to the code beside"
         return f"was rounded from other weights: {misfits[0] / values.numel():.2%} of the model's {how}"
     return None
@@ -165,19 +174,18 @@ def _far_off(found: torch.Tensor, wanted: torch.Tensor, values: torch.Tensor, ki
 
 
 def _was_rounded(
-    name: str, found: torch.Tensor, values: torch.Tensor, kind: TensorType, importance: torch.Tensor | None, alone: int
+    name: str, found: torch.Tensor, values: torch.Tensor, kind: TensorType, importance: torch.Tensor | None, several: bool
 ) -> bool:
     """Whether a merge explains how rows ``found`` differ: other weights, which 16 bits round to ``values``, encode to that.
 
-    Such weights are drawn; most of the numbers that differ have to lie among what they give. ``alone``: among how many weights
-    nothing else differs, or 0. Then no number that is stored as it is may differ, a merge must not move many codes of a tensor
-    of that size, and where more than a code differs, a whole block has to be what one of the draws gives.
+    Such weights are drawn; most of the numbers that differ have to lie among what they give. Unless ``several`` differ, no
+    number that is stored as it is may, and where it is more than a code, a whole block has to be what one of the draws gives.
     """
     for dtype in SIGNIFICANT:  # by way of a file in 16 bits
         again = (data for _, data in encode_in_chunks(name, values.to(dtype).float(), kind, importance))
         if values.dtype is not dtype and torch.equal(found, torch.cat([*again])):
             return True
-    if values.dtype not in SIGNIFICANT or (alone and kind.name in UNROUNDED):
+    if values.dtype not in SIGNIFICANT or (not several and kind.name in UNROUNDED):
         return False
     exact = values.float()
     generator = torch.Generator(exact.device).manual_seed(0)
@@ -189,13 +197,26 @@ def _was_rounded(
     given = dequantize(encoded.to(exact.device), kind).view_as(drawn)
     stored = dequantize(found.to(exact.device), kind)
     unlike = stored != given[0]
-    if alone and alone * float((given[2::2] != given[0])[:, ~unlike].float().mean()) > EXPECTED:
-        return False
-    if alone and unlike.sum() > CODES:
+    if not several and unlike.sum() > CODES:
         blocks = encoded.view(count + 1, -1, kind.size)
         other = (blocks[0] != found.view(-1, kind.size)).any(1)
         return bool((blocks[1:, other] == found.view(-1, kind.size)[other]).all(-1).any(0).all())
-    return int(((given.amin(0) <= stored) & (stored <= given.amax(0)))[unlike].sum()) * 2 > int(unlike.sum())
+    slack = F16_SCALE * stored.abs()  # the draw that reaches a code may have moved the last bit of its scale
+    among = (given.amin(0) - slack <= stored) & (stored <= given.amax(0) + slack)
+    return int(among[unlike].sum()) * 2 > int(unlike.sum())
+
+
+def _changed_by_a_merge(name: str, values: torch.Tensor, kind: TensorType, importance: torch.Tensor | None) -> float:
+    """How many bytes of a tensor are others if it is made of weights that 16 bits round to ``values``."""
+    some = values[:: -(-len(values) // SAMPLE)]
+    if some.dtype not in SIGNIFICANT:
+        return 0.0
+    drawn = torch.rand(some.shape, generator=torch.Generator(some.device).manual_seed(0), device=some.device).mul_(2).sub_(1)
+    drawn = drawn.mul_(_half_steps(some)).add_(some.float())
+    one, other = (
+        torch.cat([data for _, data in encode_in_chunks(name, rows, kind, importance)]) for rows in (drawn, some.float())
+    )
+    return float((one != other).sum()) * len(values) / len(some)
 
 
 def _half_steps(values: torch.Tensor) -> torch.Tensor:
@@ -205,20 +226,21 @@ def _half_steps(values: torch.Tensor) -> torch.Tensor:
     return torch.ldexp(torch.full_like(exact, 0.5), exponent).masked_fill(exact == 0, 2.0 ** (smallest - 1))
 
 
-def _misfits(found: torch.Tensor, values: torch.Tensor, kind: TensorType) -> int:
+def _fewest_misfits(found: torch.Tensor, values: torch.Tensor, kind: TensorType, moved: torch.Tensor | None = None) -> int:
     """How many weights lie nearer to the code that differs in its lowest bit, wherever 16 bits moved them from; of a type
     without codes, how many are further off than that. The file may have been made by way of one in 16 bits.
     """
-    moved = _half_steps(values) if values.dtype in SIGNIFICANT else torch.zeros((), device=values.device)
+    if moved is None:
+        moved = _half_steps(values) if values.dtype in SIGNIFICANT else torch.zeros((), device=values.device)
     fewest = values.numel()
     for dtype in dict.fromkeys((values.dtype, *SIGNIFICANT)):
-        fewest = min(fewest, _misfits_of(found, values.to(dtype).float(), moved, kind))
+        fewest = min(fewest, misfits_of(found, values.to(dtype).float(), moved, kind))
         if not fewest:
             break
     return fewest
 
 
-def _misfits_of(found: torch.Tensor, exact: torch.Tensor, moved: torch.Tensor, kind: TensorType) -> int:
+def misfits_of(found: torch.Tensor, exact: torch.Tensor, moved: torch.Tensor, kind: TensorType) -> int:
     """``moved``: how far the weights may be from ``exact``."""
     stored = dequantize(found, kind)
     if kind.name in UNROUNDED:
