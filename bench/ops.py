@@ -31,6 +31,7 @@ from luthier.ops.rms_norm import (
     rms_norm_reference,
 )
 from luthier.ops.rotary import rotary_reference, rotate
+from luthier.ops.token_logprobs import scores_and_grad_, token_logprobs_of
 
 WIDTH, MLP, VOCABULARY = 4096, 14336, 128256
 EXPERTS, TOP_K, HIDDEN, INNER = 128, 8, 2048, 768
@@ -64,6 +65,7 @@ def cases(rows: int) -> dict[str, tuple[Callable, Callable, float]]:
     scales = [scales_of(bounds) for bounds in weight_bounds(matrix)]
     e4m3 = [torch.empty(shape, device="cuda", dtype=E4M3) for shape in ((2 * MLP, WIDTH), (WIDTH, 2 * MLP))]
     logits, targets = randn(2048, VOCABULARY), torch.randint(VOCABULARY, (2048,), device="cuda")
+    scored, is_top1 = torch.empty(2048, device="cuda"), torch.empty(2048, device="cuda", dtype=torch.bool)
     norm = (1e-5, "cast_then_scale")
     return {
         "norm": (lambda: rms_norm_forward(x, weight, *norm, out), lambda: rms_norm_reference(x, weight, *norm), size(x, x)),
@@ -112,6 +114,11 @@ def cases(rows: int) -> dict[str, tuple[Callable, Callable, float]]:
         "cross-entropy": (
             lambda: loss_and_grad_(logits, targets, None, 1.0),
             lambda: loss_and_grad_reference(logits, targets, None, 1.0),
+            size(logits, logits, logits),
+        ),
+        "log-probabilities": (  # of which the cross-entropy is one
+            lambda: scores_and_grad_(logits, targets, None, 1.0, scored, is_top1),
+            lambda: token_logprobs_of(logits, targets),
             size(logits, logits, logits),
         ),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from luthier.errors import UnsupportedError
 from luthier.fast import FastLanguageModel
 from luthier.model.accelerate import accelerate
+from luthier.ops import token_logprobs as op
 from luthier.rl.rewards import RewardError, RewardTimeout
 from luthier.rl.sampling import SamplingParams
 from luthier.training.grpo import GRPOTrainer, reward_change
@@ -105,6 +107,15 @@ def test_the_run_is_trls_run_number_for_number(tmp_path, changes):
     assert ours == theirs
     assert our_advantages == their_advantages
     assert all(torch.equal(our_weights[name], their_weights[name]) for name in their_weights)
+
+
+@pytest.mark.parametrize(
+    ("changes", "ours"), [({}, True), ({"entropy_coef": 0.1}, False), ({"cast_lm_head_to_fp32": True}, False)], ids=str
+)
+def test_tokens_are_scored_by_our_op_unless_their_entropy_trains(tmp_path, changes, ours):
+    with mock.patch.object(op._TokenLogprobs, "apply", side_effect=op._TokenLogprobs.apply) as called:
+        trainer(tmp_path, model=accelerate(adapted(tiny_model("qwen2"))), max_steps=1, **changes).train()
+    assert called.called == ours
 
 
 def test_an_accelerated_model_gives_the_stock_models_numbers(tmp_path):

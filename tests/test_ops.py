@@ -50,9 +50,11 @@ from luthier.ops import (
     rms_norm,
     rotary,
 )
+from luthier.ops import token_logprobs as token_logprobs_module
 from luthier.ops.attention import attention, attention_reference
+from luthier.ops.token_logprobs import token_logprobs, token_logprobs_reference
 
-OPS = (rms_norm, rotary, gated_mlp, nf4, linear_cross_entropy, lora_linear, dropout)
+OPS = (rms_norm, rotary, gated_mlp, nf4, linear_cross_entropy, token_logprobs_module, lora_linear, dropout)
 
 
 @pytest.fixture(params=BOTH_WAYS)
@@ -284,6 +286,60 @@ class TestLinearCrossEntropy:
         check(op, reference, inputs)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shaping", HEADS.values(), ids=HEADS)
+class TestTokenLogprobs:
+    @pytest.mark.parametrize("trained", [False, True])
+    @pytest.mark.parametrize("bias", [False, True])
+    def test_log_probs_and_gradients(self, path, dtype, shaping, bias, trained):
+        inputs, tokens = self.case(dtype, bias)
+        frozen = {} if trained else {name: inputs.pop(name) for name in list(inputs) if name != "hidden"}
+
+        def of(function, **settings):
+            def log_probs(hidden, **given):
+                others = {name: value.to(hidden.dtype) for name, value in frozen.items()} | given
+                return function(hidden, tokens=tokens, **others, **settings).log_probs
+
+            return log_probs
+
+        in_one = {"softcap": shaping["softcap"] / 0.7} if "softcap" in shaping else {}
+        in_one["scale"] = shaping.get("scale", 1.0) / 0.7
+        op = of(token_logprobs, chunk_rows=4, temperature=0.7, **shaping)
+        check(op, of(token_logprobs_reference, temperature=0.7, **shaping), inputs, of(token_logprobs_reference, **in_one))
+
+    def test_entropy_and_what_is_likeliest(self, path, dtype, shaping):
+        inputs, tokens = self.case(dtype, bias=False)
+        tokens[::2] = (inputs["hidden"] @ inputs["weight"].T).argmax(-1)[::2]
+
+        def entropy(function, wide=dtype, **settings):
+            found = function(**{name: value.to(wide) for name, value in inputs.items()}, tokens=tokens, **shaping, **settings)
+            return {"entropy": found.entropy}, found.is_top1
+
+        (ours, top1), (torchs, expected) = entropy(token_logprobs, chunk_rows=4), entropy(token_logprobs_reference)
+        assert_as_good(ours, torchs, entropy(token_logprobs_reference, torch.float64)[0])
+        assert torch.equal(top1, expected) and top1.any() and not top1.all()
+
+    @staticmethod
+    def case(dtype, bias):
+        inputs = {"hidden": randn(14, 24, dtype=dtype), "weight": randn(131, 24, seed=1, dtype=dtype)}
+        inputs |= {"bias": randn(131, seed=2, dtype=dtype)} if bias else {}
+        return inputs, torch.randint(131, (14,), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+
+def test_a_sure_token_has_no_entropy(path):
+    """Where one logit is far above the others, which are masked out of sight by nothing but their size."""
+    hidden, weight = torch.full((1, 2), 50.0, device=DEVICE), torch.tensor([[1.0, 1], [-1, -1], [0, 0]], device=DEVICE)
+    scores = token_logprobs(hidden, weight, torch.zeros(1, dtype=torch.long, device=DEVICE))
+    assert scores.log_probs.item() == 0 and abs(scores.entropy.item()) < 1e-30 and scores.is_top1.item()
+
+
+def test_log_probabilities_without_a_token_are_differentiable():
+    hidden = randn(3, 8).requires_grad_()
+    scores = token_logprobs(hidden[:0], randn(9, 8), torch.zeros(0, dtype=torch.long, device=DEVICE))
+    scores.log_probs.sum().backward()
+    assert scores.entropy.shape == (0,) and not hidden.grad.any()
+
+
 def test_a_loss_without_targets_is_a_differentiable_zero():
     hidden, weight = randn(5, 8).requires_grad_(), randn(9, 8).requires_grad_()
     loss = linear_cross_entropy.linear_cross_entropy(hidden, weight, torch.full((5,), -100, device=DEVICE))
@@ -325,6 +381,10 @@ def test_a_loss_without_a_backward_computes_no_gradient(path, shaping, monkeypat
 def test_mismatched_tokens_are_an_error():
     with pytest.raises(ValueError, match="(5, 8)"):
         linear_cross_entropy.linear_cross_entropy(randn(5, 8), randn(9, 8), torch.zeros(4, dtype=torch.long))
+    with pytest.raises(ValueError, match="(5, 8)"):
+        token_logprobs(randn(5, 8), randn(9, 8), torch.zeros(4, dtype=torch.long))
+    with pytest.raises(ValueError, match="temperature=0"):
+        token_logprobs(randn(5, 8), randn(9, 8), torch.zeros(5, dtype=torch.long), temperature=0)
 
 
 @pytest.mark.parametrize("heads", [4, 2])

@@ -87,18 +87,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
         return (
-            None if grad_hidden is None else _scaled(grad_hidden, grad_loss),
+            None if grad_hidden is None else scaled(grad_hidden, grad_loss),
             None if grad_weight is None else (grad_weight * grad_loss).to(weight_dtype),
             None if grad_bias is None else (grad_bias * grad_loss).to(bias_dtype),
             *(None,) * 6,
         )
 
 
-def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
-    """In fp32 where the factor, which a gradient scaler makes large, may be above what grad's dtype holds."""
-    if grad.dtype != torch.float16:
-        return grad * factor.to(grad.dtype)
-    return (grad.float() * factor).to(grad.dtype)
+def scaled(grad: Tensor, factor: Tensor) -> Tensor:
+    """grad (N, D) times an fp32 factor, of all rows () or of each (N, 1), which may be above what grad's dtype holds."""
+    return torch.mul(grad, factor.reshape(-1, 1), out=torch.empty_like(grad))
 
 
 def loss_and_grad_(
@@ -123,16 +121,31 @@ def loss_and_grad_reference(
     grad = log_probs.exp_()
     grad.scatter_add_(1, column, torch.full_like(column, -1, dtype=grad.dtype))
     if softcap is not None:
-        grad *= 1 - (logits / softcap) ** 2
+        grad *= 1 - torch.tanh(raw.float() * scale / softcap) ** 2
     return losses, (grad * scale).to(raw.dtype)
 
 
-def launch_(raw: Tensor, target: Tensor, softcap: float | None, scale: float, wants_grad: bool = True) -> Tensor:
-    """The losses (n,) in fp32; ``raw`` (n, V) becomes their gradient, if wanted. Two reads and one write of raw."""
+def launch_(
+    raw: Tensor,
+    target: Tensor,
+    softcap: float | None,
+    scale: float,
+    wants_grad: bool = True,
+    entropy: Tensor | None = None,
+    is_top1: Tensor | None = None,
+) -> Tensor:
+    """The losses (n,) in fp32; ``raw`` (n, V) becomes their gradient, if wanted. Two reads and one write of raw.
+
+    ``entropy`` fp32 (n,) and ``is_top1`` bool (n,) are written on the way: of the distribution, and whether no token is
+    likelier than the target.
+    """
     losses = torch.empty(raw.shape[0], dtype=torch.float32, device=raw.device)
     constants = {"V": raw.shape[1], "BLOCK": min(8192, power_of_2(raw.shape[1])), "CAPPED": softcap is not None}
-    constants["GRAD"] = wants_grad
-    _cross_entropy_kernel[(raw.shape[0],)](raw, target, losses, raw.stride(0), softcap or 1.0, scale, **constants, num_warps=16)
+    constants |= {"GRAD": wants_grad, "SCORES": entropy is not None}
+    scores = (losses, losses) if entropy is None else (entropy, is_top1)
+    _cross_entropy_kernel[(raw.shape[0],)](
+        raw, target, losses, *scores, raw.stride(0), softcap or 1.0, scale, **constants, num_warps=16
+    )
     return losses
 
 
@@ -147,38 +160,53 @@ def _tanh(x):
 
 @jit
 def _shaped(LOGITS, column, softcap, scale, V: tl.constexpr, CAPPED: tl.constexpr):
+    return _shaped_and_slope(LOGITS, column, softcap, scale, V, CAPPED)[0]
+
+
+@jit
+def _shaped_and_slope(LOGITS, column, softcap, scale, V: tl.constexpr, CAPPED: tl.constexpr):
     x = tl.load(LOGITS + column, mask=column < V, other=0.0).to(tl.float32) * scale
+    slope = scale
     if CAPPED:
-        x = softcap * _tanh(x / softcap)
-    return tl.where(column < V, x, -float("inf"))
+        tanh = _tanh(x / softcap)
+        x, slope = softcap * tanh, scale * (1.0 - tanh * tanh)
+    return tl.where(column < V, x, -float("inf")), slope
 
 
 @jit
 def _cross_entropy_kernel(
-    RAW, TARGET, LOSS, stride, softcap, scale,
-    V: tl.constexpr, BLOCK: tl.constexpr, CAPPED: tl.constexpr, GRAD: tl.constexpr,
+    RAW, TARGET, LOSS, ENTROPY, IS_TOP1, stride, softcap, scale,
+    V: tl.constexpr, BLOCK: tl.constexpr, CAPPED: tl.constexpr, GRAD: tl.constexpr, SCORES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(TARGET + row)
     logits = RAW + row * stride
     largest = tl.full((BLOCK,), -1e30, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
+    depth = tl.zeros((BLOCK,), tl.float32)  # sum of exp(x - largest) * (x - largest)
     for start in range(0, V, BLOCK):
-        x = _shaped(logits, start + tl.arange(0, BLOCK), softcap, scale, V, CAPPED)
+        column = start + tl.arange(0, BLOCK)
+        x = _shaped(logits, column, softcap, scale, V, CAPPED)
         new = tl.maximum(largest, x)
-        total = total * tl.exp(largest - new) + tl.exp(x - new)
+        share = tl.exp(x - new)
+        if SCORES:
+            below = tl.where(column < V, x - new, 0.0)
+            depth = (depth + (largest - new) * total) * tl.exp(largest - new) + share * below
+        total = total * tl.exp(largest - new) + share
         largest = new
     peak = tl.max(largest, 0)
     sum_exp = tl.sum(total * tl.exp(largest - peak), 0)
     known = tl.where(target < 0, V, target)  # a target that is no token's has an infinite loss
     chosen = tl.sum(_shaped(logits, known + tl.arange(0, 1), softcap, scale, V, CAPPED), 0)
     tl.store(LOSS + row, tl.log(sum_exp) - (chosen - peak))
+    if SCORES:
+        depth = tl.sum((depth + (largest - peak) * total) * tl.exp(largest - peak), 0)
+        tl.store(ENTROPY + row, tl.log(sum_exp) - depth / sum_exp)
+        tl.store(IS_TOP1 + row, chosen >= peak)
     if GRAD:
         tl.debug_barrier()  # every thread has read the target's logit before one of them overwrites it
         for start in range(0, V, BLOCK):
             column = start + tl.arange(0, BLOCK)
-            x = _shaped(logits, column, softcap, scale, V, CAPPED)
+            x, slope = _shaped_and_slope(logits, column, softcap, scale, V, CAPPED)
             grad = tl.exp(x - peak) / sum_exp - tl.where(column == target, 1.0, 0.0)
-            if CAPPED:
-                grad *= 1.0 - (x / softcap) * (x / softcap)
-            tl.store(logits + column, (grad * scale).to(RAW.dtype.element_ty), mask=column < V)
+            tl.store(logits + column, (grad * slope).to(RAW.dtype.element_ty), mask=column < V)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from luthier.training.common import (
     trainable_weights_kept,
 )
 from luthier.training.grpo_arguments import GRPOConfig, run_arguments
+from luthier.training.head import own_head
 from luthier.training.inputs import as_dataset, each
 
 
@@ -70,7 +71,7 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
         def fitted(rows: Any, name: str) -> Any:
             return self._fitted(as_dataset(rows, name), name, processing_class, args, rewards)
 
-        with trainable_weights_kept(model), reference_configured(args, model):
+        with trainable_weights_kept(model), reference_configured(args, model), _head(args, model):
             super().__init__(
                 model=model,
                 reward_funcs=[reward if _is_model(reward) else checked(reward, args.reward_timeout) for reward in rewards],
@@ -272,6 +273,12 @@ def _stop_tokens(params: SamplingParams, tokenizer: PreTrainedTokenizerBase) -> 
             "tokens. Train the model to end with its stop token, or score only what stands before the text"
         )
     return [*params.stop_token_ids, *(vocabulary[text] for text in params.stop)]
+
+
+def _head(args: GRPOConfig, model: PreTrainedModel) -> AbstractContextManager:
+    """Around TRL's constructor: our scores of tokens, unless their entropies train too, or are to be of a head in fp32."""
+    more = args.entropy_coef != 0 or args.use_adaptive_entropy or args.cast_lm_head_to_fp32
+    return nullcontext() if more else own_head(model, args.temperature)
 
 
 def _is_model(reward: Any) -> bool:

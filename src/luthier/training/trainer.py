@@ -32,7 +32,7 @@ from luthier.training.common import (
     require_trainable,
     trainable_weights_kept,
 )
-from luthier.training.head import adapted_head_allowed
+from luthier.training.head import own_head
 from luthier.training.inputs import (
     as_dataset,
     as_text,
@@ -102,7 +102,7 @@ class Trainer(TrainerMixin, SFTTrainer):
         args.max_length = self.max_length if args.packing else None  # rows are measured before TRL sees them
 
         # 4. TRL's trainer
-        with trainable_weights_kept(model), adapted_head_allowed(model):
+        with trainable_weights_kept(model), own_head(model):
             super().__init__(
                 model=model,
                 args=args,
