@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from unittest import mock
 
 import pytest
@@ -69,6 +70,14 @@ def test_padding_on_the_right_needs_no_mask():
         asked(model, batch(side))
     hook.remove()
     assert seen[0] is None and seen[1] is not None
+
+
+def test_generation_finds_the_models_own_signature():
+    model = accelerate(tiny_model("llama3"))
+    stock = inspect.signature(model.forward)
+    with own_head(model):
+        add_fused_lm_head(model)
+    assert inspect.signature(model.forward) == stock
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ and so does a model whose layers are stock.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MethodType
@@ -59,6 +60,7 @@ def _answer_here(base: PreTrainedModel, spec: Spec, temperature: float) -> None:
     trl_forward, config = base.forward, base.config.get_text_config()
     shaping = {**head_values(config, spec.head), "temperature": temperature}
 
+    @functools.wraps(type(base).forward)  # generate reads its signature
     def forward(self, *args, fused_lm_head: bool = False, labels: Tensor | None = None, **kwargs):
         asks_more = kwargs.get("shift_labels") is not None or kwargs.get("output_router_logits", _routes(config))
         head = self.get_output_embeddings()
