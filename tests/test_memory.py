@@ -3,6 +3,7 @@
 import bitsandbytes as bnb
 import pytest
 import tiny
+import tiny_vision
 from transformers import LlamaConfig
 
 from luthier.model.device_memory import GIB
@@ -46,6 +47,13 @@ def test_a_budget_is_kept_and_used():
     assert totals == sorted(set(totals)), "more is kept where there is more room"
     assert all(0.85 * budget < total <= budget for budget, total in zip((9, 14), totals, strict=False))
     assert totals[2] == estimate(LLAMA_8B, use_gradient_checkpointing=False).total / GIB, "and all of it where it fits"
+
+
+@pytest.mark.parametrize(("family", "leaves"), [("qwen2_vl", True), ("mistral3", False)])
+def test_embeddings_that_are_not_the_head_too_wait_in_host_memory(family, leaves):
+    config = tiny_vision.tiny_vision_config(family)
+    on_device = [estimate(config, use_gradient_checkpointing=m).parts["embeddings, head and norms"] for m in (True, "offload")]
+    assert (on_device[1] < on_device[0]) == leaves
 
 
 @pytest.mark.parametrize("family", ["llama3", "llama3.1", "mixtral", "gpt_oss", "phi3"])

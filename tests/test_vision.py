@@ -153,6 +153,14 @@ def test_layer_groups_choose_what_trains(family, checkpoints):
         adapted(finetune_vision_layers=False, finetune_language_layers=False)
 
 
+@pytest.mark.parametrize("family", ["qwen2_vl", "mistral3"])
+def test_a_head_that_trains_whole_stays_tied_if_it_was(family, checkpoints):
+    """As the model's own config says: that of its language part may not know, or say otherwise."""
+    model = FastVisionModel.get_peft_model(load(checkpoints[family])[0], r=2, modules_to_save=["lm_head"])
+    head = model.get_output_embeddings().weight
+    assert head.requires_grad and (head is model.get_input_embeddings().weight) == (family == "mistral3")
+
+
 # Training
 
 

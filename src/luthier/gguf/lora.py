@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 from luthier.errors import UnsupportedError
 from luthier.files import atomic_file, require_space
 from luthier.gguf import architectures
+from luthier.gguf.metadata import is_tied
 from luthier.gguf.plan import route
 from luthier.gguf.types import F32
 from luthier.gguf.writer import GGUFWriter, TensorInfo, Value, plan
@@ -102,7 +103,7 @@ def _refuse_others(settings: Mapping[str, Any], weights: Mapping[str, torch.Tens
     strange = [key for key in weights if not KEY.match(key)]
     if strange and not found:
         found = [f"the tensor {strange[0]}"]
-    if config.tie_word_embeddings and any(re.search(r"\b(lm_head|embed_tokens)\.", key) for key in weights):
+    if is_tied(config) and any(re.search(r"\b(lm_head|embed_tokens)\.", key) for key in weights):
         found.append("tied embeddings")
     if found:
         raise UnsupportedError(f"An adapter with {', '.join(found)} cannot be a GGUF adapter. {MERGE}")

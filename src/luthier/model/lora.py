@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from luthier.errors import UnsupportedError, unknown
 from luthier.gguf.lora import BASE_CHANGING_INITS
+from luthier.gguf.metadata import is_tied
 from luthier.model import checkpoint
 from luthier.model.accelerate import base_model
 from luthier.model.checkpointing import checkpointing_mode, set_checkpointing
@@ -109,7 +110,7 @@ def get_peft_model(
         use_rslora=use_rslora,
         use_dora=use_dora,
         modules_to_save=saved or None,
-        ensure_weight_tying=bool(saved) and base.config.get_text_config().tie_word_embeddings and touches_table(base, saved),
+        ensure_weight_tying=bool(saved) and is_tied(base.config) and touches_table(base, saved),
         init_lora_weights=init_lora_weights,
         loftq_config=dict(loftq_config or {}),
         **{"task_type": "CAUSAL_LM", **lora_fields},

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 
 from luthier import adapters
 from luthier.errors import unknown
+from luthier.gguf.metadata import is_tied
 from luthier.model.blocks import Mode
 from luthier.model.checkpointing import checkpointing_mode
 from luthier.model.cost import Cost, LayerPlan, Shape, offload_plan, plan_for
@@ -97,7 +98,7 @@ def estimate(
         parts["one expanded layer"] *= shape.written() / replace(shape, compute="bf16").written()
     layers, host = text.num_hidden_layers, free_host_memory() * HOST_SHARE
     taken = sum(parts.values())
-    if checkpointing_mode(use_gradient_checkpointing) == "offload" and precision != "full" and not text.tie_word_embeddings:
+    if checkpointing_mode(use_gradient_checkpointing) == "offload" and precision != "full" and not is_tied(config):
         parts["embeddings, head and norms"] -= text.vocab_size * text.hidden_size * dtype.itemsize  # they wait there too
     plan = _plan(shape, batch_tokens, layers, use_gradient_checkpointing, memory_budget, taken, host)
     cost = Cost(shape, batch_tokens)
