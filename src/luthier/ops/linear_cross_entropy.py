@@ -77,6 +77,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_weight += grad.T @ chunk
             if wants_bias:
                 grad_bias += grad.sum(0, dtype=torch.float32)
+            del raw, grad  # or the next chunk is made beside them
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         return loss

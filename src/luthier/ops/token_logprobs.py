@@ -105,6 +105,7 @@ class _TokenLogprobs(torch.autograd.Function):
             torch.neg(losses, out=log_probs[part])
             if wants_hidden:
                 torch.mm(grad, weight, out=grad_hidden[part])
+            del raw, grad  # or the next chunk is made beside them
         ctx.save_for_backward(grad_hidden, *((hidden, weight, bias, tokens) if any(trained) else (None,) * 4))
         ctx.wants, ctx.settings = wants, (softcap, scale, rows)
         ctx.mark_non_differentiable(entropy, is_top1)
@@ -126,6 +127,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 grad_weight += grad.T @ hidden[part]
             if wants_bias:
                 grad_bias += grad.sum(0, dtype=torch.float32)
+            del raw, grad
         return (
             scaled(grad_hidden, factor) if wants_hidden else None,
             grad_weight.to(weight.dtype) if wants_weight else None,
