@@ -28,6 +28,7 @@ LONG = {
     "long_factor": [2.0 + 0.5 * i for i in range(8)],
     "original_max_position_embeddings": 256,  # llama.cpp rounds a context up to 256, and chooses the factors by it
 }
+HALF = {"partial_rotary_factor": 0.5}
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 # name -> (family of tests/tiny.py, what is changed); the names of families stand for themselves
 MODELS = {
@@ -41,6 +42,7 @@ MODELS = {
     "mixtral yarn, 8 experts": ("mixtral", {"num_local_experts": 8, "rope_parameters": YARN}),
     "llama with biases": ("llama3", {"attention_bias": True, "mlp_bias": True}),
     "llama linear": ("llama3", {"rope_parameters": LINEAR}),
+    "llama, a share that it ignores": ("llama3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, **HALF}}),
     "llama yarn": ("llama3", {"rope_parameters": YARN}),
     "qwen2 yarn, own attention factor": ("qwen2", {"rope_parameters": {**YARN, "attention_factor": 0.8}}),
     "phi3 longrope": ("phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 256}),
@@ -224,6 +226,12 @@ def test_experts_stored_in_mxfp4_are_expanded(tmp_path, monkeypatch):
         ("qwen2", {"head_dim": 32}, "head_dim must be hidden_size"),
         ("gemma2", {"attn_logit_softcapping": 0.0}, "both soft caps must be set"),
         ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob must be true"),
+        ("gemma", {"tie_word_embeddings": False}, "the head must be the embeddings"),
+        ("gemma2", {"tie_word_embeddings": False}, "the head must be the embeddings"),
+        ("olmo2", {"tie_word_embeddings": True}, "the head must not be the embeddings"),
+        ("gpt_oss", {"tie_word_embeddings": True}, "the head must not be the embeddings"),
+        ("gemma3", {"use_bidirectional_attention": True}, "attention must look back only"),
+        ("smollm3", {"no_rope_layer_interval": 4, "mlp_bias": True}, "mlp_bias must be false"),
     ],
 )
 def test_what_llama_cpp_would_compute_differently_is_refused(family, changes, message, tmp_path, monkeypatch):
@@ -255,6 +263,31 @@ def test_a_damaged_checkpoint_is_named_and_leaves_nothing(change, error, message
     with pytest.raises(error, match=message):
         convert_to_gguf(directory, tmp_path / "out" / "x.gguf", "f16")
     assert not list((tmp_path / "out").glob("*"))
+
+
+@pytest.mark.parametrize(
+    "file, content, message",
+    [
+        ("config.json", "[1]", "config.json is damaged"),
+        ("config.json", "{", "config.json is damaged"),
+        ("config.json", {"hidden_size": "abc"}, "config.json is damaged.*hidden_size"),
+        ("config.json", {"num_key_value_heads": 4}, r"attn_k.weight \(32, 64\) instead of \(64, 64\)"),
+        ("config.json", {"vocab_size": 100}, r"token_embd.weight \(480, 64\) instead of \(100, 64\)"),
+        ("config.json", {"intermediate_size": 64}, r"ffn_down.weight \(64, 128\) instead of \(64, 64\)"),
+        ("tokenizer.json", "{}", "tokenizer.json is damaged"),
+        ("tokenizer.json", {"model": {"vocab": {"a": 0}, "merges": ["b c"]}}, "tokenizer.json is damaged|no token for"),
+        ("tokenizer.json", {"post_processor": {"type": "Nothing"}}, "tokenizer.json is damaged"),
+        ("tokenizer_config.json", '["a"]', "tokenizer_config.json is damaged"),
+    ],
+)
+def test_damaged_json_is_named(file, content, message, tmp_path):
+    directory = tiny.save_tiny("qwen3", tmp_path / "model")
+    if isinstance(content, dict):
+        content = json.dumps(json.loads((directory / file).read_text()) | content)
+    (directory / file).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        convert_to_gguf(directory, tmp_path / "out", "q8_0")
+    assert not (tmp_path / "out").exists()
 
 
 def test_weights_beyond_half_precision_are_refused_for_f16(tmp_path):

@@ -33,6 +33,7 @@ SETTINGS = {
     "patterns": ("llama3", {"rank_pattern": {"q_proj": 2, "layers.1.mlp.down_proj": 16}, "alpha_pattern": {"k_proj": 64}}),
     "patterns, rsLoRA": ("llama3", {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"up_proj": 3}, "use_rslora": True}),
     "head and embeddings": ("llama3", {"target_modules": [*ALL, "lm_head", "embed_tokens"]}),
+    "embeddings of rank 1": ("llama3", {"target_modules": ["embed_tokens"], "r": 1, "lora_alpha": 64}),
     "fused": ("phi3", {"target_modules": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]}),
     "gemma": ("gemma3", {}),
 }

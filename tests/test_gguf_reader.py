@@ -186,6 +186,37 @@ def test_lies_are_named(data, message, tmp_path):
         GGUFFile(path)
 
 
+ARRAY, LARGE = 9, 1 << 30
+
+
+def claim(kind, count):
+    return header(text(b"k"), struct.pack("<IIQ", ARRAY, kind, count), entries=1)
+
+
+@pytest.mark.parametrize(
+    "head, message",
+    [
+        (header(tensors=1 << 20), "claims 1048576 tensors, more than any model has"),
+        (header(entries=1 << 20), "claims 1048576 metadata entries, more than any model has"),
+        (header(text(b"k"), struct.pack("<IQ", 8, LARGE // 2), entries=1), "header is longer than 268435456 bytes"),
+        (claim(0, LARGE // 2), "items of 'k', more than any model has"),
+        (claim(8, LARGE // 16), "items of 'k', more than any model has"),
+        (
+            claim(ARRAY, LARGE // 1024),
+            "items of 'k', more than any model has",
+        ),
+    ],
+)
+def test_a_file_of_holes_is_not_believed(head, message, tmp_path):
+    """A gigabyte of zeros that takes no place on the disk, and would take several in memory."""
+    path = tmp_path / "x.gguf"
+    path.write_bytes(head)
+    with open(path, "r+b") as stream:
+        stream.truncate(LARGE)
+    with pytest.raises(ValueError, match=message):
+        GGUFFile(path)
+
+
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_damage_breaks_the_reader(data, tmp_path):

@@ -7,8 +7,8 @@ import pytest
 import tiny
 from gguf_tokenizers import CASED, CUTS, byte_level, difficult_lines, joined, sentencepiece
 from llama_oracle import Llama
-from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from luthier.errors import UnsupportedError
 from luthier.gguf import GGUFFile, convert_to_gguf
@@ -16,7 +16,7 @@ from luthier.gguf.tokenizer import fix_sentencepiece_gguf, tokenizer_metadata
 from luthier.proof.export import verify
 from luthier.proof.gguf_tokenizer import CUTS as CUTS_OF_FILES
 from luthier.proof.gguf_tokenizer import PUBLISHED, GGUFTokenizer
-from luthier.proof.tokens import CAPITALS
+from luthier.proof.tokens import CAPITALS, COMPOSED
 
 VOCAB = 1024
 TEMPLATE = "{%- for m in messages -%}\n  {{- m.role }}: {%- if m.role == 'assistant' -%}{%- generation -%}{{- m.content }}é{%- endgeneration -%}{%- endif -%}\n{%- endfor -%}\n"  # noqa: E501
@@ -91,16 +91,25 @@ def test_words_that_llama_cpp_cuts_otherwise_are_named(pre, whole, export):
         assert GGUFTokenizer(GGUFFile(file)).encode("a worldwide web") == llama.tokenize("a worldwide web")
 
 
-def test_the_spelling_of_a_regex_does_not_matter(export):
-    """As tiktoken's converters write it: what the pattern finds is kept, and every case is spelled out."""
-    tokenizer = byte_level("qwen2")
-    spelled = CUTS["qwen2"][0].replace(
+SPELLED = {  # as tiktoken's converters write it, with every case; as tiktoken itself writes GPT-4's; as BLOOM's file does
+    "qwen2": CUTS["qwen2"][0].replace(
         "(?i:'s|'t|'re|'ve|'m|'ll|'d)", "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
-    )
-    cut = pre_tokenizers.Split(Regex(spelled), behavior="removed", invert=True)
+    ),
+    "llama-bpe": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
+    "bloom": r" ?[^(\s|[.,!?…。，、।۔،])]+",
+}
+
+
+@pytest.mark.parametrize("pre", SPELLED)
+def test_the_spelling_of_a_regex_does_not_matter(pre, export):
+    """And what the pattern finds may be what is kept."""
+    tokenizer = byte_level(pre, ignore_merges=pre == "llama-bpe")
+    behavior = {"behavior": "isolated"} if pre == "bloom" else {"behavior": "removed", "invert": True}
+    cut = pre_tokenizers.Split(Regex(SPELLED[pre]), **behavior)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     file = export(tokenizer)
-    assert GGUFFile(file).metadata["tokenizer.ggml.pre"] == "qwen2"
+    assert GGUFFile(file).metadata["tokenizer.ggml.pre"] == pre
     assert differences(tokenizer, file, difficult_lines()) == []
 
 
@@ -177,6 +186,15 @@ def test_named_templates_are_embedded_too(export):
     assert metadata["tokenizer.chat_templates"] == ["tool_use"]
 
 
+@pytest.mark.parametrize("text, note", [("Ve\u0301lo", True), ("V\u00e9lo", False)])
+def test_accents_written_apart_are_noted(text, note, export):
+    tokenizer = byte_level("qwen2")
+    tokenizer.normalizer = normalizers.NFC()
+    file = export(tokenizer)
+    proof = verify(file, file.parent, [text])
+    assert not proof.failures and (COMPOSED in proof.notes) == note
+
+
 def test_special_tokens_of_older_files(tmp_path):
     """bos_token as a dictionary, and the special tokens in a file of their own."""
     save_tokenizer(byte_level(), tmp_path)
@@ -196,6 +214,125 @@ def broken(change):
     state = json.loads(byte_level().to_str())
     change(state)
     return state
+
+
+def spaced(change):
+    state = json.loads(sentencepiece("llama").to_str())
+    change(state)
+    return state
+
+
+METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+
+
+def replaces(text, content):
+    return {"type": "Replace", "pattern": {"String": text}, "content": content}
+
+
+def splits(regex):
+    return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+
+
+def write_state(state, directory):
+    (directory / "tokenizer.json").write_text(json.dumps(state))
+    bos = {"bos_token": "<s>"} if "<s>" in state["model"]["vocab"] else {}
+    (directory / "tokenizer_config.json").write_text(json.dumps(bos))
+
+
+def adds(tokenizer, *tokens, **conditions):
+    tokenizer.add_tokens([AddedToken(token, **{"normalized": False, **conditions}) for token in tokens])
+    return json.loads(tokenizer.to_str())
+
+
+@pytest.mark.parametrize(
+    "state, message",
+    [
+        (broken(lambda s: s["model"]["vocab"].update({"[EOS]": 900})), r"takes \[EOS\] for control tokens"),
+        (broken(lambda s: s["model"]["vocab"].pop("Ā")), "no token for 1 bytes of rare letters"),
+        (adds(byte_level(), "AB", "BCD"), "overlap: of ABCD llama.cpp takes the longest first"),
+        (adds(byte_level(), "a <tool> b", normalized=True), "overlap: of a <tool> b"),
+        (adds(sentencepiece("llama"), "<call>", normalized=True), "looks for <call> behind spaces only"),
+        (spaced(lambda s: s.update(normalizer=None, pre_tokenizer=METASPACE)), "first word of a text only"),
+        (spaced(lambda s: s["model"]["merges"].sort()), "not in a row"),
+        (adds(sentencepiece("gemma"), "x▁"), "1 tokens such as 'x▁' can be made in llama.cpp of halves"),
+        (
+            spaced(lambda s: s["model"].update(ignore_merges=True, vocab=s["model"]["vocab"] | {"t▁t▁t": 990})),
+            "'t▁t▁t' are not what",
+        ),
+    ],
+)
+def test_what_llama_cpp_finds_elsewhere_is_said(state, message, tmp_path):
+    write_state(state, tmp_path)
+    with pytest.warns(UserWarning, match=message):
+        tokenizer_metadata(tmp_path, VOCAB)
+
+
+def test_runs_of_white_space_do_not_overlap(tmp_path, recwarn):
+    state = adds(byte_level(), *(" " * n for n in range(2, 32)), *("\t" * n for n in range(2, 10)))
+    write_state(state, tmp_path)
+    tokenizer_metadata(tmp_path, VOCAB)
+    assert not recwarn.list
+
+
+def test_one_id_for_two_tokens(tmp_path):
+    state = broken(lambda s: s["added_tokens"][-1].update(id=700))
+    write_state(state, tmp_path)
+    with pytest.raises(ValueError, match="the id 700 stands for .* and '</tool>'"):
+        tokenizer_metadata(tmp_path, VOCAB)
+
+
+def test_metaspace_of_older_files(tmp_path):
+    """Without prepend_scheme it always puts a space before a text."""
+    step = {"type": "Metaspace", "replacement": "▁", "split": False, "add_prefix_space": True}
+    write_state(spaced(lambda s: s.update(normalizer=None, pre_tokenizer=step)), tmp_path)
+    assert tokenizer_metadata(tmp_path, VOCAB)["tokenizer.ggml.add_space_prefix"]
+
+
+def test_overlapping_tokens_are_found_as_llama_cpp_finds_them(export):
+    """The longest first, wherever they stand."""
+    tokenizer = byte_level()
+    adds(tokenizer, "AB", "BCD", "foo", "oobar")
+    with pytest.warns(UserWarning, match="overlap"):
+        file = export(tokenizer)
+    lines = ["xABCDy", "foobar", "fooobar AB<tool>BCD", "<|im_start|>ABCD"]
+    rebuilt = GGUFTokenizer(GGUFFile(file))
+    with Llama(file) as llama:
+        found = [llama.tokenize(line) for line in lines]
+    assert [rebuilt.encode(line) for line in lines] == found
+    assert found != [tokenizer.encode(line).ids for line in lines]
+
+
+def test_added_runs_of_spaces_are_merged_where_the_tokenizer_merges_them(export):
+    """Gemma: they are added tokens as they stand, and merges make them of spaces."""
+    tokenizer = sentencepiece("gemma")
+    adds(tokenizer, "▁▁", "▁▁▁")
+    lines = [line for line in difficult_lines() if "▁" not in line] + [" " * n + "two" for n in range(1, 20)]
+    file = export(tokenizer)
+    assert differences(tokenizer, file, lines) == []
+    metadata = GGUFFile(file).metadata
+    assert metadata["tokenizer.ggml.token_type"][metadata["tokenizer.ggml.tokens"].index("▁▁")] == 1
+
+
+@pytest.mark.parametrize("style", ["llama", "gemma"])
+def test_the_unknown_token_is_found_whole(style, export):
+    file = export(sentencepiece(style))
+    with Llama(file) as llama:
+        assert GGUFTokenizer(GGUFFile(file)).encode("a<unk> b") == llama.tokenize("a<unk> b")
+
+
+def test_tokens_that_only_the_configuration_has(tmp_path):
+    """transformers adds them, and takes their conditions from there."""
+    save_tokenizer(byte_level(), tmp_path)
+    state = json.loads((tmp_path / "tokenizer.json").read_text())
+    state["added_tokens"].pop()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config["added_tokens_decoder"] = {"801": {"content": "<late>", "special": True, "normalized": False}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"extra_special_tokens": ["<|never|>"]}))
+    assert AutoTokenizer.from_pretrained(tmp_path)("<late>")["input_ids"] == [801]
+    with pytest.warns(UserWarning, match=r"names <\|never\|>, which tokenizer.json does not have"):
+        metadata = tokenizer_metadata(tmp_path, VOCAB)
+    assert metadata["tokenizer.ggml.tokens"][801] == "<late>" and metadata["tokenizer.ggml.token_type"][801] == 3
 
 
 def sentence_cut_at_spaces():
@@ -276,6 +413,16 @@ def test_merges_that_llama_cpp_adds_are_said(tmp_path):
         (broken(lambda s: s["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True)), "add_prefix_space"),
         (broken(lambda s: s.update(normalizer={"type": "Lowercase"})), "normalizer.*Lowercase"),
         (broken(lambda s: s.update(pre_tokenizer={"type": "Whitespace"})), "without byte_fallback"),
+        (broken(lambda s: s["model"].update(dropout=0.5)), "dropout 0.5"),
+        (broken(lambda s: s["model"].update(end_of_word_suffix="</w>")), "end_of_word_suffix '</w>'"),
+        (broken(lambda s: s["model"].update(continuing_subword_prefix="##")), "continuing_subword_prefix"),
+        (broken(lambda s: s["model"]["vocab"].pop("Ł")), r"no token for 1 of 256 bytes \(Ł"),
+        (spaced(lambda s: s["model"]["vocab"].pop("<0xF0>")), "no token <0xF0>"),
+        (spaced(lambda s: s["normalizer"]["normalizers"][0].update(prepend="x")), "this step.*Prepend"),
+        (spaced(lambda s: s["normalizer"]["normalizers"].append(replaces("’", "'"))), "this step.*’"),
+        (spaced(lambda s: s["normalizer"]["normalizers"].pop()), "does not write a space"),
+        (spaced(lambda s: s.update(pre_tokenizer=splits("\\d"))), "this step.*Split"),
+        (spaced(lambda s: s.update(pre_tokenizer=METASPACE | {"replacement": "_"})), "this step.*Metaspace"),
     ],
 )
 def test_other_tokenizers_are_refused_by_name(state, message, tmp_path):

@@ -134,6 +134,7 @@ def test_new_tokens_start_at_the_mean_or_between_it_and_their_pieces(family):
         old = [table.detach().clone() for table in (model.get_input_embeddings().weight, model.get_output_embeddings().weight)]
         ids = add_new_tokens(model, tokenizer, ["<think>", "</think>"], method=method, interpolation=0.25)
         assert tokenizer("<think>").input_ids == ids[:1] == [448] and len(pieces) > 1
+        assert not tokenizer.added_tokens_decoder[448].normalized  # a SentencePiece tokenizer would find it behind spaces only
         for before, now in zip(old, (model.get_input_embeddings().weight, model.get_output_embeddings().weight), strict=True):
             mean = before[:448].mean(0)
             torch.testing.assert_close(now[448], share * before[pieces].mean(0) + (1 - share) * mean)

@@ -24,6 +24,23 @@ class ExportProofError(RuntimeError):
     """An exported file does not say what the model says."""
 
 
+class Damaged:
+    """``with Damaged(path): ...``: whatever reading that file ends with, other than an error that is meant, is a ``ValueError``
+    that names it. Libraries raise all kinds, ``tokenizers`` a bare ``Exception``.
+    """
+
+    def __init__(self, path: object) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        is_meant = kind is ValueError or isinstance(error, (UnsupportedError, FileNotFoundError, MemoryError, Warning))
+        if isinstance(error, Exception) and not is_meant:
+            raise ValueError(f"{self.path} is damaged ({kind.__name__}: {error}). Download or save it again.") from error
+
+
 def unknown(kind: str, value: object, allowed: Iterable[str], remedy: str = "") -> ValueError:
     """The error for a name that is not one of ``allowed``, with the nearest name suggested.
 

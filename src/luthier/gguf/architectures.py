@@ -55,8 +55,9 @@ class Architecture:
     ``name``: llama.cpp's name of it. ``layer``: modules of a layer and their GGUF tensors. ``interleaved_rope``: llama.cpp
     rotates neighbouring pairs, so rows of q and k are reordered. ``norm_offset``: added to every norm weight, for
     models that multiply by 1 + w. ``keys``: numbers of the configuration to write. ``split``: tensors that become several,
-    each by a function. ``windowed``: llama.cpp honours the sliding window. ``rope_types``: kinds of rotary scaling that it
-    has there. ``fixed``: (what llama.cpp takes for granted, a test of the configuration).
+    each by a function. ``windowed``: llama.cpp honours the sliding window. ``partly_rotated``: transformers honours
+    partial_rotary_factor. ``rope_types``: kinds of rotary scaling that llama.cpp has there. ``fixed``: (what llama.cpp takes
+    for granted, a test of the configuration).
     """
 
     name: str
@@ -66,6 +67,7 @@ class Architecture:
     keys: Mapping[str, str] = field(default_factory=dict)
     split: Mapping[str, tuple[tuple[str, Callable[[torch.Tensor], torch.Tensor]], ...]] = field(default_factory=dict)
     windowed: bool = False
+    partly_rotated: bool = False
     rope_types: tuple[str, ...] = ("default", "linear", "yarn")
     fixed: tuple[tuple[str, Callable[[object], bool]], ...] = ()
 
@@ -100,6 +102,9 @@ def _silu(config: object) -> bool:
     return config.hidden_act in ("silu", "swish")
 
 
+NO_MLP_BIAS = ("mlp_bias must be false", lambda c: not getattr(c, "mlp_bias", False))
+TIED = ("the head must be the embeddings (tie_word_embeddings)", lambda c: c.tie_word_embeddings)
+OWN_HEAD = ("the head must not be the embeddings (tie_word_embeddings)", lambda c: not c.tie_word_embeddings)
 NO_BIAS = ("attention_bias must be false", lambda c: not getattr(c, "attention_bias", False))
 HEADS_FILL = (
     "head_dim must be hidden_size / num_attention_heads",
@@ -121,6 +126,7 @@ GEMMA_3 = Architecture(
         GELU,
         NO_BIAS,
         ("attention must have no soft cap", lambda c: not c.attn_logit_softcapping),
+        ("attention must look back only", lambda c: not getattr(c, "use_bidirectional_attention", False)),
         ("query_pre_attn_scalar must be the head's size", _gemma_scale(62)),
         ("every sixth layer, and no other, must be a full one", lambda c: _every(6, c)),
     ),
@@ -157,7 +163,7 @@ ARCHITECTURES = {
             ("every layer must have experts", lambda c: c.decoder_sparse_step == 1 and not c.mlp_only_layers),
         ),
     ),
-    "GemmaForCausalLM": Architecture("gemma", PRE_NORM | ATTENTION | MLP, norm_offset=1.0, fixed=(GELU, NO_BIAS)),
+    "GemmaForCausalLM": Architecture("gemma", PRE_NORM | ATTENTION | MLP, norm_offset=1.0, fixed=(GELU, NO_BIAS, TIED)),
     "Gemma2ForCausalLM": Architecture(
         "gemma2",
         SANDWICH_NORM | ATTENTION | MLP,
@@ -167,6 +173,7 @@ ARCHITECTURES = {
         fixed=(
             GELU,
             NO_BIAS,
+            TIED,
             ("both soft caps must be set", lambda c: c.attn_logit_softcapping and c.final_logit_softcapping),
             ("query_pre_attn_scalar must be the head's size", _gemma_scale(46)),
             ("sliding and full layers must alternate, sliding first", lambda c: _every(2, c)),
@@ -178,6 +185,7 @@ ARCHITECTURES = {
         PRE_NORM
         | {"self_attn.qkv_proj": "attn_qkv", "self_attn.o_proj": "attn_output"}
         | {"mlp.gate_up_proj": "ffn_up", "mlp.down_proj": "ffn_down"},
+        partly_rotated=True,
         rope_types=("default", "linear", "longrope"),
         fixed=(SILU, HEADS_FILL),
     ),
@@ -191,13 +199,16 @@ ARCHITECTURES = {
         fixed=(
             SILU,
             NO_BIAS,
+            NO_MLP_BIAS,
             (
                 "every fourth layer, and no other, must be without rotary embedding",
                 lambda c: list(c.no_rope_layers) == [int((i + 1) % 4 != 0) for i in range(c.num_hidden_layers)],
             ),
         ),
     ),
-    "Olmo2ForCausalLM": Architecture("olmo2", POST_NORM | ATTENTION | QK_NORM | MLP, fixed=(SILU, NO_BIAS, HEADS_FILL)),
+    "Olmo2ForCausalLM": Architecture(
+        "olmo2", POST_NORM | ATTENTION | QK_NORM | MLP, fixed=(SILU, NO_BIAS, HEADS_FILL, OWN_HEAD)
+    ),
     "GptOssForCausalLM": Architecture(
         "gpt-oss",
         {"input_layernorm": "attn_norm", "post_attention_layernorm": "post_attention_norm"}
@@ -219,6 +230,7 @@ ARCHITECTURES = {
             "mlp.experts.down_proj_bias": (("ffn_down_exps.bias", lambda b: b),),
         },
         fixed=(
+            OWN_HEAD,
             ("attention_bias must be true", lambda c: c.attention_bias),
             ("sliding and full layers must alternate, sliding first", lambda c: _every(2, c)),
         ),

@@ -17,6 +17,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from luthier.data.chat import EOS, TABLE, ChatTemplate, strip_generation_marks, template_parts
 from luthier.data.render import text_tokenizer
+from luthier.gguf.vocabulary import read_json
 from luthier.gguf.writer import Value
 
 SYSTEM = {"role": "system", "content": "Speak briefly."}
@@ -71,13 +72,11 @@ def chat_templates(directory: str | Path) -> dict[str, str]:
     """The Jinja chat templates in ``directory`` by name, ``"default"`` first; empty without one."""
     directory = Path(directory)
     templates: dict[str, str] = {}
-    config = directory / "tokenizer_config.json"
-    if config.is_file():
-        stored = json.loads(config.read_text("utf8")).get("chat_template")
-        if isinstance(stored, str):
-            templates["default"] = stored
-        elif isinstance(stored, list):
-            templates |= {entry["name"]: entry["template"] for entry in stored}
+    stored = read_json(directory / "tokenizer_config.json").get("chat_template")
+    if isinstance(stored, str):
+        templates["default"] = stored
+    elif isinstance(stored, list):
+        templates |= {entry["name"]: entry["template"] for entry in stored}
     if (directory / "chat_template.jinja").is_file():
         templates["default"] = (directory / "chat_template.jinja").read_text("utf8")
     for file in sorted((directory / "additional_chat_templates").glob("*.jinja")):
@@ -95,8 +94,8 @@ def chat_metadata(directory: str | Path) -> dict[str, Value]:
     others = [name for name in templates if name != "default"]
     if others:
         result["tokenizer.chat_templates"] = others
+    tokenizer = load_tokenizer(directory)  # says where transformers cuts text otherwise, template or not
     if templates:
-        tokenizer = load_tokenizer(directory)
         ends = [*stop_tokens(tokenizer), *_generation_stops(Path(directory), tokenizer)]
         ends = [token for token in dict.fromkeys(ends) if token != tokenizer.eos_token]
         for key, token in zip(("eot", "eom"), ends, strict=False):  # end of turn, end of message: two more is all there is

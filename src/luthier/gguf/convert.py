@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from luthier.errors import UnsupportedError
+from luthier.errors import Damaged, UnsupportedError
 from luthier.files import atomic_file, require_space
 from luthier.gguf import architectures, mixtures
 from luthier.gguf.chat import chat_metadata
@@ -77,10 +77,11 @@ def read_config(model_dir: str | Path) -> PreTrainedConfig:
     path = Path(model_dir) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: {model_dir} is not the directory of a model.")
-    kind = PreTrainedConfig.get_config_dict(model_dir, local_files_only=True)[0].get("model_type")
-    if kind not in CONFIG_MAPPING:
-        raise UnsupportedError(f"GGUF export does not cover the model type {kind!r} of {path}.")
-    config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
+    with Damaged(path):
+        kind = PreTrainedConfig.get_config_dict(model_dir, local_files_only=True)[0].get("model_type")
+        if kind not in CONFIG_MAPPING:
+            raise UnsupportedError(f"GGUF export does not cover the model type {kind!r} of {path}.")
+        config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
     if is_tied(config) and _has_own_head(CheckpointSource(model_dir)):
         for part in (config, config.get_text_config()):
             part.tie_word_embeddings = False

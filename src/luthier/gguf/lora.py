@@ -53,7 +53,8 @@ def convert_lora_to_gguf(adapter_dir: str | Path, config: PreTrainedConfig, out:
             weight = piece.transform(weight) * (wanted * weight.shape[1] / alpha)
         elif match["side"] == "embedding_A":
             weight = weight.t()
-        tensors[f"{piece.name}.lora_{match['side'][-1].lower()}"] = weight.contiguous()
+        # `contiguous` would leave a matrix of one column its strides
+        tensors[f"{piece.name}.lora_{match['side'][-1].lower()}"] = weight.clone(memory_format=torch.contiguous_format)
     return _write(tensors, architecture.name, alpha, Path(out))
 
 

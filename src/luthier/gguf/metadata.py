@@ -86,9 +86,10 @@ def _llama3_divisors(rope: dict, size: int) -> torch.Tensor:
 
 def _rope(architecture: Architecture, config: PreTrainedConfig) -> dict[str, Value]:
     rope = rope_parameters(config)
+    rotated = rope.get("partial_rotary_factor", 1.0) if architecture.partly_rotated else 1.0
     keys: dict[str, Value] = {
         "rope.freq_base": float(rope["rope_theta"]),
-        "rope.dimension_count": int(head_size(config) * rope.get("partial_rotary_factor", 1.0)),
+        "rope.dimension_count": int(head_size(config) * rotated),
     }
     if rope.get("mrope_section"):
         keys["rope.dimension_sections"] = [*rope["mrope_section"], 0]

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from luthier.errors import UnsupportedError
 from luthier.gguf import architectures
 from luthier.gguf.architectures import Architecture
-from luthier.gguf.metadata import is_tied, kv_heads, rope_tensors
+from luthier.gguf.metadata import head_size, is_tied, kv_heads, rope_tensors
 
 # parts of a name that only say where the language model sits in a larger model
 PREFIX = re.compile(r"^(model\.|language_model\.)*")
@@ -137,13 +137,40 @@ def _check_complete(
     missing = [name for name in wanted if name not in shapes]
     count = _expert_count(architecture, config)
     missing += [f"an expert of {name}" for name, found in experts.items() if found != set(range(count))]
+    sizes = _expected_shapes(architecture, config.get_text_config())
+    odd = []
+    for name, shape in shapes.items():
+        expected = sizes.get(re.sub(r"^blk\.\d+\.", "", name), shape)
+        odd += [f"{name} {shape} instead of {expected}"] if shape != expected else []
     extra = [name for name in shapes if name.startswith("blk.") and int(name.split(".")[1]) >= layers]
-    if missing or extra:
+    if missing or extra or odd:
         raise ValueError(
             "The checkpoint does not fit its config.json: "
             + "; ".join(
                 f"{what} {', '.join(names[:5])}{' and more' if len(names) > 5 else ''}"
-                for what, names in (("it lacks", missing), ("it has layers too many:", extra))
+                for what, names in (("it lacks", missing), ("it has layers too many:", extra), ("it has", odd))
                 if names
             )
         )
+
+
+def _expected_shapes(architecture: Architecture, config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    """What the configuration says of the shapes of matrices, by their names without the layer."""
+    hidden, heads, size = config.hidden_size, config.num_attention_heads, head_size(config)
+    queries, values, width = heads * size, kv_heads(config) * size, config.intermediate_size
+    shapes = {
+        "token_embd.weight": (config.vocab_size, hidden),
+        "output.weight": (config.vocab_size, hidden),
+        "output_norm.weight": (hidden,),
+        "attn_norm.weight": (hidden,),
+        "ffn_norm.weight": (hidden,),
+        "attn_q.weight": (queries, hidden),
+        "attn_k.weight": (values, hidden),
+        "attn_v.weight": (values, hidden),
+        "attn_qkv.weight": (queries + 2 * values, hidden),
+        "attn_output.weight": (hidden, queries),
+    }
+    if "expert_count" not in architecture.keys:
+        up = width if "mlp.gate_proj" in architecture.layer else 2 * width  # gate and up in one
+        shapes |= {"ffn_gate.weight": (width, hidden), "ffn_up.weight": (up, hidden), "ffn_down.weight": (hidden, width)}
+    return shapes

@@ -16,6 +16,9 @@ from luthier.gguf.writer import ALIGNMENT, ARRAY, BOOL, MAGIC, SCALARS, STRING, 
 MAX_DIMENSIONS = 4
 MAX_NAME = 1 << 16  # bytes of a key or of a tensor's name
 MAX_NESTING = 4  # arrays in arrays
+# far beyond any model's header (a few hundred entries, a thousand tensors, a million strings, 30 MB): Python's objects are up
+# to thirty times as large as what they are read from, and a file with holes is large for nothing
+MAX_HEADER, MAX_ENTRIES, MAX_TENSORS, MAX_ITEMS = 1 << 28, 1 << 14, 1 << 18, 1 << 23
 SMALLEST_ENTRY = 8 + 4 + 1  # bytes of the shortest possible metadata entry; a tensor's description is longer
 
 
@@ -37,7 +40,7 @@ class GGUFFile:
             raise self._error("it is too short to have a header")
         self._data = np.memmap(self.path, np.uint8, mode="r")
         self._view = memoryview(self._data)  # a slice of it costs a tenth of an array's: headers have 300,000 strings
-        self._position = 0
+        self._position, self._items = 0, 0
         self._read_header()
 
     def data(self, name: str) -> np.ndarray:
@@ -66,8 +69,8 @@ class GGUFFile:
         self.version, tensor_count, entry_count = struct.unpack("<IQQ", self._take(20))
         if self.version not in (2, 3):
             raise self._error(f"its version is {self.version}; versions 2 and 3, little-endian, can be read")
-        self._expect_items(tensor_count, SMALLEST_ENTRY, "tensors")
-        self._expect_items(entry_count, SMALLEST_ENTRY, "metadata entries")
+        self._expect_items(tensor_count, SMALLEST_ENTRY, "tensors", MAX_TENSORS)
+        self._expect_items(entry_count, SMALLEST_ENTRY, "metadata entries", MAX_ENTRIES)
         self.metadata, self.encoded = {}, {}
         for _ in range(entry_count):
             key = self._string("a metadata key", MAX_NAME)
@@ -129,7 +132,9 @@ class GGUFFile:
             return self._numbers(key, item_kind, count)
         if depth >= MAX_NESTING:
             raise self._error(f"the metadata {key!r} is nested more than {MAX_NESTING} arrays deep")
-        self._expect_items(count, 8 if item_kind == STRING else 12, f"items of {key!r}")
+        size, weight = (8, 1) if item_kind == STRING else (12, 64)  # nobody has arrays of arrays
+        self._expect_items(count, size, f"items of {key!r}", (MAX_ITEMS - self._items) // weight)
+        self._items += count * weight
         return [self._value(key, item_kind, depth + 1) for _ in range(count)]
 
     def _numbers(self, key: str, kind: int, count: int) -> np.ndarray:
@@ -157,12 +162,16 @@ class GGUFFile:
     def _take(self, size: int) -> bytes:
         if size > len(self._view) - self._position:
             raise self._error(f"it ends inside its header, at byte {len(self._view)}: it is truncated")
+        if self._position + size > MAX_HEADER:
+            raise self._error(f"its header is longer than {MAX_HEADER} bytes")
         start, self._position = self._position, self._position + size
         return self._view[start : self._position].tobytes()
 
-    def _expect_items(self, count: int, size: int, what: str) -> None:
+    def _expect_items(self, count: int, size: int, what: str, most: int = MAX_HEADER) -> None:
         if count * size > len(self._data) - self._position:
             raise self._error(f"it claims {count} {what}, more than it has room for")
+        if count > most:
+            raise self._error(f"it claims {count} {what}, more than any model has")
 
     def _error(self, what: str) -> ValueError:
         return ValueError(f"{self.path} is not a GGUF file that can be read: {what}.")

@@ -10,20 +10,31 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer
 
-from luthier.errors import UnsupportedError
+from luthier.errors import Damaged, UnsupportedError
+from luthier.gguf.tokenizer_limits import (
+    BYTE_TOKEN,
+    SPACE,
+    adds_space,
+    check_byte_tokens,
+    check_bytes,
+    check_merges,
+    check_model,
+    check_spaces,
+    check_tokens,
+    unmade,
+)
+from luthier.gguf.vocabulary import Vocabulary, parts, read_vocabulary, special_tokens
 from luthier.gguf.writer import Value
 from luthier.terminal import say
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 PHI_3 = re.compile("phi-?3", re.IGNORECASE)
-SPACE = "▁"  # how SentencePiece writes a space
 SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 GPT2 = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -34,6 +45,8 @@ _GPT4O_WORDS = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*{0}|"
 )
 _GPT4O_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+BLOOM = r" ?[^(\s|.,!?…。，、।۔،)]+"
 
 # how the text is cut before BPE -> llama.cpp's name of it
 PRE_TOKENIZERS = {
@@ -50,19 +63,19 @@ PRE_TOKENIZERS = {
         r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
         r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     ): "deepseek-v3",
+    (BLOOM,): "bloom",
+    (BLOOM, r"\p{N}"): "viking",
 }
 WHOLE_WORDS = ("llama-bpe", "tekken")  # a word that is in the vocabulary is taken whole there, whatever the merges say
 CONTRACTIONS = re.compile(r"\(\?:'\[sS\]\|'\[tT\]\|'\[rR\]\[eE\]\|'\[vV\]\[eE\]\|'\[mM\]\|'\[lL\]\[lL\]\|'\[dD\]\)")
-
-
-@dataclass
-class Vocabulary:
-    """What ``tokenizer.json`` and its neighbours say, before it is written down for GGUF."""
-
-    tokens: dict[int, str]
-    added: dict[int, dict]
-    merges: list[tuple[str, str]]
-    metadata: dict[str, Value] = field(default_factory=dict)
+# other spellings of the same: one number with a count; tiktoken's of GPT-4; a class within a class
+SPELLINGS = {
+    r"\p{N}{1}|": r"\p{N}|",
+    "'(?i:[sdmt]|ll|ve|re)|": _CONTRACTIONS,
+    r"[^\r\n\p{L}\p{N}]?+\p{L}+|": r"[^\r\n\p{L}\p{N}]?\p{L}+|",
+    r" ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)": r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)",
+    "[.,!?…。，、।۔،]": ".,!?…。，、।۔،",
+}
 
 
 def tokenizer_metadata(directory: str | Path, vocab_size: int) -> dict[str, Value]:
@@ -73,20 +86,19 @@ def tokenizer_metadata(directory: str | Path, vocab_size: int) -> dict[str, Valu
     """
     directory = Path(directory)
     path = _tokenizer_file(directory)
-    state = json.loads(path.read_text("utf8"))
-    kind = state["model"].get("type", "BPE")
-    if kind != "BPE":
-        raise UnsupportedError(f"GGUF export does not cover tokenizers of the kind {kind}, only BPE: {path}.")
-    vocabulary = _read_vocabulary(state)
-    top = max(vocabulary.tokens)
-    if top >= vocab_size:
-        raise ValueError(
-            f"The tokenizer has a token {vocabulary.tokens[top]!r} with the id {top}, but the model has {vocab_size} rows."
-            " Resize the model (resize_model_vocab) or save the tokenizer that belongs to it."
-        )
-    _warn_of_conditions(vocabulary.added.values())
-    write = _byte_level if _is_byte_level(state) else _sentencepiece
-    return write(state, vocabulary, vocab_size) | _special_tokens(directory, path, vocabulary)
+    with Damaged(path):
+        state = json.loads(path.read_text("utf8"))
+        check_model(state)
+        vocabulary = read_vocabulary(state, directory)
+        top = max(vocabulary.tokens)
+        if top >= vocab_size:
+            raise ValueError(
+                f"The tokenizer has a token {vocabulary.tokens[top]!r} with the id {top}, but the model has {vocab_size} rows."
+                " Resize the model (resize_model_vocab) or save the tokenizer that belongs to it."
+            )
+        check_tokens(vocabulary, _swallows_white_space(vocabulary.added.values()))
+        write = _byte_level if _is_byte_level(state) else _sentencepiece
+        return write(state, vocabulary, vocab_size) | _special_tokens(directory, path, vocabulary)
 
 
 def _tokenizer_file(directory: Path) -> Path:
@@ -98,27 +110,8 @@ def _tokenizer_file(directory: Path) -> Path:
     return path
 
 
-def _read_vocabulary(state: dict) -> Vocabulary:
-    added = {token["id"]: token for token in state.get("added_tokens") or []}
-    tokens = {i: token for token, i in state["model"]["vocab"].items()} | {i: token["content"] for i, token in added.items()}
-    merges = [tuple(pair.split(" ", 1)) if isinstance(pair, str) else tuple(pair) for pair in state["model"]["merges"]]
-    return Vocabulary(tokens, added, merges)
-
-
-def _parts(component: dict | None) -> Iterator[dict]:
-    """The steps of a normalizer, pre-tokenizer or decoder, sequences unrolled."""
-    if component is None:
-        return
-    if component["type"] != "Sequence":
-        yield component
-        return
-    for key in ("pretokenizers", "normalizers", "decoders", "processors"):
-        for part in component.get(key) or []:
-            yield from _parts(part)
-
-
 def _is_byte_level(state: dict) -> bool:
-    return any(part["type"] == "ByteLevel" for part in _parts(state.get("pre_tokenizer")))
+    return any(part["type"] == "ByteLevel" for part in parts(state.get("pre_tokenizer")))
 
 
 def _token_type(i: int, vocabulary: Vocabulary) -> int:
@@ -130,6 +123,7 @@ def _token_type(i: int, vocabulary: Vocabulary) -> int:
 
 
 def _byte_level(state: dict, vocabulary: Vocabulary, vocab_size: int) -> dict[str, Value]:
+    check_bytes(state)
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": _pre_tokenizer(state),
@@ -142,10 +136,10 @@ def _byte_level(state: dict, vocabulary: Vocabulary, vocab_size: int) -> dict[st
 
 def _pre_tokenizer(state: dict) -> str:
     """llama.cpp's name for the way a byte-level tokenizer cuts its text."""
-    if any(part["type"] not in ("NFC",) for part in _parts(state.get("normalizer"))):
+    if any(part["type"] not in ("NFC",) for part in parts(state.get("normalizer"))):
         raise UnsupportedError(f"GGUF export does not cover the normalizer of this tokenizer: {state['normalizer']}.")
     cuts = []
-    *_, last = steps = list(_parts(state["pre_tokenizer"]))
+    *_, last = steps = list(parts(state["pre_tokenizer"]))
     for part in steps:
         if part["type"] == "ByteLevel" and part is not last:
             raise UnsupportedError("GGUF export does not cover a tokenizer that cuts its text once more after ByteLevel.")
@@ -165,16 +159,18 @@ def _pre_tokenizer(state: dict) -> str:
 
 
 def _plainly(regex: str) -> str:
-    """A regex as `PRE_TOKENIZERS` spells it: contractions without regard to case, one number without a count."""
+    """A regex as `PRE_TOKENIZERS` spells it."""
     regex = CONTRACTIONS.sub("(?i:'s|'t|'re|'ve|'m|'ll|'d)", regex).replace("\r", r"\r").replace("\n", r"\n")
-    return regex.replace(r"\p{N}{1}|", r"\p{N}|")
+    for spelled, plain in SPELLINGS.items():
+        regex = regex.replace(spelled, plain)
+    return regex
 
 
 def _whole_words(name: str, state: dict) -> str:
     """Of two pre-tokenizers with one regex, the one that takes a word in the vocabulary whole, or the one that merges."""
     whole = bool(state["model"].get("ignore_merges"))
     name = "dbrx" if name == "llama-bpe" and not whole else name
-    odd = _unmade(state) if whole != (name in WHOLE_WORDS) else []
+    odd = unmade(state) if whole != (name in WHOLE_WORDS) else []
     if odd:
         warnings.warn(
             f"{len(odd)} tokens such as {odd[0]!r} are not what the tokenizer's merges make of their text, and llama.cpp "
@@ -185,78 +181,43 @@ def _whole_words(name: str, state: dict) -> str:
     return name
 
 
-def _unmade(state: dict) -> list[str]:
-    """Tokens that merging their text does not give."""
-    vocabulary = _read_vocabulary(state)
-    added = {token["content"] for token in vocabulary.added.values()}
-    tokens = [token for token in state["model"]["vocab"] if token not in added]
-    merging = Tokenizer(models.BPE(state["model"]["vocab"], vocabulary.merges))
-    made = merging.encode_batch(tokens, add_special_tokens=False)
-    return [token for token, encoded in zip(tokens, made, strict=True) if encoded.tokens != [token]]
-
-
 def _sentencepiece(state: dict, vocabulary: Vocabulary, vocab_size: int) -> dict[str, Value]:
     if not state["model"].get("byte_fallback"):
         raise UnsupportedError("GGUF export does not cover SentencePiece-style tokenizers without byte_fallback.")
-    _check_merges(state, vocabulary)
+    check_byte_tokens(vocabulary)
+    check_spaces(state, vocabulary)
     rank: dict[str, int] = {}
     for i, (left, right) in enumerate(vocabulary.merges):
         rank.setdefault(left + right, i)
     tokens, types, scores = [], [], []
     for i in range(vocab_size):
         token, kind, score = vocabulary.tokens.get(i, f"[PAD{i}]"), _token_type(i, vocabulary), 0.0
-        if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+        if kind == USER_DEFINED and not vocabulary.added[i]["normalized"] and SPACE in token and token in rank:
+            kind = NORMAL  # added as it stands, and merges make it where spaces are: Gemma's runs of spaces
+        if BYTE_TOKEN.fullmatch(token):
             kind = BYTE
         elif token == state["model"].get("unk_token"):
             kind = UNKNOWN
         elif kind == USER_DEFINED:  # looked for in the text as it is, before spaces are replaced
-            token, score = token.replace(SPACE, " "), -1000.0
+            token = token.replace(SPACE, " ") if vocabulary.added[i]["normalized"] else token
+            score = -1000.0
         elif kind == NORMAL:  # the earlier a merge, the better its score; what no merge makes is never preferred
             score = -float(rank.get(token, len(rank) + i))
         tokens.append(token)
         types.append(kind)
         scores.append(score)
+    made = [
+        token for token, kind in zip(tokens, types, strict=True) if kind == NORMAL or kind == USER_DEFINED and SPACE in token
+    ]
+    check_merges(state, made, vocabulary.merges)
     return {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.pre": "default",
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.scores": np.array(scores, np.float32),
         "tokenizer.ggml.token_type": np.array(types, np.int32),
-        "tokenizer.ggml.add_space_prefix": _adds_space(state),
+        "tokenizer.ggml.add_space_prefix": adds_space(state),
     }
-
-
-def _check_merges(state: dict, vocabulary: Vocabulary) -> None:
-    """llama.cpp joins any neighbours that make a token; SentencePiece's tokenizers have a merge for each such pair."""
-    tokens = [token for token, i in state["model"]["vocab"].items() if i not in vocabulary.added]
-    if any(step["type"] == "Metaspace" and step.get("split", True) for step in _parts(state.get("pre_tokenizer"))):
-        joined = [token for token in tokens if SPACE in token[1:]]
-        if joined:
-            raise UnsupportedError(
-                f"GGUF export does not cover this tokenizer: it cuts its text at every space, and has {joined[0]!r} in its "
-                "vocabulary, which llama.cpp would make all the same."
-            )
-    merges, known = set(vocabulary.merges), set(tokens)
-    lacking = [
-        token for token in tokens for i in range(1, len(token))
-        if token[:i] in known and token[i:] in known and (token[:i], token[i:]) not in merges
-    ]  # fmt: skip
-    if lacking:
-        warnings.warn(
-            f"{len(set(lacking))} tokens such as {lacking[0]!r} can be made in llama.cpp of halves that this tokenizer does "
-            "not merge: some text may be cut into other tokens there.",
-            UserWarning,
-            stacklevel=2,
-        )
-
-
-def _adds_space(state: dict) -> bool:
-    """Whether a text begins with a space that nobody typed."""
-    steps = [*_parts(state.get("normalizer")), *_parts(state.get("pre_tokenizer"))]
-    for step in steps:
-        if step["type"] not in ("Prepend", "Replace", "Metaspace", "Split"):
-            raise UnsupportedError(f"GGUF export does not cover this step of the tokenizer: {step}.")
-    return any(step["type"] == "Prepend" or step.get("prepend_scheme") in ("first", "always") for step in steps)
 
 
 def _special_tokens(directory: Path, path: Path, vocabulary: Vocabulary) -> dict[str, Value]:
@@ -280,26 +241,16 @@ def _special_tokens(directory: Path, path: Path, vocabulary: Vocabulary) -> dict
     return result | {"tokenizer.ggml.add_bos_token": adds_bos, "tokenizer.ggml.add_eos_token": adds_eos}
 
 
-def special_tokens(directory: str | Path) -> dict[str, str]:
-    """The named special tokens (``bos_token``, ``eos_token``...) of the tokenizer in ``directory``."""
-    named: dict[str, str] = {}
-    for file in ("special_tokens_map.json", "tokenizer_config.json"):
-        path = Path(directory) / file
-        if path.is_file():
-            for key, token in json.loads(path.read_text("utf8")).items():
-                content = token.get("content") if isinstance(token, dict) else token
-                if key.endswith("_token") and isinstance(content, str):
-                    named[key] = content
-    return named
-
-
 def model_name(directory: str | Path, name: str) -> str:
     """``general.name`` for the model ``name``.
 
     llama.cpp takes "phi-3" in it for the promise that special tokens swallow the white space behind them, and breaks
     without an <|endoftext|>; so it stands there where the tokenizer keeps that promise, and nowhere else.
     """
-    if _swallows_white_space(json.loads(_tokenizer_file(Path(directory)).read_text("utf8")).get("added_tokens") or []):
+    path = _tokenizer_file(Path(directory))
+    with Damaged(path):
+        swallows = _swallows_white_space(read_vocabulary(json.loads(path.read_text("utf8"))).added.values())
+    if swallows:
         return name if PHI_3.search(name) else f"{name} (phi-3 tokenizer)"
     return PHI_3.sub("phi 3", name)
 
@@ -310,25 +261,11 @@ def _swallows_white_space(added: Collection[dict]) -> bool:
     return swallowing > len(added) / 2 and any(token["content"] == "<|endoftext|>" for token in added)
 
 
-def _warn_of_conditions(added: Collection[dict]) -> None:
-    """llama.cpp finds an added token wherever its characters stand, and leaves the white space around it alone."""
-    told = ("lstrip", "single_word") if _swallows_white_space(added) else ("lstrip", "rstrip", "single_word")
-    for flag in told:
-        tokens = [token["content"] for token in added if token.get(flag)]
-        if tokens:
-            warnings.warn(
-                f"The tokenizer has {flag}=True for {', '.join(tokens[:3])}{' and more' if len(tokens) > 3 else ''}; llama.cpp "
-                "does not know it: text with white space or letters beside them is cut into other tokens there.",
-                UserWarning,
-                stacklevel=2,
-            )
-
-
 def fix_sentencepiece_gguf(directory: str | Path) -> None:
     """Nothing has to be fixed: GGUF files are made from tokenizer.json, added tokens included. For scripts that call it.
 
     Raises, like an export, where the tokenizer in ``directory`` is missing or of a kind that is not covered.
     """
     state = json.loads(_tokenizer_file(Path(directory)).read_text("utf8"))
-    tokenizer_metadata(directory, max(_read_vocabulary(state).tokens) + 1)
+    tokenizer_metadata(directory, max(read_vocabulary(state).tokens) + 1)
     say(f"{directory}: tokenizer.json holds all that GGUF needs; tokenizer.model is not read.")

@@ -7,7 +7,7 @@ from typing import Literal
 
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 
 from luthier.errors import UnsupportedError, suggesting_names, unknown
 
@@ -60,7 +60,7 @@ def add_new_tokens(
         raise ValueError(f"Already in the vocabulary: {', '.join(map(repr, known))}. Leave them out of new_tokens.")
     pieces = [tokenizer(token, add_special_tokens=False).input_ids for token in new_tokens]
     old = len(tokenizer)
-    tokenizer.add_tokens(list(new_tokens))
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in new_tokens])  # found wherever they stand
     ids = tokenizer.convert_tokens_to_ids(list(new_tokens))
     if max(ids) >= model.get_input_embeddings().weight.shape[0]:
         resize_embeddings(model, max(ids) + 1)

@@ -14,6 +14,7 @@ from luthier.gguf.reader import GGUFFile
 
 NEEDED = ("model", "tokens", "token_type")
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+WHOLE = (UNKNOWN, CONTROL, USER_DEFINED)  # found wherever their letters stand
 SPACE = "▁"
 ASCII_SPACE = " \t\n\v\f\r"
 
@@ -35,7 +36,8 @@ def _words(upper: str, lower: str, numbers: str, contractions: str = "") -> tupl
     return (f"{start}{upper}*{lower}+{contractions}|{start}{upper}+{lower}*{contractions}|{numbers}{SLASHED}",)
 
 
-_GPT4O = r"\p{N}{1,3}", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_GPT4O = r"\p{N}{1,3}", r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])?"
+BLOOM = r" ?[^(\s|.,!?…。，、।۔،)]+"
 
 # what tokenizer.ggml.pre stands for in llama.cpp
 CUTS = {
@@ -53,9 +55,14 @@ CUTS = {
         r"[!-/:-~&&[^A-Za-z]][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
         r"|\s*[\r\n]+|\s+(?!\S)|\s+",
     ),
+    "bloom": (BLOOM,),
+    "viking": (BLOOM, r"\p{N}"),
 }
 # where the tokenizers of that name cut otherwise
-PUBLISHED = {"gpt-4o": _words(UPPER, LOWER, *_GPT4O), "tekken": _words(UPPER, LOWER, r"\p{N}")}
+PUBLISHED = {
+    "gpt-4o": _words(UPPER, LOWER, r"\p{N}{1,3}", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"),
+    "tekken": _words(UPPER, LOWER, r"\p{N}"),
+}
 WHOLE_WORDS = ("llama-bpe", "tekken")  # a word that is in the vocabulary is taken whole
 
 
@@ -73,8 +80,8 @@ class GGUFTokenizer:
         self.tokens: list[str] = file.metadata["tokenizer.ggml.tokens"]
         self.types = file.metadata["tokenizer.ggml.token_type"].tolist()
         self.ids = {token: i for i, token in reversed(list(enumerate(self.tokens)))}
-        whole = [token for token, kind in zip(self.tokens, self.types, strict=True) if kind in (CONTROL, USER_DEFINED)]
-        self._whole = re.compile("|".join(map(re.escape, sorted(whole, key=len, reverse=True)))) if whole else None
+        whole = [token for token, kind in zip(self.tokens, self.types, strict=True) if kind in WHOLE and token]
+        self._whole = sorted(whole, key=lambda token: -len(token.encode()))
         for name in ("bos", "eos"):
             if file.metadata.get(f"tokenizer.ggml.add_{name}_token") and f"tokenizer.ggml.{name}_token_id" not in file.metadata:
                 raise ValueError(f"it adds {name.upper()} to a text and has no tokenizer.ggml.{name}_token_id")
@@ -124,7 +131,7 @@ class GGUFTokenizer:
     def _cut_again(self, ids: list[int]) -> list[int]:
         """Tokens of the text of ``ids``, those that are always taken whole aside."""
         result: list[int] = []
-        for whole, group in itertools.groupby(ids, lambda i: self.types[i] in (CONTROL, USER_DEFINED)):
+        for whole, group in itertools.groupby(ids, lambda i: self.types[i] in WHOLE):
             run = list(group)
             result += run if whole else self._cut(self._text(run))
         return result
@@ -135,14 +142,18 @@ class GGUFTokenizer:
         return b"".join(parts).decode(errors="replace")
 
     def _split(self, text: str) -> list[tuple[str, bool]]:
-        """Text cut at the tokens that are always taken whole: (part, whether it is such a token)."""
-        parts, place = [], 0
-        for match in self._whole.finditer(text) if self._whole else ():
-            parts += [(text[place : match.start()], False), (match[0], True)]
-            place = match.end()
-            if self._swallows(match[0]):
-                place += len(text[place:]) - len(text[place:].lstrip(ASCII_SPACE))
-        return [part for part in (*parts, (text[place:], False)) if part[0]]
+        """Text cut at the tokens that are always taken whole, the longest first: (part, whether it is such a token)."""
+        parts = [(text, False)]
+        for token in self._whole:
+            if token not in text:
+                continue
+            cut = re.compile(f"({re.escape(token)}){f'[{ASCII_SPACE}]*' if self._swallows(token) else ''}")
+            parts = [
+                (piece, is_token or i % 2 == 1)
+                for part, is_token in parts
+                for i, piece in enumerate([part] if is_token else cut.split(part))
+            ]
+        return [part for part in parts if part[0]]
 
     def _byte_level(self) -> Callable[[str, bool], list[int]]:
         name = self.file.metadata.get("tokenizer.ggml.pre", "default")

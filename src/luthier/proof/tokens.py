@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,7 @@ from luthier.proof.reference import TEXTS, conversations
 
 SPACES = "llama.cpp puts a space behind special tokens where the tokenizer puts none"
 CAPITALS = "llama.cpp cuts words with capitals or accents beyond ASCII otherwise than the tokenizer does: their tokens differ"
+COMPOSED = "llama.cpp does not compose letters and accents written apart (NFC) as the tokenizer does: their tokens differ"
 BYTES = re.compile(r"<0x[0-9A-F]{2}>")
 MARKED = re.compile(r"<[|｜].*[|｜]>|<unused\d+>")  # what other converters take for control tokens, whatever the tokenizer says
 NAMES = {NORMAL: "text", UNKNOWN: "unknown", CONTROL: "control", USER_DEFINED: "user-defined", UNUSED: "unused", BYTE: "byte"}
@@ -71,6 +73,8 @@ def _compare_texts(rebuilt: GGUFTokenizer, tokenizer: Any, texts: Sequence[str],
             result.notes.append(SPACES)
         elif GGUFTokenizer(rebuilt.file, CUTS | PUBLISHED).encode(text, special) == wanted:
             result.notes.append(CAPITALS)
+        elif rebuilt.encode(unicodedata.normalize("NFC", text), special) == wanted:
+            result.notes.append(COMPOSED)
         else:
             place = next(
                 (i for i, (a, b) in enumerate(zip(wanted, found, strict=False)) if a != b), min(len(wanted), len(found))
@@ -109,6 +113,8 @@ def _first_other_type(rebuilt: GGUFTokenizer, state: dict) -> str | None:
             allowed = (UNKNOWN, CONTROL, NORMAL)
         elif i in added:
             allowed = (CONTROL,) if added[i]["special"] else (USER_DEFINED, CONTROL)[: 1 + bool(MARKED.fullmatch(token))]
+            if rebuilt.kind == "llama" and "▁" in token and not added[i]["special"]:
+                allowed += (NORMAL,)  # made of spaces by merges, as Gemma's runs of them
         elif i not in vocabulary:
             allowed = (UNUSED,)
         else:
