@@ -90,6 +90,14 @@ def test_a_tensor_in_chunks_equals_the_whole():
         assert [first for first, _ in chunks] == np.cumsum([0] + [len(encoded) for _, encoded in chunks[:-1]]).tolist()
 
 
+def test_weights_whose_errors_overflow_are_refused_with_an_importance_matrix():
+    values = torch.full((2, 256), 1e18)
+    with pytest.raises(ValueError, match="tensor t holds 1e.18; with an importance matrix, .* overflow in Q4_K. Choose bf16"):
+        list(encode_in_chunks("t", values, TENSOR_TYPES["Q4_K"], torch.rand(256)))
+    assert len(list(encode_in_chunks("t", values, TENSOR_TYPES["BF16"], torch.rand(256)))) == 1
+    assert len(list(encode_in_chunks("t", values, TENSOR_TYPES["Q4_K"]))) == 1  # as llama.cpp does it
+
+
 def test_experts_have_their_own_importance():
     values, importance = torch.randn(6, 256), torch.rand(3, 256)
     kind = TENSOR_TYPES["Q4_0"]

@@ -367,3 +367,12 @@ def test_large_biases_leave_matrices_to_be_seen_in_16_bits(family, load, tmp_pat
     proof = prove(file, reference_of(model, tokenizer))
     assert proof.failures == [] and proof.adapter == "100% to 100% of it in 14 matrices"
     assert all(model.get_parameter(name) is bias for name, bias in biases.items())  # the model is as it was
+
+
+def test_experts_of_a_model_computed_in_16_bits_are_not_held_to_more(tmp_path):
+    """Where a weight and what the adapter adds to it nearly cancel, the sum is off by a step of theirs, not of its own."""
+    tiny.save_tiny("mixtral", tmp_path / "base", dtype=torch.bfloat16)
+    model, tokenizer = load_model(tmp_path / "base", load_in_16bit=True, dtype=torch.bfloat16)
+    model = adapted(model, 0.1)
+    for file in write_merged_gguf(model, tmp_path / "out", tokenizer, ["f16", "bf16", "q8_0"]):
+        assert prove(file, reference_of(model, tokenizer)).failures == [], file

@@ -23,6 +23,7 @@ from luthier.terminal import progress
 CHUNK = 1 << (19 if blocks.compiled is None else 20)  # weights that a thread of the CPU encodes at once: about its cache
 CUDA_CHUNK = 1 << 24
 LARGEST_HALF = 65504.0
+LARGEST_WEIGHTED = 1e17  # whose squares, added up with the importance of their columns, leave float32
 
 # tensor type -> float32 [G, weights of a block] -> uint8 [G, bytes of a block]
 QUANTIZERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -109,7 +110,7 @@ def encode_in_chunks(
     else:
         results = _in_threads(encode_from, starts)
     for first, encoded, largest in results:
-        _check_range(name, largest.item(), kind)
+        _check_range(name, largest.item(), kind, importance is not None)
         yield first, encoded
 
 
@@ -165,11 +166,16 @@ def _one_thread_an_operation() -> Iterator[int]:
         torch.set_num_threads(threads)
 
 
-def _check_range(name: str, largest: float, kind: TensorType) -> None:
+def _check_range(name: str, largest: float, kind: TensorType, weighted: bool) -> None:
     if not math.isfinite(largest):
         raise ValueError(f"The tensor {name} holds NaN or infinite values: the checkpoint is damaged or its training diverged.")
     if largest > LARGEST_HALF and kind.name == "F16":
         raise ValueError(f"The tensor {name} holds {largest:g}; float16 ends at 65504. Choose bf16.")
+    if largest >= LARGEST_WEIGHTED and weighted and kind.name in WEIGHTED_QUANTIZERS:
+        raise ValueError(
+            f"The tensor {name} holds {largest:g}; with an importance matrix, errors of weights from {LARGEST_WEIGHTED:g} on "
+            f"overflow in {kind.name}. Choose bf16."
+        )
 
 
 def quantize_gguf(

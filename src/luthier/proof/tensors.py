@@ -256,7 +256,7 @@ class TensorComparison:
             )
         elif self.strict and slack <= EXACT and kind.block > 1 and others > max(SAME_BLOCKS * rows.numel() / kind.block, 2):
             self.failures.append(f"{name} is not the model's: {others} of its {rows.numel() // kind.block} blocks are others")
-        elif self.strict and slack > EXACT and not self._fit(name, wanted, kind):
+        elif self.strict and slack > EXACT and kind.block > 1 and not self._fit(name, wanted, kind):
             self.failures.append(f"{name} is not the model's: its weights lie nearer to the codes beside their own")
         elif name in self.adapters:
             inputs, made = (part.to(rows.device).float() for part in (probe.inputs, probe.outputs))
@@ -274,7 +274,8 @@ class TensorComparison:
         if name in self.importance:  # it moves scales after codes were chosen
             rounded = torch.cat([data for _, data in encode_in_chunks(name, wanted, kind, self.importance[name])])
             own = misfits_of(rounded.to(wanted.device), wanted, torch.zeros_like(wanted), kind)
-        found = misfits_of(codes, wanted, self.rounding * wanted.abs(), kind)
+        moved = self.rounding * (wanted.abs() + wanted.abs().mean())  # of what was added up to a weight
+        found = misfits_of(codes, wanted, moved, kind)
         return found <= 1 + MISFITS * wanted.numel() + MORE_MISFITS * own + 3 * own**0.5
 
 

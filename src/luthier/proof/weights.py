@@ -25,7 +25,7 @@ ROWS, DRAWS, DRAWN = 4, (64, 1024), 1 << 19  # of a tensor that differs so littl
 # all, we encode what 16 bits may have stood for
 SEVERAL = 2  # bytes, or weights that are stored as they are: beyond a flipped bit
 CODES = 4  # in a byte
-EXPECTED, SAMPLE = 16, 64  # bytes that a merge changes, of which one may be the only one; rows by which that is estimated
+EXPECTED, SAMPLE = 40, 64  # bytes that a merge changes, of which one may be the only one; rows by which that is estimated
 WORSE = 1.5  # times the error of a plain quantisation
 BF16_STEP = 2.0**-8  # relative rounding of a model that was in 16 bits on the way
 F16_SCALE = 2.0**-10  # relative step of scales
