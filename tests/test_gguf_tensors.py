@@ -369,10 +369,19 @@ def test_large_biases_leave_matrices_to_be_seen_in_16_bits(family, load, tmp_pat
     assert all(model.get_parameter(name) is bias for name, bias in biases.items())  # the model is as it was
 
 
-def test_experts_of_a_model_computed_in_16_bits_are_not_held_to_more(tmp_path):
+def test_experts_of_a_model_computed_in_16_bits_are_not_held_to_more(tmp_path, monkeypatch):
     """Where a weight and what the adapter adds to it nearly cancel, the sum is off by a step of theirs, not of its own."""
-    tiny.save_tiny("mixtral", tmp_path / "base", dtype=torch.bfloat16)
+    save(monkeypatch, tmp_path / "base", "mixtral", {"num_local_experts": 8}, dtype=torch.bfloat16)
     model, tokenizer = load_model(tmp_path / "base", load_in_16bit=True, dtype=torch.bfloat16)
     model = adapted(model, 0.1)
-    for file in write_merged_gguf(model, tmp_path / "out", tokenizer, ["f16", "bf16", "q8_0"]):
-        assert prove(file, reference_of(model, tokenizer)).failures == [], file
+    reference = reference_of(model, tokenizer)
+    for file in write_merged_gguf(model, tmp_path / "out", tokenizer, ["f16", "q8_0"]):
+        assert prove(file, reference).failures == [], file
+
+
+def test_a_trained_head_that_a_file_lacks_is_found(tmp_path):
+    """llama.cpp takes the embeddings for it, which nothing was added to."""
+    exported = Exported(tmp_path, "granite", ["q8_0"], modules_to_save=["lm_head"])
+    assert prove(exported.files["q8_0"], exported.reference).failures == []
+    file = rewrite(exported.files["q8_0"], tmp_path / "x.gguf", without=["output.weight"])
+    assert "token_embd.weight is not the model's" in prove(file, exported.reference).failures[0]

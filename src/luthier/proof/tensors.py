@@ -258,7 +258,7 @@ class TensorComparison:
             self.failures.append(f"{name} is not the model's: {others} of its {rows.numel() // kind.block} blocks are others")
         elif self.strict and slack > EXACT and kind.block > 1 and not self._fit(name, wanted, kind):
             self.failures.append(f"{name} is not the model's: its weights lie nearer to the codes beside their own")
-        elif name in self.adapters:
+        elif probe.base is not None and name in self.adapters:
             inputs, made = (part.to(rows.device).float() for part in (probe.inputs, probe.outputs))
             off = inputs @ rows.T - made - inputs @ (again - wanted).T  # less what rounding does to the adapter
             change, off = _effects(off, made, probe)
