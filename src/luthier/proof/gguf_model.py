@@ -132,7 +132,8 @@ class GGUFModel:
     @torch.no_grad()
     def attended(self, layer: int, projected: Mapping[str, torch.Tensor], rounded: bool = False) -> torch.Tensor:
         """What a layer's attention makes of queries, keys and values ``[length, ...]`` in transformers' order, before its last
-        matrix. ``projected``: by the stem of the matrix that they come from. ``rounded``: in 16 bits after they are rotated.
+        matrix. ``projected``: by the stem of the matrix that they come from. ``rounded``: in 16 bits after they are rotated,
+        and so are their products.
         """
         projected = {name: values.to(self.device).float() for name, values in projected.items()}
         if "attn_qkv" in projected:
@@ -170,6 +171,8 @@ class GGUFModel:
             q, k = (y.bfloat16().float() for y in (q, k))
         k, v = (y.repeat_interleave(self.heads // self.kv_heads, 0) for y in (k, v))
         scores = _softcap(q @ k.transpose(1, 2) * self._query_scale(), self._get("attn_logit_softcapping", None))
+        if rounded:
+            scores = scores.bfloat16().float()
         place = torch.arange(length, device=q.device)
         distance = place[:, None] - place[None, :]
         hidden = distance < 0

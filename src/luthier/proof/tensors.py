@@ -37,7 +37,9 @@ CERTAIN = 5  # standard deviations of it, where that is more
 PARTS = 8  # of a matrix, in each of which an adapter is looked for; or its experts
 GAIN = 0.03  # what a matrix may be too large or too small by, beyond the square of its error: so much smaller are best codes
 EXACT = 1e-5  # rounding of a computation that moves hardly any code
-SAME, SAME_BLOCKS = 0.25, 0.05  # of the rounding's error that two roundings of the same weights may differ by; of its blocks
+# times the rounding's error that two roundings of the same weights may differ by (searches for scales that are as good find
+# others), and which share of blocks
+SAME, SAME_BLOCKS = 1.0, 0.05
 ATTENTION, ATTENTION_IN_16_BITS = 1e-3, 0.05  # what attention may be off by, as a share of it
 ROUNDINGS = 4  # times what rounding queries and keys to 16 bits does to it, where that is more
 FAINT = 1.5  # times the computation's own rounding that an adapter's effect must have
