@@ -648,13 +648,14 @@ class Full(Again):
         return super().record(function)
 
 
-def test_graphs_of_settings_that_are_gone_leave_room_for_others(monkeypatch):
+def test_graphs_leave_room_for_others(monkeypatch):
+    """The one that was used longest ago goes, and those of settings that are gone."""
     monkeypatch.setattr(graphs_module, "GRAPHS", 2)
     models = pair()
-    warm(models, batch(length=128))
-    assert_equal(models, batch(), replays=1)
-    assert_equal(models, batch(length=192), replays=0)
-    assert graphs_of(models[0]).why == "2 other shapes or states have graphs"
+    warm(models, batch(length=192))  # the longest first: a longer one makes all anew
+    for length, made in ((64, 2), (192, 2), (128, 3), (192, 3), (64, 4), (192, 4), (128, 5)):
+        assert_equal(models, batch(length=length), replays=1)
+        assert Again.made == 2 * made and len(graphs_of(models[0]).recordings) == min(made, 2)
     for model in models:
         change_scaling(model)
     warm(models)

@@ -237,7 +237,7 @@ class Graphs:
         if self.why:
             self.latest.pop(shape, None)
             return self._eagerly(taken)
-        recording = self.latest[shape] = self.recordings[key]
+        recording = self.latest[shape] = self.recordings[key] = self.recordings.pop(key)  # the last is the one used last
         flight = taken.flight
         if flight is None or flight.recording is not recording:
             flight = Flight(recording, taken)
@@ -253,22 +253,20 @@ class Graphs:
 
     def _too_early(self, key: tuple, taken: Pass) -> str:
         """Why ``key`` gets no graphs in this pass, or nothing."""
-        state = key[-1]
         if taken.parks and self.uncopied:
             return self.uncopied
-        if self.seen[state] <= REPEATS << min(self.retreats, 10):
+        if self.seen[key[-1]] <= REPEATS << min(self.retreats, 10):
             return "its weights and adapters have not come often enough"
-        if len(self.recordings) >= GRAPHS:  # those of weights or settings that the model has no more, perhaps
-            self._keep_only(state)
-        if len(self.recordings) >= GRAPHS:
-            return f"{GRAPHS} other shapes or states have graphs"
         if any(table.shape[1] != taken.x.shape[1] for pair in taken.tables.values() for table in pair):
             return "its rotations are not those of its tokens"
         return ""
 
-    def _keep_only(self, state: tuple) -> None:
-        """Give up the graphs of every other."""
-        self.recordings = {key: recording for key, recording in self.recordings.items() if key[-1] == state}
+    def _make_place(self, state: tuple) -> None:
+        """For one recording more: those of other weights or settings go, which the model may have no more, and the one that was
+        used longest ago.
+        """
+        own = [(key, recording) for key, recording in self.recordings.items() if key[-1] == state]
+        self.recordings = dict(own[1 - GRAPHS :])
         self.warmed = {key: held for key, held in self.warmed.items() if key[-1] == state}
         left = {id(recording) for recording in self.recordings.values()}
         self.latest = {shape: recording for shape, recording in self.latest.items() if id(recording) in left}
@@ -283,6 +281,8 @@ class Graphs:
         plans = [layer.plan for layer in taken.layers]
         if taken.x.is_cuda and cost.device(plans) > self._room(taken.x.device):
             return "the device has no memory for them"
+        if len(self.recordings) >= GRAPHS:
+            self._make_place(key[-1])
         try:
             with torch.no_grad(), torch.autocast(taken.x.device.type, enabled=False):
                 self._record_within(cost.block(plans), cost.warming_up(plans), key, taken)
