@@ -216,6 +216,7 @@ class GGUFTokenizer:
 
     def _with_bytes(self, piece: str) -> list[int]:
         names = [piece] if piece in self.ids else [f"<0x{byte:02X}>" for byte in piece.encode()]
-        if names[0] not in self.ids:
-            raise ValueError(f"it has no token {names[0]}")
+        lacking = [name for name in names if name not in self.ids]
+        if lacking:
+            raise ValueError(f"it has no token {lacking[0]}")
         return [self.ids[name] for name in names]

@@ -196,7 +196,7 @@ class TensorComparison:
         self.errors[name] = max(error, self.errors.get(name, 0.0))
         worst_row = float((row_errors / size.clamp_min(1e-3 * float(size.square().mean().sqrt()))).max())
         usual = self._usual(name)
-        odd = not (error <= USUAL * usual and worst_row <= USUAL_ROW * usual and abs(gain + error**2) <= GAIN)
+        odd = not (error <= USUAL * usual and worst_row <= USUAL_ROW * usual and abs(gain + error**2) <= max(GAIN, usual**2))
         odd |= probe.base is not None and self._is_adapter_odd(name, found, wanted, probe)
         if not error <= NOTHING:
             self.failures.append(f"{name} is not the model's: what it computes is off by {error:.0%}")
