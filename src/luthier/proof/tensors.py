@@ -39,7 +39,7 @@ GAIN = 0.03  # what a matrix may be too large or too small by, beyond the square
 EXACT = 1e-5  # rounding of a computation that moves hardly any code
 # times the rounding's error that two roundings of the same weights may differ by (searches for scales that are as good find
 # others), and which share of blocks
-SAME, SAME_BLOCKS = 1.0, 0.05
+SAME, SAME_BLOCKS = 1.0, 0.15
 ATTENTION, ATTENTION_IN_16_BITS = 1e-3, 0.05  # what attention may be off by, as a share of it
 ROUNDINGS = 4  # times what rounding queries and keys to 16 bits does to it, where that is more
 FAINT = 1.5  # times the computation's own rounding that an adapter's effect must have
