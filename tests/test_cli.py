@@ -93,10 +93,19 @@ def test_what_sft_wrote(place):
     assert not torch.equal(merged.state_dict()[name], base.state_dict()[name])
 
 
-def test_resume_latest(place, run):
+def test_an_interrupted_run_says_how_it_goes_on(place, run, monkeypatch):
     shutil.copytree(place / "out" / "checkpoint-1", place / "again" / "checkpoint-1")
     flags = ("--model", place / "model", "--data", place / "rows.jsonl", "--output", place / "again", "--r", 8)
-    result = run("sft", *flags, *RUN, "--save-steps", 1, "--resume", "latest", "--json")
+    command = ("sft", *flags, *RUN, "--save-steps", 1, "--resume")
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("trl.SFTTrainer.training_step", interrupted)
+        stopped = run(*command, "latest")
+    assert stopped.code == 130 and f"Stopped. --resume goes on from {place / 'again' / 'checkpoint-1'}" in stopped.err
+    result = run(*command, "--json")
     assert result.code == 0, result.err
     assert json.loads(result.out) == {"adapter": str(place / "again" / "adapter")}
     state = json.loads((place / "again" / "checkpoint-2" / "trainer_state.json").read_text())
@@ -239,11 +248,13 @@ def test_a_yaml_file_that_a_command_cannot_use(run, tmp_path, text, words):
 def test_doctor_names_the_command_that_mends(run, monkeypatch):
     from luthier.workflows import doctor
 
-    real = doctor.installed
-    monkeypatch.setattr(doctor, "installed", lambda package: "0.1" if package == "peft" else real(package))
+    real, found = doctor.installed, {"peft": "0.1", "numba": None}
+    monkeypatch.setattr(doctor, "installed", lambda package: found[package] if package in found else real(package))
     result = run("doctor", "--json")
     assert result.code == 1
-    assert {f["what"]: f["remedy"] for f in json.loads(result.out)}["peft"] == 'pip install "peft>=0.21"'
+    remedies = {f["what"]: f["remedy"] for f in json.loads(result.out)}
+    assert remedies["peft"] == 'pip install "peft>=0.21"'
+    assert remedies["numba (optional)"] == 'pip install "luthier[gguf]"'
 
 
 def test_merge(place, run, tmp_path):
@@ -260,7 +271,7 @@ def test_merge_that_merges_nothing_is_refused(place, run, tmp_path):
 
 
 def test_gguf_of_a_model_and_of_an_adapter(place, run, tmp_path):
-    result = run("gguf", place / "model", "--quant", "q8_0,f16", "--output", tmp_path / "model", "--json")
+    result = run("gguf", place / "model", "--quant", "q8_0, f16", "--output", tmp_path / "model", "--json")
     assert result.code == 0, result.err
     paths = [Path(path) for path in json.loads(result.out).values()]
     assert sorted(path.stem.rsplit("-")[-1] for path in paths) == ["F16", "Q8_0"]

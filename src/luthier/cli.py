@@ -10,6 +10,7 @@ import dataclasses
 import dis
 import functools
 import importlib
+import itertools
 import json
 import os
 import sys
@@ -75,8 +76,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         say(f"Failed: {error}", quiet=False)
         return 1
-    except KeyboardInterrupt:
-        say("Stopped.")
+    except KeyboardInterrupt as interrupt:
+        say(f"Stopped. {interrupt}".rstrip())
         return 130
 
 
@@ -122,17 +123,33 @@ def _run_recipe(command: str, arguments: list[str]) -> int:
         frozen=True,
     )
     prog = f"luthier {command} [RECIPE.yaml]"
-    options = tyro.cli(command_line, args=arguments, prog=prog, description=kind.__doc__)
+    options = tyro.cli(command_line, args=_bare_resume(arguments), prog=prog, description=kind.__doc__)
     _settle_libraries()
     if options.dry_run:
         result = _load("luthier.workflows.dry_run:dry_run")(options.recipe)
     else:
-        result = {kind: str(path) for kind, path in _load(f"luthier.workflows.{command}:run")(options.recipe).items()}
+        result = {kind: str(path) for kind, path in _train(command, options.recipe).items()}
         if not options.json:
             table("Written", ["what", "where"], list(result.items()))
     if options.json and is_first_process():
         print(json.dumps(result, indent=1))
     return 0
+
+
+def _bare_resume(arguments: list[str]) -> list[str]:
+    """``--resume`` without a checkpoint is that of the newest one."""
+    given = []
+    for flag, following in itertools.zip_longest(arguments, arguments[1:], fillvalue="-"):
+        given += [flag, "latest"] if flag == "--resume" and following.startswith("-") else [flag]
+    return given
+
+
+def _train(command: str, recipe: TrainRecipe) -> dict[str, Path]:
+    try:
+        return _load(f"luthier.workflows.{command}:run")(recipe)
+    except KeyboardInterrupt:
+        checkpoints = _load("luthier.training.checkpoints:list_checkpoints")(recipe.output)
+        raise KeyboardInterrupt(*[f"--resume goes on from {path}" for path in checkpoints[-1:]]) from None
 
 
 def _settle_libraries() -> None:

@@ -154,7 +154,7 @@ class TrainRecipe(ModelRecipe):
     report_to: list[str] | Literal["none"] = "none"
     """Where to log beside the terminal: tensorboard, wandb, trackio."""
     resume: str | None = None
-    """Checkpoint directory to resume from, or "latest" for the newest in output."""
+    """Checkpoint directory to resume from, or "latest" (--resume alone) for the newest in output."""
 
     save_method: SaveMethod | None = None
     """What to save beside the adapter: merged_16bit or merged_4bit."""

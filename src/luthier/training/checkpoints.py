@@ -209,7 +209,8 @@ class CheckpointMixin:
         elif self.args.save_strategy != SaveStrategy.NO and (found := list_checkpoints(self.args.output_dir)):
             warnings.warn(
                 f"{self.args.output_dir} already holds {', '.join(path.name for path in found)} of another run: a later resume "
-                "could take one of them. Choose another output_dir, delete them, or give resume_from_checkpoint=True.",
+                "could take one of them. Choose another output_dir, delete them, or give resume_from_checkpoint=True "
+                "(of a recipe: --resume).",
                 UserWarning,
                 stacklevel=2,
             )

@@ -17,7 +17,14 @@ from luthier.terminal import table
 OLDEST = {"torch": "2.11", "transformers": "5.17", "trl": "1.16", "peft": "0.21", "bitsandbytes": "0.50", "accelerate": "1.15"}
 BELOW = {"transformers": "6", "trl": "1.17"}
 PRESENT = ("datasets", "safetensors", "tokenizers", "jiwer", "tyro", "pydantic")
-OPTIONAL = {"torchvision": "vision", "vllm": "vllm", "tensorboard": "report", "wandb": "report", "trackio": "report"}
+OPTIONAL = {
+    "torchvision": "vision",
+    "numba": "gguf",
+    "vllm": "vllm",
+    "tensorboard": "report",
+    "wandb": "report",
+    "trackio": "report",
+}
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def gguf(
     """
     if not Path(model).is_dir():
         raise FileNotFoundError(f"There is no directory {model}: give that of a model or of an adapter")
-    types = [name for entry in quant or ["q8_0"] for name in entry.split(",") if name]
+    types = [name for entry in quant or ["q8_0"] for name in entry.replace(",", " ").split()]
     if is_adapter(Path(model)):
         loaded, processor = FastModel.from_pretrained(model)
         files = loaded.save_pretrained_gguf(output or model, processor, quantization_method=types, imatrix=imatrix, base=base)
