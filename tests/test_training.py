@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import math
+import warnings
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from runs import arguments, losses, nf4_model, token_rows, trainer, with_lora
-from tiny import FAMILIES, VOCAB, save_tiny, tiny_model, tiny_tokenizer
+from tiny import BASE, FAMILIES, VOCAB, save_tiny, tiny_model, tiny_tokenizer
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -166,7 +167,7 @@ class FirstWeights(TrainerCallback):
         self.before = weights(model)
 
 
-def test_loss_curve_is_stock_trls(tmp_path):
+def test_loss_curve_is_stock_trls(tmp_path, monkeypatch):
     """NF4 and LoRA, eight steps: our loader, adapter, fast path and padding-free trainer against transformers, peft and TRL.
 
     To be equal, the two adapters begin with the same numbers, and the stock trainer is told: no autocast (bf16=False,
@@ -174,6 +175,7 @@ def test_loss_curve_is_stock_trls(tmp_path):
     float32, which it casts to bfloat16; and its 4-bit layers get our repair, without which bitsandbytes misreads widths
     like down_proj's 96 on a CPU.
     """
+    monkeypatch.setitem(BASE, "intermediate_size", 96)
     base = save_tiny("llama3", tmp_path / "base")
     rows = token_rows(16)
     model = with_lora(nf4_model(base))
@@ -185,7 +187,9 @@ def test_loss_curve_is_stock_trls(tmp_path):
     fast.load_state_dict(exact, strict=False)
     first = FirstWeights()
     ours = trainer(fast, tmp_path / "ours", rows, max_steps=8, callbacks=[first])
-    ours.train()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*its stock forward")
+        ours.train()
 
     config = SFTConfig(
         output_dir=str(tmp_path / "stock"), learning_rate=1e-2, lr_scheduler_type="constant", max_steps=8, logging_steps=1,

@@ -35,7 +35,7 @@ class Linear4bit(bnb.nn.Linear4bit):
 
 
 def is_misread(module: nn.Module) -> bool:
-    """Whether bitsandbytes itself (and so peft, where it expands a weight) would read this layer's weight wrongly."""
+    """Whether bitsandbytes itself (and so peft, where it expands a weight) would read this repaired layer's weight wrongly."""
     return isinstance(module, Linear4bit)
 
 

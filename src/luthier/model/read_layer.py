@@ -20,6 +20,7 @@ from luthier.adapters.spec import Spec
 from luthier.model.attention_interface import NAME
 from luthier.model.backbone import ModelState, cache_of
 from luthier.model.blocks import AttentionBlock, MlpBlock, Norm
+from luthier.model.cpu_4bit import is_misread
 from luthier.model.experts import routed
 from luthier.model.layer_blocks import Blocks
 from luthier.ops.dropout import Dropout
@@ -199,13 +200,13 @@ def _weight(linear: nn.Module) -> tuple[Tensor | Quantised, Tensor | None]:
     _check_whole(weight)
     if type(linear) is nn.Linear:
         return weight, bias
-    if type(linear) is not bnb.nn.Linear4bit:  # peft's layers around one have this name too
+    if type(linear) is not bnb.nn.Linear4bit and not is_misread(linear):  # peft's layers around one have this name too
         raise Unfused(f"it holds a layer of kind {type(linear).__name__}")
     fix_4bit_weight_quant_state_from_module(linear)  # FSDP2 hands out plain parameters; bitsandbytes' own forward does this
     known, state = weight.__dict__.get("luthier_quantised"), weight.quant_state
     if known is None or known.absmax is not state.absmax or known.packed.data_ptr() != weight.data_ptr():
         known = weight.luthier_quantised = quantised(weight)
-    if known.packed.device.type == "cpu" and known.shape[1] % known.blocksize:
+    if known.packed.device.type == "cpu" and known.shape[1] % known.blocksize and not is_misread(linear):
         raise Unfused("its width is no multiple of the 4-bit block, where bitsandbytes' CPU kernel takes other scales")
     return known, bias
 
