@@ -56,7 +56,9 @@ def kernels(dtype: str) -> dict[str, tuple]:
     total, (rows, columns) = [x, x, x, x, "i32", "i32", *["i64"] * 3, "fp32"], lora_kernels.SUM_TILE
     of_sum = {"RANK": 128, "RANK_BLOCK": 128, "ROWS": rows, "COLUMNS": columns}
     mask = {"ADDS": True, "ROUNDS": 7, "SHIFT": 8, "ROWS": 8, "TILE": 256}
-    head, logits = [x, "*i64", "*fp32", "i64", "fp32", "fp32"], {"V": 128256, "BLOCK": 8192, "CAPPED": True}
+    head, logits = [x, "*i64", *["*fp32"] * 3, "i64", "fp32", "fp32"], {"V": 128256, "BLOCK": 8192, "CAPPED": True}
+    logits |= {"GRAD": True, "SCORES": False}
+    scored = [x, "*i64", "*fp32", "*fp32", "*i1", "i64", "fp32", "fp32"]
     return {
         "norm": (rms_norm._norm_forward, forward, norm, 16),
         "norm of heads": (rms_norm._norm_forward, forward, head_norm, 16),
@@ -81,8 +83,9 @@ def kernels(dtype: str) -> dict[str, tuple]:
         "sum with an adapter": (lora_kernels._sum_kernel, total, of_sum, 4),
         "dropout": (dropout._dropout_kernel, [x, x, x, "i64", *["i32"] * 5, *["i64"] * 3], mask, 4),
         **quantising_kernels(),
-        "cross-entropy": (linear_cross_entropy._cross_entropy_kernel, head, {**logits, "GRAD": True}, 16),
+        "cross-entropy": (linear_cross_entropy._cross_entropy_kernel, head, logits, 16),
         "cross-entropy, no gradient": (linear_cross_entropy._cross_entropy_kernel, head, {**logits, "GRAD": False}, 16),
+        "log-probabilities": (linear_cross_entropy._cross_entropy_kernel, scored, {**logits, "SCORES": True}, 16),
     }
 
 
