@@ -336,8 +336,8 @@ def test_a_file_made_from_unrounded_weights_is_no_failure(models, tmp_path):
     "quant, sizes", [("q2_k", (2e-3, 2e-3)), ("q4_k_m", (2e-3, 2e-3)), ("q8_0", (3e-4, 3e-4)), ("q4_0", (2e-3, 4e-3))]
 )
 def test_a_lost_adapter_is_found(quant, sizes, tmp_path, monkeypatch):
-    """It moves weights by less than rounding does; but not every weight lies nearest to its code then. With any scales: those of
-    the second file are of an importance matrix that is not given.
+    """It moves weights by less than rounding does; but not every weight lies nearest to its code then. With any scales: those
+    of the second file are of an importance matrix that is not given.
     """
     monkeypatch.setitem(tiny.FAMILIES, "llama3.1", ("llama", {**tiny.FAMILIES["llama3.1"][1], "hidden_size": 256}))
     base = tiny.save_tiny("llama3.1", tmp_path / "base")
