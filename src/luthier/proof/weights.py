@@ -30,7 +30,7 @@ WORSE = 1.5  # times the error of a plain quantisation
 BF16_STEP = 2.0**-8  # relative rounding of a model that was in 16 bits on the way
 F16_SCALE = 2.0**-10  # relative step of scales
 FAR = 4  # times the largest error of a block as we round it
-MISFITS, MISFITS_OF_MOVED_SCALES = 2e-4, 0.03  # share of weights that may lie nearer to another code, or further off
+MISFITS, MISFITS_OF_MOVED_SCALES = 2e-4, 0.015  # share of weights that may lie nearer to another code, or further off
 MORE_MISFITS = 1.5  # times those of our own rounding
 MOVED_SCALES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1")  # after their codes were chosen, where there is an importance matrix
 # tensor type -> bytes of a block with the lowest bits of its codes, which bits of each those are, and by how much of a step a
@@ -151,7 +151,8 @@ def _compare(file: GGUFFile, piece: Piece, tensor: torch.Tensor, importance: tor
     share = MISFITS if known or info.type.name not in MOVED_SCALES else MISFITS_OF_MOVED_SCALES
     if misfits[0] > 1 + share * values.numel() + MORE_MISFITS * misfits[1] + 3 * misfits[1] ** 0.5:
         how = "are further off than 16 bits put them" if info.type.name in UNROUNDED else "lie nearer to the code beside"
-        return f"was rounded from other weights: {misfits[0] / values.numel():.2%} of the model's {how}"
+        given = "" if known else ", or with an importance matrix that moves them far: give it (--imatrix)"
+        return f"was rounded from other weights: {misfits[0] / values.numel():.2%} of the model's {how}{given}"
     return None
 
 
